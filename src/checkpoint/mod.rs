@@ -1,0 +1,5 @@
+//! A Hugging Face folder, validated and mapped.
+
+pub mod dtype;
+
+pub use dtype::Dtype;

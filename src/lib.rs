@@ -1,0 +1,11 @@
+//! **fulmen** runs Mixture-of-Experts language models whose weights do not fit on the GPU, for throughput.
+//!
+//! (The figure and the tour of a decode row go here.)
+
+pub mod checkpoint;
+pub mod cpu;
+pub mod memory;
+pub mod model;
+pub mod policy;
+pub mod reference;
+pub mod request;

@@ -1,0 +1,3 @@
+//! Who owns which bytes, and when they may be reused.
+
+pub mod kv_cache;

@@ -1,0 +1,1 @@
+//! Mixtral 8x7B and 8x22B.

@@ -1,0 +1,137 @@
+//! Text ⇄ tokens ⇄ rows: what the user asked, and what they get back.
+
+pub mod batch_file;
+pub mod chat_template;
+pub mod sampler;
+pub mod tokenizer;
+
+/// How tokens are chosen, vLLM's field names and defaults. `None` means "not said by the request": the checkpoint's
+/// generation_config.json decides, else the default below.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// Completions per prompt. They share the prompt's KV blocks.
+    pub n: usize,
+    /// 0 = greedy.
+    pub temperature: f32,
+    /// Keep the k likeliest tokens; 0 = all.
+    pub top_k: usize,
+    /// Keep the smallest set of tokens whose probabilities sum to this; 1 = all.
+    pub top_p: f32,
+    /// Drop tokens below this share of the likeliest one's probability; 0 = none.
+    pub min_p: f32,
+    pub repetition_penalty: f32,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    /// Seed of the run unless the request has its own; the stream of a completion is
+    /// a hash of (seed, custom_id, n), so order and batch do not matter.
+    pub seed: u64,
+    pub stop: Vec<String>,
+    pub stop_token_ids: Vec<u32>,
+    pub include_stop_str_in_output: bool,
+    pub ignore_eos: bool,
+    pub max_tokens: usize,
+    pub min_tokens: usize,
+    /// Report the log-probability of each chosen token and of this many alternatives.
+    pub logprobs: Option<usize>,
+    /// Added to the logits of these tokens before anything else; -100..=100.
+    pub logit_bias: Vec<(u32, f32)>,
+    pub skip_special_tokens: bool,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            n: 1,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            include_stop_str_in_output: false,
+            ignore_eos: false,
+            max_tokens: 16,
+            min_tokens: 0,
+            logprobs: None,
+            logit_bias: Vec::new(),
+            skip_special_tokens: true,
+        }
+    }
+}
+
+/// One prompt, as tokens, with how to continue it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The user's name for it; unique in a batch.
+    pub custom_id: String,
+    pub prompt: Vec<u32>,
+    pub params: SamplingParams,
+    /// Prepend the prompt's text to the completion's (`echo` of /v1/completions).
+    pub echo: bool,
+}
+
+/// Why a completion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// End-of-sequence token, stop string or stop token.
+    Stop,
+    /// max_tokens, or the model's last position.
+    Length,
+}
+
+/// What stopped it, where that was a stop string or a token other than end-of-sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StopReason {
+    Text(String),
+    Token(u32),
+}
+
+/// A token with its log-probability (natural logarithm, of the distribution before temperature and cuts).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    pub token: u32,
+    pub logprob: f32,
+}
+
+/// Log-probabilities at one generated position: the chosen token, and the likeliest ones, likeliest first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PositionLogprobs {
+    pub chosen: TokenLogprob,
+    pub top: Vec<TokenLogprob>,
+}
+
+/// One finished continuation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    /// 0..n.
+    pub index: usize,
+    pub text: String,
+    pub token_ids: Vec<u32>,
+    pub finish_reason: FinishReason,
+    pub stop_reason: Option<StopReason>,
+    /// One entry per generated token where the request asked for log-probabilities.
+    pub logprobs: Option<Vec<PositionLogprobs>>,
+}
+
+/// What became of one request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RequestOutput {
+    pub custom_id: String,
+    pub prompt_tokens: usize,
+    pub result: Result<Vec<Completion>, RequestError>,
+}
+
+/// Why one request failed while the others went on.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    #[error("{0}")]
+    Invalid(String),
+    #[error("prompt of {needed} tokens does not fit: {limit}")]
+    TooLong { needed: usize, limit: String },
+    #[error("the model's logits are not numbers (NaN) at position {position}: {hint}")]
+    NotANumber { position: usize, hint: &'static str },
+}

@@ -1,0 +1,474 @@
+#!/usr/bin/env python3
+"""Make the golden checkpoints: tiny random Mixtral models with the logits transformers gives for them.
+
+    python make_goldens.py [--out DIR] [--only NAME ...] [--device cuda|cpu]
+
+Each shape in SHAPES becomes one folder, DIR/NAME, laid out like a model folder from the Hugging Face hub
+(config.json and safetensors files with the published tensor names) plus golden.safetensors:
+
+    prompt_ids     i32 [P]         random token ids
+    ids            i32 [T]         prompt_ids followed by the greedy continuation (T - P >= 48)
+    logits         f32 [T, V]      logits at every position, f32 arithmetic on the stored weights
+    router_logits  f32 [L, T, E]   router logits of every layer at every position
+
+A test that compares tokens is worth something only if no decision hangs by a rounding error. A random model has
+near-ties somewhere in 130 positions, so its weights are nudged by a few steps of gradient descent on hinge losses
+until every decision has room: the top-1 minus top-2 logit, and the k-th minus the (k+1)-th router logit and
+probability, at every position and layer. The nudging runs on the *rounded* weights (straight-through), so what is
+stored is what was checked.
+
+The search uses the small dense model written out below (`forward`). It decides nothing: what is stored comes from
+transformers, which loads the finished folder from disk, and every condition is checked again on its output.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.models.mixtral import modeling_mixtral
+
+# Conditions on what is stored. The search aims higher (AIM_*) to leave room for another machine's rounding.
+MIN_LOGIT_MARGIN = 2e-2
+MIN_ROUTER_LOGIT_MARGIN = 2e-2
+MIN_ROUTER_PROB_MARGIN = 1e-2
+MAX_F16_KV_DELTA = 5e-4  # of the row's largest |logit|, when K and V are rounded to f16
+MIN_DISTINCT_TOKENS = 12
+AIM_LOGIT_MARGIN = 5e-2
+AIM_ROUTER_LOGIT_MARGIN = 4e-2
+AIM_ROUTER_PROB_MARGIN = 1.3e-2
+AIM_F16_KV_DELTA = 4.5e-4
+
+BOS, EOS = 1, 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    note: str
+    hidden: int  # D
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # G
+    head_dim: int
+    ffn: int  # F
+    experts: int  # E
+    top_k: int
+    vocab: int  # V
+    dtype: torch.dtype
+    theta: float = 1e6
+    eps: float = 1e-5
+    window: int | None = None
+    tied: bool = False
+    embed_std: float = 1.0
+    prompt_len: int = 80
+    new_tokens: int = 56
+    # "v5": as transformers 5 writes it (rope_parameters, dtype). "v4": as transformers 4 did (rope_theta, torch_dtype).
+    config_form: str = "v5"
+    # How config.json says head_dim: the number, null, or not at all. The last two mean D / H.
+    head_dim_in_config: str = "null"
+    shards: int = 1
+
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+SHAPES = [
+    Shape("gqa_bf16", "the plain case; config.json of transformers 4 without head_dim",
+          64, 2, 4, 2, 16, 64, 8, 2, 128, BF16, prompt_len=72, config_form="v4", head_dim_in_config="absent"),
+    Shape("mha_f32_top3", "as many kv heads as q heads, f32, 3 of 4 experts",
+          48, 2, 4, 4, 12, 56, 4, 3, 96, F32, theta=1e4, prompt_len=75),
+    Shape("mqa_f16_head_dim", "one kv head, head_dim 16 while D / H is 12, f16",
+          72, 2, 6, 1, 16, 48, 8, 2, 113, F16, theta=5e5, prompt_len=81, head_dim_in_config="number"),
+    Shape("odd_sizes", "D 40, F 37, V 97, head_dim 10, 5 experts: nothing is a multiple of 4",
+          40, 3, 4, 2, 10, 37, 5, 2, 97, BF16, prompt_len=77),
+    Shape("sliding_window", "window of 24 tokens, 3 layers",
+          64, 3, 8, 2, 8, 48, 6, 2, 101, BF16, theta=1e4, window=24, prompt_len=90),
+    Shape("tied_top4_of_16", "lm_head is the embedding, 4 of 16 experts, eps 1e-3",
+          48, 2, 6, 2, 8, 32, 16, 4, 120, BF16, theta=5e4, eps=1e-3, tied=True, embed_std=0.5, prompt_len=84),
+    Shape("top1", "1 of 4 experts, head_dim 32; config.json of transformers 4 with nulls",
+          64, 2, 2, 1, 32, 96, 4, 1, 61, BF16, prompt_len=70, config_form="v4"),
+    Shape("sharded", "three shards with an index",
+          96, 2, 6, 3, 16, 80, 8, 2, 160, BF16, prompt_len=88, shards=3),
+]
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+def random_weights(s: Shape, seed: int, device: str) -> dict[str, torch.Tensor]:
+    """f32 weights, experts of a layer stacked. Scales keep every part of the model audible in the logits:
+    attention scores have a standard deviation near 1, and attention and experts each move the residual stream
+    by an amount comparable to its size."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std):
+        return (torch.randn(*shape, generator=g) * std).to(device)
+
+    def gain(n):
+        return (1.0 + 0.2 * torch.randn(n, generator=g)).to(device)
+
+    d, f, e = s.hidden, s.ffn, s.experts
+    q_rows, kv_rows = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    w = {"embed": normal(s.vocab, d, std=s.embed_std)}
+    for i in range(s.layers):
+        w |= {
+            f"{i}.attn_norm": gain(d),
+            f"{i}.q": normal(q_rows, d, std=1.1 / math.sqrt(d)),
+            f"{i}.k": normal(kv_rows, d, std=1.1 / math.sqrt(d)),
+            f"{i}.v": normal(kv_rows, d, std=1.0 / math.sqrt(d)),
+            f"{i}.o": normal(d, q_rows, std=2.0 / math.sqrt(q_rows)),
+            f"{i}.moe_norm": gain(d),
+            f"{i}.gate": normal(e, d, std=1.8 / math.sqrt(d)),
+            f"{i}.w1": normal(e, f, d, std=1.2 / math.sqrt(d)),
+            f"{i}.w3": normal(e, f, d, std=1.2 / math.sqrt(d)),
+            f"{i}.w2": normal(e, d, f, std=1.2 / math.sqrt(f)),
+        }
+    w["norm"] = gain(d)
+    if s.tied:
+        # Gains of both signs, or a token would mostly predict itself.
+        sign = torch.where(torch.rand(d, generator=g) < 0.5, -1.0, 1.0).to(device)
+        w["norm"] = w["norm"] * sign * (4.0 / (s.embed_std * math.sqrt(d)))
+    else:
+        w["head"] = normal(s.vocab, d, std=4.0 / math.sqrt(d))
+    return w
+
+
+def rounded(w: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights as they will be stored, in f32; gradients pass straight through the rounding."""
+    return {name: t + (t.detach().to(dtype).float() - t.detach()) for name, t in w.items()}
+
+
+def published_tensors(s: Shape, w: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The stored tensors under the names of the published Mixtral checkpoints."""
+    def stored(t):
+        return t.detach().to(s.dtype).cpu().contiguous()
+
+    out = {"model.embed_tokens.weight": stored(w["embed"])}
+    for i in range(s.layers):
+        p = f"model.layers.{i}"
+        out[f"{p}.input_layernorm.weight"] = stored(w[f"{i}.attn_norm"])
+        for name in "qkvo":
+            out[f"{p}.self_attn.{name}_proj.weight"] = stored(w[f"{i}.{name}"])
+        out[f"{p}.post_attention_layernorm.weight"] = stored(w[f"{i}.moe_norm"])
+        out[f"{p}.block_sparse_moe.gate.weight"] = stored(w[f"{i}.gate"])
+        for e in range(s.experts):
+            for name in ("w1", "w2", "w3"):
+                out[f"{p}.block_sparse_moe.experts.{e}.{name}.weight"] = stored(w[f"{i}.{name}"][e])
+    out["model.norm.weight"] = stored(w["norm"])
+    if not s.tied:
+        out["lm_head.weight"] = stored(w["head"])
+    return out
+
+
+# ---- the model, written out ------------------------------------------------------------------------------------------
+
+def rms_norm(x, gain, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
+
+
+def rope(x, theta, interleaved=False):
+    """x [T, heads, head_dim]. Pairs are (j, j + head_dim/2); `interleaved` is the usual mistake."""
+    t, _, hd = x.shape
+    freq = 1.0 / (theta ** (torch.arange(0, hd, 2, dtype=torch.float32, device=x.device) / hd))
+    angle = torch.arange(t, dtype=torch.float32, device=x.device)[:, None] * freq
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x[..., : hd // 2], x[..., hd // 2:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def forward(s: Shape, w: dict[str, torch.Tensor], ids: torch.Tensor, mistake: str = "", measure: dict | None = None):
+    """ids [T] -> logits [T, V], router logits [L, T, E]. Every expert is computed for every token.
+    `mistake` switches on one deliberate error, to see that the goldens would notice it."""
+    t, group = len(ids), s.heads // s.kv_heads
+    pos = torch.arange(t, device=ids.device)
+    hidden = pos[None, :] > pos[:, None]
+    window = s.window
+    if window and mistake == "window off by one":
+        window += 1
+    if window and mistake != "no window":
+        hidden |= pos[None, :] <= pos[:, None] - window
+    eps = 10 * s.eps if mistake == "eps x10" else s.eps
+    kv_of_head = torch.arange(s.heads, device=ids.device)
+    kv_of_head = kv_of_head % s.kv_heads if mistake == "kv head h mod G" else kv_of_head // group
+
+    def turn(v):
+        if mistake == "no rope":
+            return v
+        return rope(v, s.theta, interleaved=mistake == "interleaved rope")
+
+    x, routers = w["embed"][ids], []
+    for i in range(s.layers):
+        h = rms_norm(x, w[f"{i}.attn_norm"], eps)
+        q = turn((h @ w[f"{i}.q"].T).view(t, s.heads, s.head_dim))
+        k = turn((h @ w[f"{i}.k"].T).view(t, s.kv_heads, s.head_dim))
+        v = (h @ w[f"{i}.v"].T).view(t, s.kv_heads, s.head_dim)
+        if mistake == "f16 K and V":  # not a mistake but a storage format; must make next to no difference
+            k, v = k.half().float(), v.half().float()
+        scores = torch.einsum("qhd,khd->hqk", q, k[:, kv_of_head]) / math.sqrt(s.head_dim)
+        p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        a = torch.einsum("hqk,khd->qhd", p, v[:, kv_of_head]).reshape(t, -1) @ w[f"{i}.o"].T
+        after = x + a
+        h = rms_norm(after, w[f"{i}.moe_norm"], eps)
+        r = h @ w[f"{i}.gate"].T
+        chosen, index = r.softmax(-1).topk(s.top_k, -1)
+        if mistake != "router weights not normalised":
+            chosen = chosen / chosen.sum(-1, keepdim=True)
+        share = torch.zeros_like(r).scatter(-1, index, chosen)
+        w1, w3 = w[f"{i}.w1"], w[f"{i}.w3"]
+        if mistake == "w1 and w3 swapped":
+            w1, w3 = w3, w1
+        inner = F.silu(torch.einsum("td,efd->etf", h, w1)) * torch.einsum("td,efd->etf", h, w3)
+        m = torch.einsum("etf,edf,te->td", inner, w[f"{i}.w2"], share)
+        if measure is not None:
+            visible = scores.masked_fill(hidden, float("nan"))
+            measure.setdefault("score_std", []).append(visible[~visible.isnan()].std().item())
+            measure.setdefault("attention_over_residual", []).append((a.norm() / x.norm()).item())
+            measure.setdefault("experts_over_residual", []).append((m.norm() / after.norm()).item())
+            measure.setdefault("least_expert_share", []).append(((share > 0).sum(0).min() / (t * s.top_k)).item())
+        x = after + m
+        routers.append(r)
+    x = rms_norm(x, w["norm"], eps)
+    return x @ (w["embed"] if s.tied else w["head"]).T, torch.stack(routers)
+
+
+MISTAKES = ["no rope", "interleaved rope", "kv head h mod G", "router weights not normalised", "w1 and w3 swapped",
+            "no window", "window off by one", "eps x10"]
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+def top_gap(values: torch.Tensor, k: int) -> torch.Tensor:
+    top = values.topk(k + 1, -1).values
+    return top[..., k - 1] - top[..., k]
+
+
+def gaps(logits, routers, top_k):
+    return {"logit": top_gap(logits, 1), "router_logit": top_gap(routers, top_k),
+            "router_prob": top_gap(routers.softmax(-1), top_k)}
+
+
+def acceptable(logits, routers, top_k, aim: bool) -> bool:
+    g = gaps(logits, routers, top_k)
+    return (g["logit"].min() >= (AIM_LOGIT_MARGIN if aim else MIN_LOGIT_MARGIN)
+            and g["router_logit"].min() >= (AIM_ROUTER_LOGIT_MARGIN if aim else MIN_ROUTER_LOGIT_MARGIN)
+            and g["router_prob"].min() >= (AIM_ROUTER_PROB_MARGIN if aim else MIN_ROUTER_PROB_MARGIN)).item()
+
+
+def f16_kv_delta(logits, logits_f16_kv) -> float:
+    return ((logits - logits_f16_kv).abs().amax(-1) / logits.abs().amax(-1)).max().item()
+
+
+def greedy(s: Shape, w, prompt: torch.Tensor) -> torch.Tensor:
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(s.new_tokens):
+            logits, _ = forward(s, w, ids)
+            ids = torch.cat((ids, logits[-1:].argmax(-1)))
+    return ids
+
+
+def nudge(s: Shape, w: dict[str, torch.Tensor], ids: torch.Tensor, max_steps: int = 1500):
+    """Move the weights a little until every decision along `ids` is made with room. Returns the number of steps,
+    or None when it did not get there."""
+    for t in w.values():
+        t.requires_grad_(True)
+    optimiser = torch.optim.Adam(w.values(), lr=4e-4)
+    with torch.no_grad():
+        label = forward(s, rounded(w, s.dtype), ids)[0].argmax(-1)
+    slack = 1.25  # aim beyond the aim, so that a step's rounding does not undo it
+    for step in range(max_steps):
+        logits, routers = forward(s, rounded(w, s.dtype), ids)
+        if (logits.argmax(-1) == label).all() and acceptable(logits.detach(), routers.detach(), s.top_k, aim=True):
+            return step
+        right = logits.gather(-1, label[:, None])[:, 0]
+        wrong = logits.scatter(-1, label[:, None], float("-inf")).amax(-1)
+        g = gaps(logits, routers, s.top_k)
+        loss = (F.relu(slack * AIM_LOGIT_MARGIN - (right - wrong)).sum()
+                + F.relu(slack * AIM_ROUTER_LOGIT_MARGIN - g["router_logit"]).sum()
+                + 4 * F.relu(slack * AIM_ROUTER_PROB_MARGIN - g["router_prob"]).sum())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return None
+
+
+def search(s: Shape, device: str, first_seed: int = 0, tries: int = 60):
+    """The first seed whose nudged model meets every condition. Returns seed, weights, prompt length, ids, steps."""
+    for seed in range(first_seed, first_seed + tries):
+        g = torch.Generator().manual_seed(1_000_003 + seed)
+        prompt = torch.randint(3, s.vocab, (s.prompt_len,), generator=g).to(device)
+        prompt[0] = BOS
+        w = random_weights(s, seed, device)
+        ids = greedy(s, rounded(w, s.dtype), prompt)
+        new = ids[s.prompt_len:]
+        if len(new.unique()) < MIN_DISTINCT_TOKENS or (new == EOS).any():
+            print(f"  {s.name}: seed {seed}: {len(new.unique())} distinct tokens, eos {(new == EOS).any().item()}")
+            continue
+        steps = nudge(s, w, ids)
+        if steps is None:
+            print(f"  {s.name}: seed {seed}: margins not reached")
+            continue
+        with torch.no_grad():
+            fixed = {name: t.detach() for name, t in rounded(w, s.dtype).items()}
+            measure = {}
+            logits, routers = forward(s, fixed, ids, measure=measure)
+            half, _ = forward(s, fixed, ids, mistake="f16 K and V")
+        delta = f16_kv_delta(logits, half)
+        peak = logits.abs().amax(-1)
+        print(f"  {s.name}: seed {seed}: {steps} steps, f16 K/V delta {delta:.2e}, row max |logit| "
+              f"{peak.min():.1f}..{peak.max():.1f}, "
+              + ", ".join(f"{k} {[round(x, 2) for x in v]}" for k, v in measure.items()))
+        if delta > AIM_F16_KV_DELTA or not (half.argmax(-1) == logits.argmax(-1)).all():
+            continue
+        if peak.min() < 2 or peak.max() > 30 or min(measure["least_expert_share"]) == 0:
+            continue
+        return seed, fixed, ids, steps, measure
+    raise SystemExit(f"{s.name}: no seed in {tries} tries")
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+def write_config(s: Shape, folder: Path):
+    dtype = str(s.dtype).removeprefix("torch.")
+    common = dict(
+        vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.ffn, num_hidden_layers=s.layers,
+        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, num_local_experts=s.experts,
+        num_experts_per_tok=s.top_k, rms_norm_eps=s.eps, max_position_embeddings=4096, sliding_window=s.window,
+        tie_word_embeddings=s.tied, bos_token_id=BOS, eos_token_id=EOS, hidden_act="silu", attention_dropout=0.0,
+        initializer_range=0.02, output_router_logits=False, router_aux_loss_coef=0.02, use_cache=True,
+    )
+    head_dim = {"number": {"head_dim": s.head_dim}, "null": {"head_dim": None}, "absent": {}}[s.head_dim_in_config]
+    assert s.head_dim_in_config == "number" or s.head_dim * s.heads == s.hidden
+    if s.config_form == "v5":
+        config = MixtralConfig(**common, **head_dim, rope_parameters={"rope_type": "default", "rope_theta": s.theta},
+                               dtype=dtype, architectures=["MixtralForCausalLM"])
+        config.save_pretrained(folder)
+    else:
+        config = common | head_dim | {
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "rope_theta": s.theta,
+            "torch_dtype": dtype, "transformers_version": "4.36.0",
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(s: Shape, tensors: dict[str, torch.Tensor], folder: Path):
+    if s.shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    total, seen, shards = sum(size.values()), 0, [{} for _ in range(s.shards)]
+    for name, t in tensors.items():
+        shards[min(seen * s.shards // total, s.shards - 1)][name] = t
+        seen += size[name]
+    weight_map = {}
+    for n, shard in enumerate(shards, 1):
+        file = f"model-{n:05}-of-{s.shards:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= {name: file for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager").eval()
+
+
+@torch.no_grad()
+def run(model, ids: torch.Tensor, f16_kv: bool = False):
+    """Logits and router logits by transformers, no cache, optionally with K (after rope) and V rounded to f16."""
+    eager = modeling_mixtral.eager_attention_forward
+
+    def rounding(module, query, key, value, *args, **kwargs):
+        return eager(module, query, key.half().float(), value.half().float(), *args, **kwargs)
+
+    modeling_mixtral.eager_attention_forward = rounding if f16_kv else eager
+    try:
+        out = model(input_ids=ids[None].long(), use_cache=False, output_router_logits=True)
+    finally:
+        modeling_mixtral.eager_attention_forward = eager
+    return out.logits[0].float(), torch.stack([r.float() for r in out.router_logits])
+
+
+def make(s: Shape, out: Path, device: str) -> dict:
+    seed, w, ids, steps, measure = search(s, device)
+    folder = out / s.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_config(s, folder)
+    write_tensors(s, published_tensors(s, w), folder)
+
+    # From here on only transformers speaks, on the CPU, from the files.
+    ids = ids.cpu()
+    p = s.prompt_len
+    model = load(folder)
+    logits, routers = run(model, ids)
+    mine, _ = forward(s, {name: t.cpu() for name, t in w.items()}, ids)
+    own_delta = ((logits - mine).abs().amax(-1) / logits.abs().amax(-1)).max().item()
+    assert own_delta < 2e-5, f"{s.name}: transformers and the model written out here differ by {own_delta}"
+    assert acceptable(logits, routers, s.top_k, aim=False), f"{s.name}: margins do not hold in transformers"
+    assert (logits[p - 1:-1].argmax(-1) == ids[p:]).all(), f"{s.name}: the continuation is not greedy"
+    half, half_routers = run(model, ids, f16_kv=True)
+    delta = f16_kv_delta(logits, half)
+    assert 0 < delta <= MAX_F16_KV_DELTA, f"{s.name}: f16 K and V move the logits by {delta}"
+    assert (half.argmax(-1) == logits.argmax(-1)).all(), f"{s.name}: f16 K and V change a token"
+    chosen = [r.topk(s.top_k, -1).indices.sort(-1).values for r in (routers, half_routers)]
+    assert (chosen[0] == chosen[1]).all(), f"{s.name}: f16 K and V change an expert"
+    generated = model.generate(ids[None, :p].long(), max_new_tokens=s.new_tokens, do_sample=False, pad_token_id=0)
+    assert (generated[0] == ids).all(), f"{s.name}: generate() with a cache gives other tokens"
+
+    save_file({"prompt_ids": ids[:p].int().contiguous(), "ids": ids.int().contiguous(),
+               "logits": logits.contiguous(), "router_logits": routers.contiguous()},
+              folder / "golden.safetensors",
+              metadata={"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0],
+                        "compute": "float32", "seed": str(seed)})
+
+    noticed = {}
+    for mistake in MISTAKES:
+        if "window" in mistake and not s.window or mistake == "kv head h mod G" and s.kv_heads in (1, s.heads) \
+                or "normalised" in mistake and s.top_k == s.experts:
+            continue
+        wrong, _ = forward(s, {name: t.cpu() for name, t in w.items()}, ids, mistake=mistake)
+        noticed[mistake] = {
+            "delta": round(((logits - wrong).abs().amax(-1) / logits.abs().amax(-1)).max().item(), 5),
+            "tokens_changed": round((wrong.argmax(-1) != logits.argmax(-1)).float().mean().item(), 3)}
+    g = {name: round(v.min().item(), 4) for name, v in gaps(logits, routers, s.top_k).items()}
+    peak = logits.abs().amax(-1)
+    record = {
+        "note": s.note, "seed": seed, "nudge_steps": steps, "prompt_len": p, "len": len(ids),
+        "distinct_new_tokens": len(ids[p:].unique()), "least_margin": g, "f16_kv_delta": float(f"{delta:.3g}"),
+        "row_max_logit": [round(peak.min().item(), 2), round(peak.max().item(), 2)],
+        "parameters": sum(t.numel() for t in w.values()),
+        **{k: [round(x, 2) for x in v] for k, v in measure.items()}, "mistakes": noticed,
+    }
+    print(s.name, json.dumps(record))
+    return record
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(4)
+    args.out.mkdir(parents=True, exist_ok=True)
+    manifest = args.out / "manifest.json"
+    records = json.loads(manifest.read_text()) if manifest.exists() else {}
+    for s in SHAPES:
+        if not args.only or s.name in args.only:
+            records[s.name] = make(s, args.out, args.device)
+            manifest.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
