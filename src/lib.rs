@@ -4,6 +4,8 @@
 
 pub mod checkpoint;
 pub mod cpu;
+pub mod gpu;
+pub mod kernels;
 pub mod memory;
 pub mod model;
 pub mod policy;

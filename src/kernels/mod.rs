@@ -1,1 +1,7 @@
-//! (to come)
+//! One file per shader, same stem: parameters, bindings, tunables, and `record()`.
+//!
+//! In: activations (f32), weights as the checkpoint stores them. Out: dispatches on a [`Recorder`](crate::gpu::Recorder).
+//! Guarantees: **row independence** – a row's result does not depend on which rows share its dispatch, so every sum has one
+//! order that no row count and no tunable changes. Portable versions only: no subgroups, no f16 arithmetic.
+
+pub mod rms_norm;

@@ -1,0 +1,3 @@
+//! Everything that needs no GPU: bytes, plans, schedules, shaders as text, CPU attention.
+
+mod shaders;
