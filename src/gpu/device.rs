@@ -201,6 +201,18 @@ impl Gpu {
         self.limits.min_storage_buffer_offset_alignment as u64
     }
 
+    /// Size of the largest memory heap on the device; None where the backend does not say.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        // SAFETY: the handles are only asked for properties, and live as long as the device that the guard holds.
+        let heaps = unsafe {
+            let device = self.device.as_hal::<wgpu::hal::api::Vulkan>()?;
+            let instance = device.shared_instance().raw_instance();
+            instance.get_physical_device_memory_properties(device.raw_physical_device())
+        };
+        let local = |heap: &&ash::vk::MemoryHeap| heap.flags.contains(ash::vk::MemoryHeapFlags::DEVICE_LOCAL);
+        heaps.memory_heaps_as_slice().iter().filter(local).map(|heap| heap.size).max()
+    }
+
     /// Bytes of device memory in live buffers.
     pub fn taken_bytes(&self) -> u64 {
         self.taken.load(Relaxed)
@@ -299,6 +311,15 @@ impl Gpu {
             })
             .collect();
         Ok(out)
+    }
+
+    /// Starts the copies of all [`write`](Self::write)s so far and frees the staging memory of those that have ended.
+    pub fn flush(&self) -> Result<(), GpuError> {
+        self.queue.submit([]);
+        // Device::poll panics when the driver reports a lost device (wgpu 30, backend/wgpu_core.rs).
+        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(wgpu::PollType::Poll)));
+        self.check()?;
+        polled.map(|_| ()).map_err(|_| GpuError::Lost("the driver reported a lost device while copying".to_owned()))
     }
 
     /// Waits until everything submitted has run.
