@@ -9,3 +9,4 @@ pub mod model;
 pub mod policy;
 pub mod reference;
 pub mod request;
+pub mod units;

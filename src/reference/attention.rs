@@ -26,7 +26,8 @@ pub fn attention(shape: &AttentionShape, q: &[f32], keys: &[f32], values: &[f32]
     for head in 0..q_heads {
         let kv_head = head / (q_heads / kv_heads);
         let query = &q[head * head_width..][..head_width];
-        let row = |tensor: &'_ [f32], token: usize, j: usize| tensor[(token * kv_heads + kv_head) * head_width + j] as f64;
+        let row =
+            |tensor: &'_ [f32], token: usize, j: usize| tensor[(token * kv_heads + kv_head) * head_width + j] as f64;
         let scores: Vec<f64> = (first..context)
             .map(|token| (0..head_width).map(|j| query[j] as f64 * row(keys, token, j)).sum::<f64>() * scale as f64)
             .collect();
