@@ -22,19 +22,20 @@ pub fn human_bytes(bytes: u64) -> String {
     format!("{} {}", three_digits(value), UNITS[unit])
 }
 
-/// `count` with three significant digits and a decimal suffix: `995`, `46.7 B` (10^9), `12.9 B`, `1.05 M`.
+/// `count` with three significant digits and the scale in words: `995`, `1.05 million`, `46.7 billion`. In words, because
+/// a suffix B next to sizes would read as bytes.
 pub fn human_count(count: u64) -> String {
+    const SCALES: [&str; 7] = ["", "thousand", "million", "billion", "trillion", "quadrillion", "quintillion"];
     if count < 1000 {
         return count.to_string();
     }
     let mut value = count as f64;
-    let mut unit = 0;
-    let units = ["", "k", "M", "B", "T", "P", "E"];
-    while value >= 999.5 && unit + 1 < units.len() {
+    let mut scale = 0;
+    while value >= 999.5 && scale + 1 < SCALES.len() {
         value /= 1000.0;
-        unit += 1;
+        scale += 1;
     }
-    format!("{} {}", three_digits(value), units[unit])
+    format!("{} {}", three_digits(value), SCALES[scale])
 }
 
 /// A value in 0..1024 with three significant digits (four from 1000 on).

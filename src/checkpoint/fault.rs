@@ -14,20 +14,17 @@ use crate::model::ConfigError;
 /// Messages list this many faults of one kind and count the rest, so that no kind hides another.
 const SHOWN_OF_A_KIND: usize = 8;
 
-/// Why a folder is not a checkpoint that fulmen can use.
+/// Why a folder is not a checkpoint that fulmen can use. The text is complete: it contains the cause that `source()` also
+/// gives, because one text speaks for several faults.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("{0}")]
-    Config(
-        #[from]
-        #[source]
-        ConfigError,
-    ),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error("{}: needs model.safetensors or model.safetensors.index.json, has neither", dir.display())]
     NoWeights { dir: PathBuf },
     /// All faults of one step: reading the index, reading the headers, or giving each tensor its role.
-    #[error("{0}")]
-    Faults(#[source] Faults),
+    #[error(transparent)]
+    Faults(#[from] Faults),
 }
 
 /// Faults of one step. Never empty.
@@ -87,8 +84,8 @@ pub enum Fault {
     #[error("{file}: header is not a JSON object of tensors: {source}")]
     HeaderNotJson { file: String, source: serde_json::Error },
     #[error(
-        "{file}: {tensors} of its tensors end after the file, the last one ({tensor}) at byte {needed} of {had}: the file \
-         is cut short or its header wrong"
+        "{file}: needs {needed} bytes, has {had}: cut short, or its header is wrong (tensors beyond its end: {tensors}, the \
+         last one {tensor})"
     )]
     Truncated { file: String, tensors: usize, tensor: String, needed: u64, had: u64 },
     #[error("{file}: bytes {start} to {end} belong to no tensor")]

@@ -15,7 +15,7 @@
 //!
 //! A range may start at any byte: readers must not assume alignment.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use safetensors::Dtype;
@@ -58,9 +58,9 @@ impl Header {
         let raw: Entries<&RawValue> = serde_json::from_str(text).map_err(not_json)?;
         let mut faults = Vec::new();
         let mut entries = Vec::with_capacity(raw.0.len());
-        let mut seen: HashMap<&str, ()> = HashMap::with_capacity(raw.0.len());
+        let mut seen: HashSet<&str> = HashSet::with_capacity(raw.0.len());
         for (name, value) in &raw.0 {
-            if seen.insert(name, ()).is_some() {
+            if !seen.insert(name) {
                 let file = file.to_owned();
                 faults.push(Fault::Duplicate { tensor: shown(name), first: file.clone(), second: file });
             } else if name == "__metadata__" {

@@ -82,7 +82,7 @@ impl Checkpoint {
                 range: entry.range(),
             })
         });
-        let inventory = Inventory::new(config, files, listed).map_err(CheckpointError::Faults)?;
+        let inventory = Inventory::new(config, files, listed)?;
         Ok(Checkpoint { dir: dir.to_owned(), inventory, shards })
     }
 

@@ -39,7 +39,7 @@ type Index = BTreeMap<String, Vec<String>>;
 
 /// Maps all weight files of `dir` and validates their headers.
 pub(super) fn open(dir: &Path) -> Result<Vec<Shard>, CheckpointError> {
-    let faults = |faults| CheckpointError::Faults(Faults(faults));
+    let faults = |faults| CheckpointError::from(Faults(faults));
     // What cannot be asked about counts as being there: opening it will say why.
     let exists = |file: &str| dir.join(file).try_exists().unwrap_or(true);
     let index = if exists(SINGLE_FILE) {

@@ -157,6 +157,9 @@ impl Folder {
 
     /// The message with which the folder is refused.
     pub fn refusal(&self) -> String {
-        self.open().err().expect("the folder should be refused").to_string()
+        match self.open() {
+            Ok(_) => panic!("the folder should be refused"),
+            Err(error) => error.to_string(),
+        }
     }
 }

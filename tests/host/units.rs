@@ -27,11 +27,11 @@ fn counts_print_with_three_digits() {
     for (count, text) in [
         (0, "0"),
         (999, "999"),
-        (1000, "1.00 k"),
-        (999_499, "999 k"),
-        (999_500, "1.00 M"),
-        (46_702_792_704, "46.7 B"),
-        (u64::MAX, "18.4 E"),
+        (1000, "1.00 thousand"),
+        (999_499, "999 thousand"),
+        (999_500, "1.00 million"),
+        (46_702_792_704, "46.7 billion"),
+        (u64::MAX, "18.4 quintillion"),
     ] {
         assert_eq!(human_count(count), text, "{count}");
     }
