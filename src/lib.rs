@@ -11,3 +11,4 @@ pub mod model;
 pub mod policy;
 pub mod reference;
 pub mod request;
+pub mod units;

@@ -1,0 +1,12 @@
+//! Tests against published files too large for the repository: the folder that FULMEN_DATA names. Without it they are
+//! counted as ignored.
+
+use std::path::PathBuf;
+
+mod tensor_lists;
+
+fn main() {
+    let arguments = libtest_mimic::Arguments::from_args();
+    let data = std::env::var_os("FULMEN_DATA").map(PathBuf::from);
+    libtest_mimic::run(&arguments, tensor_lists::trials(data.as_deref())).exit();
+}
