@@ -28,7 +28,7 @@ use crate::memory::host_memory;
 use crate::memory::kv_cache::{KvCache, KvError, KvLayout, SpillFile};
 use crate::memory::pages::{PagePlan, PageShape};
 use crate::model::ModelConfig;
-use crate::plan::{MachineLimits, Plan, PlanError, Wishes, fit};
+use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use crate::policy::AttentionPlace;
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, GroupRows};
 use crate::request::tokenizer::Tokenizer;
@@ -46,6 +46,8 @@ use pass::PassWorker;
 pub enum EngineError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    #[error("the experts have several types (see `fulmen inspect`); all must have one")]
+    MixedExperts,
     #[error(transparent)]
     Plan(#[from] PlanError),
     #[error(transparent)]
@@ -158,8 +160,10 @@ impl EngineBuilder {
             binding_bytes: gpu.max_binding_bytes(),
             threads,
         };
-        let plan =
-            fit(checkpoint.config(), &checkpoint.model_bytes(), &limits, &self.wishes, checkpoint.mapped_bytes())?;
+        if checkpoint.inventory().expert_dtype().is_none() {
+            return Err(EngineError::MixedExperts);
+        }
+        let plan = fit(checkpoint.config(), &ModelBytes::of(checkpoint.inventory()), &limits, &self.wishes)?;
         Ok(Prepared { builder: self, checkpoint, gpu, plan })
     }
 }
@@ -210,7 +214,7 @@ impl Prepared {
             experts: shape.experts,
             resident: policy.resident_experts,
             ring: policy.ring_experts,
-            matrix_bytes: checkpoint.model_bytes().matrix,
+            matrix_bytes: ModelBytes::of(checkpoint.inventory()).matrix,
             page_bytes: policy.page_bytes,
             layers: shape.layers,
         });

@@ -163,6 +163,13 @@ impl Inventory {
         self.by_role.get(&role.stored_as(&self.config)).map(|&i| &self.tensors[i])
     }
 
+    /// The type that all expert matrices have; None where they differ, which one grouped kernel cannot read.
+    pub fn expert_dtype(&self) -> Option<Dtype> {
+        let mut dtypes = self.tensors.iter().filter(|t| matches!(t.role, Role::Expert { .. })).map(|t| t.dtype);
+        let first = dtypes.next()?;
+        dtypes.all(|dtype| dtype == first).then_some(first)
+    }
+
     /// Names of tensors that are there and hold no weights, sorted.
     pub fn ignored(&self) -> &[String] {
         &self.ignored

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 
 use half::f16;
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Dtype};
+use crate::checkpoint::{Checkpoint, Dtype};
 use crate::gpu::{Buffer, GpuError, Pipelines, Recorder, Slice};
 use crate::kernels::{
     embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample, matmul, prompt_attention, decode_attention,
@@ -20,14 +20,6 @@ use crate::kernels::{
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{ExpertMatrix, ModelConfig, Role};
-
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    #[error(transparent)]
-    Gpu(#[from] GpuError),
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-}
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,11 +166,11 @@ impl Machine {
         plan: PagePlan,
         extents: Extents,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Machine, MachineError> {
+    ) -> Result<Machine, GpuError> {
         let gpu = pipelines.gpu().clone();
         let config = checkpoint.config().clone();
         let shape = config.shape;
-        let expert_dtype = checkpoint.expert_dtype();
+        let expert_dtype = checkpoint.inventory().expert_dtype().expect("mixed types were refused before");
         let matrix_bytes = (shape.expert_matrix_elements() * expert_dtype.size_bytes()) as u64;
         let slot_bytes = PageShape::slot_bytes(matrix_bytes);
         let slots_per_slab = ((gpu.max_binding_bytes() / slot_bytes) as usize).max(1);
@@ -254,7 +246,7 @@ impl Machine {
         Ok(machine)
     }
 
-    fn load(&mut self, checkpoint: &Checkpoint, progress: &mut dyn FnMut(u64, u64)) -> Result<(), MachineError> {
+    fn load(&mut self, checkpoint: &Checkpoint, progress: &mut dyn FnMut(u64, u64)) -> Result<(), GpuError> {
         let shape = self.config.shape;
         let resident: Vec<(usize, usize)> = (0..shape.layers)
             .flat_map(|layer| {
@@ -263,13 +255,15 @@ impl Machine {
                 experts.map(move |expert| (layer, expert))
             })
             .collect();
-        let dense: Vec<_> =
-            checkpoint.tensors().filter(|(role, _)| !matches!(role, Role::Expert { .. })).collect();
-        let total = dense.iter().map(|(_, view)| view.bytes.len() as u64).sum::<u64>()
+        let placed = checkpoint.inventory().tensors();
+        let dense: Vec<Role> =
+            placed.iter().map(|tensor| tensor.role).filter(|role| !matches!(role, Role::Expert { .. })).collect();
+        let total = dense.iter().map(|role| checkpoint.tensor(*role).bytes.len() as u64).sum::<u64>()
             + resident.len() as u64 * 3 * self.matrix_bytes();
         let mut done = 0;
         let gpu = self.pipelines.gpu().clone();
-        for (role, view) in dense {
+        for role in dense {
+            let view = checkpoint.tensor(role);
             let buffer = gpu.buffer_with(&format!("{role:?}"), view.bytes)?;
             gpu.flush()?;
             self.dense.insert(role, Dense { buffer, dtype: view.dtype });
@@ -305,8 +299,7 @@ impl Machine {
     }
 
     fn dense(&self, role: Role) -> &Dense {
-        let role = if role == Role::LmHead && self.config.tied_embeddings { Role::Embedding } else { role };
-        &self.dense[&role]
+        &self.dense[&role.stored_as(&self.config)]
     }
 
     /// Takes a group's rows for one pass.

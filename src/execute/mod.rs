@@ -7,4 +7,4 @@ pub mod executor;
 pub mod machine;
 
 pub use executor::{TaskError, Worker, run};
-pub use machine::{Machine, MachineError};
+pub use machine::Machine;

@@ -5,7 +5,8 @@ use std::fmt;
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::PageShape;
-use crate::model::ModelConfig;
+use crate::checkpoint::{Inventory, Placed};
+use crate::model::{ModelConfig, Role};
 use crate::policy::{AttentionPlace, Policy};
 use crate::units::human_bytes;
 
@@ -16,6 +17,22 @@ pub struct ModelBytes {
     pub dense: u64,
     /// One expert matrix.
     pub matrix: u64,
+    /// All files.
+    pub files: u64,
+}
+
+impl ModelBytes {
+    /// Of a checkpoint whose experts have one type.
+    pub fn of(inventory: &Inventory) -> Self {
+        let expert = |tensor: &&Placed| matches!(tensor.role, Role::Expert { .. });
+        let tensors = inventory.tensors();
+        Self {
+            // Each is padded to whole words on the device.
+            dense: tensors.iter().filter(|t| !expert(t)).map(|t| t.bytes().next_multiple_of(4)).sum(),
+            matrix: tensors.iter().find(expert).map_or(0, Placed::bytes),
+            files: inventory.files().iter().map(|(_, bytes)| bytes).sum(),
+        }
+    }
 }
 
 /// What the machine allows.
@@ -123,7 +140,6 @@ pub fn fit(
     bytes: &ModelBytes,
     machine: &MachineLimits,
     wishes: &Wishes,
-    mapped_weights: u64,
 ) -> Result<Plan, PlanError> {
     let shape = &config.shape;
     let words = |n: usize| 4 * n as u64;
@@ -235,7 +251,7 @@ pub fn fit(
         rotary_table: words(max_model_len * shape.head_width),
         kv_pool: kv_blocks as u64 * block_bytes,
         staging,
-        mapped_weights,
+        mapped_weights: bytes.files,
     };
     let fixed = memory.device();
     let slot_bytes = PageShape::slot_bytes(bytes.matrix);

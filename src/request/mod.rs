@@ -1,6 +1,7 @@
 //! Text ⇄ tokens ⇄ rows: what the user asked, and what they get back.
 
 pub mod batch_file;
+pub mod batcher;
 pub mod chat_template;
 pub mod sampler;
 pub mod tokenizer;
