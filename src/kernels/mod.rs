@@ -5,3 +5,11 @@
 //! order that no row count and no tunable changes. Portable versions only: no subgroups, no f16 arithmetic.
 
 pub mod rms_norm;
+
+use crate::gpu::Kernel;
+
+/// Tokens of one block of the paged KV cache: the `BLOCK_TOKENS` of every shader that addresses blocks.
+pub const BLOCK_TOKENS: usize = 32;
+
+/// Every kernel there is. Tests walk this list.
+pub static ALL: &[&Kernel] = &[&rms_norm::RMS_NORM];
