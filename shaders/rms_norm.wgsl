@@ -6,12 +6,12 @@ var<immediate> params: Params;
 @group(0) @binding(1) var<storage, read>       gain: array<u32>; // [D] weights
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;    // [T, D]
 
-override WG_SIZE: u32 = 64u;
+// No tunable: lane l sums elements l, l + WG_SIZE, ..., so the width is part of the order of summation.
+const WG_SIZE: u32 = 64u;
 
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let base = workgroup.x * params.d_model;
-    // Lane l of 64 sums elements l, l+64, ...: the order of summation does not depend on WG_SIZE.
     var squares = 0.0;
     for (var j = lane; j < params.d_model; j += WG_SIZE) {
         let v = x[base + j];

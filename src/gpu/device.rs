@@ -196,6 +196,11 @@ impl Gpu {
         self.limits.max_compute_workgroup_storage_size
     }
 
+    /// Most workgroups in one dimension of a dispatch; 65,535 on most drivers.
+    pub fn max_workgroups(&self) -> u32 {
+        self.limits.max_compute_workgroups_per_dimension
+    }
+
     /// Alignment of a [`Slice`](super::Slice)'s offset, in bytes.
     pub fn binding_alignment(&self) -> u64 {
         self.limits.min_storage_buffer_offset_alignment as u64

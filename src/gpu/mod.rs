@@ -14,4 +14,5 @@ mod pipeline;
 
 pub use buffer::{Buffer, Slice};
 pub use device::{AdapterSummary, DeviceChoice, Gpu, GpuError, list_adapters};
-pub use pipeline::{Access, Kernel, Part, Pipelines, Recorder, ShaderPatch, Variant};
+pub(crate) use pipeline::params;
+pub use pipeline::{Access, Kernel, ParamField, ParamType, Part, Pipelines, Recorder, ShaderPatch, Variant};

@@ -26,6 +26,54 @@ pub enum Part {
     Weight,
 }
 
+/// A field of a kernel's `Params`, as the Rust side lays it out. [`params!`](crate::gpu::params) lists them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParamField {
+    pub name: &'static str,
+    /// Bytes from the start of the struct.
+    pub offset: usize,
+    /// Its type in WGSL.
+    pub wgsl_type: &'static str,
+}
+
+/// A type that means the same in a Rust struct and in a WGSL one.
+pub trait ParamType: bytemuck::NoUninit {
+    const WGSL: &'static str;
+}
+
+impl ParamType for u32 {
+    const WGSL: &'static str = "u32";
+}
+
+impl ParamType for i32 {
+    const WGSL: &'static str = "i32";
+}
+
+impl ParamType for f32 {
+    const WGSL: &'static str = "f32";
+}
+
+/// Defines a struct that a kernel reads as immediates (or reads or writes in a buffer), together with the list of its fields
+/// (`FIELDS`), which `tests/host/shaders.rs` compares with the WGSL struct.
+macro_rules! params {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
+        pub struct $name { $($(#[$field_meta])* pub $field: $type,)* }
+
+        impl $name {
+            /// Every field, in order.
+            pub const FIELDS: &'static [$crate::gpu::ParamField] = &[$($crate::gpu::ParamField {
+                name: stringify!($field),
+                offset: std::mem::offset_of!($name, $field),
+                wgsl_type: <$type as $crate::gpu::ParamType>::WGSL,
+            },)*];
+        }
+    };
+}
+pub(crate) use params;
+
 /// One compute shader: `shaders/<name>.wgsl`, entry point `main`, bindings of group 0 in order.
 #[derive(Debug)]
 pub struct Kernel {
@@ -34,6 +82,8 @@ pub struct Kernel {
     pub bindings: &'static [Access],
     /// Size in bytes of the `Params` struct, which the kernel reads as immediates.
     pub param_bytes: usize,
+    /// Its fields.
+    pub params: &'static [ParamField],
     /// `override` constants that only change time, with the values that may be chosen; the first is the default.
     pub tunables: &'static [(&'static str, &'static [u32])],
 }
@@ -42,6 +92,32 @@ impl Kernel {
     /// Reads weights, so it exists once per dtype.
     pub fn reads_weights(&self) -> bool {
         self.parts.contains(&Part::Weight)
+    }
+
+    /// The value that `variant` gives a tunable.
+    pub fn tunable(&self, variant: &Variant, name: &str) -> u32 {
+        let (_, values) =
+            self.tunables.iter().find(|(tunable, _)| *tunable == name).expect("the kernel has the tunable");
+        variant.tunables.iter().find(|(tunable, _)| *tunable == name).map_or(values[0], |(_, value)| *value)
+    }
+
+    /// Every variant there is: each dtype (one where it reads no weights) with each combination of tunable values.
+    pub fn variants(&self) -> Vec<Variant> {
+        let dtypes = if self.reads_weights() { &[Dtype::Bf16, Dtype::F16, Dtype::F32][..] } else { &[Dtype::F32] };
+        let mut variants: Vec<Variant> = dtypes.iter().map(|dtype| Variant::new(*dtype)).collect();
+        for (name, values) in self.tunables {
+            variants = variants
+                .iter()
+                .flat_map(|variant| {
+                    values.iter().map(|value| {
+                        let mut variant = variant.clone();
+                        variant.tunables.push((name, *value));
+                        variant
+                    })
+                })
+                .collect();
+        }
+        variants
     }
 
     /// The WGSL text of a variant.
@@ -224,6 +300,8 @@ impl<'p> Recorder<'p> {
         if workgroups.contains(&0) {
             return Ok(());
         }
+        let most = self.pipelines.gpu.max_workgroups();
+        assert!(workgroups.iter().all(|n| *n <= most), "{}: {workgroups:?} workgroups, at most {most}", kernel.name);
         let pipeline = self.pipelines.get(kernel, variant)?;
         assert_eq!(pipeline.n_bindings, bindings.len(), "{}: number of bindings", pipeline.kernel);
         assert_eq!(pipeline.param_bytes, size_of::<P>(), "{}: size of the parameters", pipeline.kernel);

@@ -1,15 +1,15 @@
 //! RMS norm over rows.
 
 use crate::checkpoint::Dtype;
-use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Slice, Variant};
+use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Slice, Variant, params};
 
-/// Immediates of `shaders/rms_norm.wgsl`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
-pub struct Params {
-    pub n_rows: u32,
-    pub d_model: u32,
-    pub eps: f32,
+params! {
+    /// Immediates of `shaders/rms_norm.wgsl`.
+    pub struct Params {
+        pub n_rows: u32,
+        pub d_model: u32,
+        pub eps: f32,
+    }
 }
 
 pub static RMS_NORM: Kernel = Kernel {
@@ -21,7 +21,8 @@ pub static RMS_NORM: Kernel = Kernel {
     ],
     bindings: &[Read, Read, ReadWrite],
     param_bytes: size_of::<Params>(),
-    tunables: &[("WG_SIZE", &[64, 128, 256])],
+    params: Params::FIELDS,
+    tunables: &[],
 };
 
 /// `y[T, D] = x[T, D] / rms(x) * gain[D]`
