@@ -90,7 +90,7 @@ pub struct EngineBuilder {
     host_memory: Option<u64>,
     spill_folder: PathBuf,
     isa: Option<Isa>,
-    eos_tokens: Option<Vec<u32>>,
+    more_eos_tokens: Vec<u32>,
     patches: Vec<ShaderPatch>,
 }
 
@@ -135,9 +135,9 @@ impl EngineBuilder {
         self
     }
 
-    /// End-of-sequence tokens. Default: those of config.json; generation_config.json's go before them.
-    pub fn eos_tokens(mut self, tokens: Vec<u32>) -> Self {
-        self.eos_tokens = Some(tokens);
+    /// End-of-sequence tokens beside config.json's: generation_config.json may name more.
+    pub fn more_eos_tokens(mut self, tokens: &[u32]) -> Self {
+        self.more_eos_tokens = tokens.to_vec();
         self
     }
 
@@ -227,7 +227,8 @@ impl Prepared {
         };
         let pipelines = Pipelines::with_patches(gpu, builder.patches);
         let machine = Machine::open(pipelines, &checkpoint, page_plan, extents, progress)?;
-        let eos_tokens = builder.eos_tokens.unwrap_or_else(|| config.eos_tokens.clone());
+        let mut eos_tokens = config.eos_tokens.clone();
+        eos_tokens.extend(&builder.more_eos_tokens);
         Ok(Engine {
             checkpoint,
             config,
@@ -311,7 +312,7 @@ impl Engine {
             host_memory: None,
             spill_folder: std::env::temp_dir(),
             isa: None,
-            eos_tokens: None,
+            more_eos_tokens: Vec::new(),
             patches: Vec::new(),
         }
     }

@@ -12,7 +12,7 @@ use crate::gpu::DeviceChoice;
 use crate::plan::Wishes;
 use crate::policy::AttentionPlace;
 use crate::request::batch_file::GenerationDefaults;
-use crate::request::chat_template::ChatTemplate;
+use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::request::tokenizer::Tokenizer;
 use crate::units::parse_bytes;
 
@@ -94,7 +94,7 @@ enum Attention {
 /// All that turns requests into tokens and back.
 pub struct Text {
     pub tokenizer: Tokenizer,
-    pub template: Result<ChatTemplate, String>,
+    pub template: Result<ChatTemplate, ChatTemplateError>,
     pub defaults: GenerationDefaults,
 }
 
@@ -109,7 +109,7 @@ impl ModelArguments {
         let template = ChatTemplate::open(&self.model, self.chat_template.as_deref(), tokenizer.special_tokens());
         let template = match template {
             Err(error) if self.chat_template.is_some() => return Err(error.into()),
-            other => other.map_err(|error| error.to_string()),
+            other => other,
         };
         let defaults = GenerationDefaults::open(&self.model)?;
         Ok(Text { tokenizer, template, defaults })
@@ -155,9 +155,7 @@ impl EngineArguments {
         if let Some(name) = &self.isa {
             builder = builder.isa(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?);
         }
-        if let Some(tokens) = text.defaults.eos_tokens() {
-            builder = builder.eos_tokens(tokens);
-        }
+        builder = builder.more_eos_tokens(&text.defaults.eos_token_ids);
         let prepared = builder.prepare().with_context(|| format!("model {}", model.model.display()))?;
         let adapter = prepared.gpu().summary();
         eprintln!("adapter {} ({}, {})", adapter.name, adapter.kind, adapter.backend);

@@ -12,14 +12,15 @@ use std::collections::HashMap;
 use half::f16;
 
 use crate::checkpoint::{Checkpoint, Dtype};
-use crate::gpu::{Buffer, GpuError, Pipelines, Recorder, Slice};
+use crate::gpu::{Buffer, GpuError, Pipelines, Recorder, Slice, Variant};
 use crate::kernels::{
     embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample, matmul, prompt_attention, decode_attention,
-    rms_norm, rotary, router_topk, slabs::N_SLABS,
+    rms_norm, rotary, router_topk, slabs::{N_SLABS, Place},
 };
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{ExpertMatrix, ModelConfig, Role};
+use crate::reference::rotary::rope_table;
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,8 +81,6 @@ struct GroupBuffers {
 
 /// Marks a row whose key and value the workspace does not need.
 pub const NO_SLOT: u32 = u32::MAX;
-/// Marks an expert that is not on the GPU.
-const ABSENT: [u32; 2] = [u32::MAX, 0];
 
 /// A row that attends on the GPU.
 #[derive(Debug, Clone, Copy)]
@@ -103,18 +102,6 @@ pub struct DeviceRows {
     pub prompt: Vec<Attended>,
     pub block_table: Vec<u32>,
     pub sampled: Vec<u32>,
-}
-
-/// What the LM head says of one sampled row.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct Greedy {
-    /// Likeliest token; the lowest id among equals.
-    pub id: u32,
-    /// 1 where any logit is NaN.
-    pub nan: u32,
-    pub max: f32,
-    pub log_sum_exp: f32,
 }
 
 /// See the module's text.
@@ -212,7 +199,7 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, GpuError>>()?;
         let table = PageTable::new(&plan);
-        let rope = rotary::rope_table(shape.head_width, config.rope_theta, extents.max_positions);
+        let rope = rope_table(shape.head_width, config.rope_theta as f32, extents.max_positions);
         let mut machine = Machine {
             config,
             extents,
@@ -379,11 +366,12 @@ impl Machine {
             n_out: n_out as u32,
             n_in: n_in as u32,
             x_stride: n_in as u32,
+            x_offset: 0,
             y_stride: y_stride as u32,
             y_offset: y_offset as u32,
             accumulate: accumulate as u32,
         };
-        matmul::record(recorder, weight.dtype, params, x, weight.buffer.whole(), y)
+        matmul::record(recorder, &Variant::new(weight.dtype), params, x, weight.buffer.whole(), y)
     }
 
     pub fn pre_attention(&self, layer: usize, group: usize) -> Result<(), GpuError> {
@@ -406,16 +394,15 @@ impl Machine {
             kv_heads: shape.kv_heads as u32,
             head_width: shape.head_width as u32,
         };
-        rotary::record(
-            r,
-            params,
-            self.qkv.whole(),
-            buffers.positions.whole(),
-            self.rope_table.whole(),
-            buffers.kv_slots.whole(),
-            self.kv_rows.whole(),
-            self.kv_blocks.whole(),
-        )?;
+        let bindings = rotary::Bindings {
+            qkv: self.qkv.whole(),
+            positions: buffers.positions.whole(),
+            rope_table: self.rope_table.whole(),
+            kv_slots: buffers.kv_slots.whole(),
+            kv_rows: self.kv_rows.whole(),
+            kv_blocks: self.kv_blocks.whole(),
+        };
+        rotary::record(r, params, bindings)?;
         self.finish(recorder)
     }
 
@@ -533,12 +520,12 @@ impl Machine {
         let shape = &self.config.shape;
         let buffers = &self.groups[group];
         let n_assignments = (buffers.n_rows * shape.experts_per_token) as u32;
-        let mut places = vec![ABSENT; shape.experts];
+        let mut places = vec![Place::ABSENT; shape.experts];
         for expert in self.plan.chunks()[chunk].experts.clone() {
             let slot = self.plan.slot(layer, expert);
             assert!(self.table.holds(slot, layer, expert), "expert {expert} of layer {layer} is in slot {slot}");
             let word = (slot % self.slots_per_slab) as u64 * self.slot_bytes / 4;
-            places[expert] = [(slot / self.slots_per_slab) as u32, word as u32];
+            places[expert] = Place { slab: (slot / self.slots_per_slab) as u32, offset_words: word as u32 };
         }
         self.pipelines.gpu().write(&self.places, 0, bytemuck::cast_slice(&places));
         let mut recorder = Recorder::new(&self.pipelines);
@@ -550,35 +537,32 @@ impl Machine {
             d_model: shape.d_model as u32,
             expert_width: shape.expert_width as u32,
         };
-        expert_gate_up::record(
-            r,
-            self.expert_dtype,
-            params,
-            buffers.normed.whole(),
-            buffers.permutation.whole(),
-            buffers.offsets.whole(),
-            self.places.whole(),
-            self.hidden.whole(),
-            self.gate.bindings(),
-            self.up.bindings(),
-        )?;
+        let bindings = expert_gate_up::Bindings {
+            x: buffers.normed.whole(),
+            permutation: buffers.permutation.whole(),
+            offsets: buffers.offsets.whole(),
+            places: self.places.whole(),
+            h: self.hidden.whole(),
+            gate: self.gate.bindings(),
+            up: self.up.bindings(),
+        };
+        let variant = Variant::new(self.expert_dtype);
+        expert_gate_up::record(r, &variant, params, bindings)?;
         let params = expert_down::Params {
             n_assignments,
             n_experts: shape.experts as u32,
             d_model: shape.d_model as u32,
             expert_width: shape.expert_width as u32,
         };
-        expert_down::record(
-            r,
-            self.expert_dtype,
-            params,
-            self.hidden.whole(),
-            buffers.permutation.whole(),
-            buffers.offsets.whole(),
-            self.places.whole(),
-            buffers.expert_out.whole(),
-            self.down.bindings(),
-        )?;
+        let bindings = expert_down::Bindings {
+            h: self.hidden.whole(),
+            permutation: buffers.permutation.whole(),
+            offsets: buffers.offsets.whole(),
+            places: self.places.whole(),
+            y: buffers.expert_out.whole(),
+            down: self.down.bindings(),
+        };
+        expert_down::record(r, &variant, params, bindings)?;
         if chunk + 1 == self.plan.chunks().len() {
             let params = expert_combine::Params {
                 n_rows: buffers.n_rows as u32,
@@ -598,7 +582,7 @@ impl Machine {
 
     /// Final norm and LM head over the sampled rows; greedy ids of all of them, whole logits of those in `wants_logits`
     /// (ascending indices into the sampled rows), `[n, V]`.
-    pub fn head(&self, group: usize, wants_logits: &[usize]) -> Result<(Vec<Greedy>, Vec<f32>), GpuError> {
+    pub fn head(&self, group: usize, wants_logits: &[usize]) -> Result<(Vec<Sample>, Vec<f32>), GpuError> {
         let shape = &self.config.shape;
         let buffers = &self.groups[group];
         let (d_model, vocab) = (shape.d_model, shape.vocab);
@@ -625,7 +609,7 @@ impl Machine {
                 wanted.push(self.logits.slice(words(row * vocab)..words((row + 1) * vocab)));
             }
             let mut read = self.pipelines.gpu().read_many(&wanted)?.into_iter();
-            greedy.extend(bytemuck::pod_collect_to_vec::<u8, Greedy>(&read.next().expect("the ids")));
+            greedy.extend(bytemuck::pod_collect_to_vec::<u8, Sample>(&read.next().expect("the ids")));
             for row in read {
                 logits.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&row));
             }
