@@ -22,7 +22,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use minijinja::value::Kwargs;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -166,8 +167,9 @@ impl ChatTemplate {
     /// Compiles a template; `origin` names it in messages.
     pub fn from_source(origin: String, source: &str, special: SpecialTokens) -> Result<Self, ChatTemplateError> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let malformed = |error| ChatTemplateError::Malformed { origin: origin.clone(), message: in_words(&error) };
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(malformed)?;
+        environment.set_syntax(syntax);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
@@ -178,10 +180,13 @@ impl ChatTemplate {
             strftime(&format, now).map_err(|message| minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_filter("tojson", tojson);
-        match environment.add_template_owned(NAME, without_generation_blocks(source)) {
-            Ok(()) => Ok(Self { environment, special, origin }),
-            Err(error) => Err(ChatTemplateError::Malformed { origin, message: in_words(&error) }),
-        }
+        environment.set_formatter(|out, state, value| match value.kind() {
+            ValueKind::None => Ok(out.write_str("None")?), // as Python prints them
+            ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
+            _ => minijinja::escape_formatter(out, state, value),
+        });
+        environment.add_template_owned(NAME, without_generation_blocks(source)).map_err(malformed)?;
+        Ok(Self { environment, special, origin })
     }
 
     /// The prompt's text. `add_generation_prompt` opens the assistant's turn; `arguments` are further variables
@@ -209,7 +214,7 @@ impl ChatTemplate {
         variables.insert("messages".into(), messages);
 
         let template = self.environment.get_template(NAME).map_err(|error| failed(in_words(&error)))?;
-        template.render(variables).map_err(|error| match raised(&error) {
+        template.render(minijinja::Value::from(Serde(variables))).map_err(|error| match raised(&error) {
             Some(message) => ChatTemplateError::Raised(message),
             None => failed(in_words(&error)),
         })
