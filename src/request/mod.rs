@@ -1,4 +1,13 @@
 //! Text ⇄ tokens ⇄ rows: what the user asked, and what they get back.
+//!
+//! ```text
+//! file line ─▶ BatchLine ─▶ chat template ─▶ tokenizer ─▶ Request ─▶ (the engine) ─▶ logits ─▶ sampler ─▶ token
+//!    batch_file               chat_template      tokenizer                                                   │
+//! file line ◀─ OutputLine ◀─ RequestOutput ◀─ Completion ◀──────── CompletionText (detokenises, stops) ◀────┘
+//! ```
+//!
+//! Nothing here knows of a GPU, and nothing here can be made to panic by a file: a bad line, a bad template or a bad
+//! tokenizer is a value that says what is wrong.
 
 pub mod batch_file;
 pub mod batcher;
@@ -6,8 +15,8 @@ pub mod chat_template;
 pub mod sampler;
 pub mod tokenizer;
 
-/// How tokens are chosen, vLLM's field names and defaults. `None` means "not said by the request": the checkpoint's
-/// generation_config.json decides, else the default below.
+/// How tokens are chosen: vLLM's field names and defaults. What a request leaves open has been filled in already: by
+/// the checkpoint's generation_config.json ([`batch_file::GenerationDefaults`]), else by the default below.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// Completions per prompt. They share the prompt's KV blocks.
@@ -30,9 +39,11 @@ pub struct SamplingParams {
     pub stop_token_ids: Vec<u32>,
     pub include_stop_str_in_output: bool,
     pub ignore_eos: bool,
-    pub max_tokens: usize,
+    /// `None` = until the model's last position.
+    pub max_tokens: Option<usize>,
+    /// No end-of-sequence or stop token before this many are generated.
     pub min_tokens: usize,
-    /// Report the log-probability of each chosen token and of this many alternatives.
+    /// Report the log-probability of each chosen token and of this many likeliest ones.
     pub logprobs: Option<usize>,
     /// Added to the logits of these tokens before anything else; -100..=100.
     pub logit_bias: Vec<(u32, f32)>,
@@ -55,7 +66,7 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             include_stop_str_in_output: false,
             ignore_eos: false,
-            max_tokens: 16,
+            max_tokens: Some(16),
             min_tokens: 0,
             logprobs: None,
             logit_bias: Vec::new(),
@@ -71,8 +82,6 @@ pub struct Request {
     pub custom_id: String,
     pub prompt: Vec<u32>,
     pub params: SamplingParams,
-    /// Prepend the prompt's text to the completion's (`echo` of /v1/completions).
-    pub echo: bool,
 }
 
 /// Why a completion ended.
@@ -110,6 +119,7 @@ pub struct PositionLogprobs {
 pub struct Completion {
     /// 0..n.
     pub index: usize,
+    /// The continuation alone: `echo` is the batch file's business.
     pub text: String,
     pub token_ids: Vec<u32>,
     pub finish_reason: FinishReason,
@@ -135,4 +145,15 @@ pub enum RequestError {
     TooLong { needed: usize, limit: String },
     #[error("the model's logits are not numbers (NaN) at position {position}: {hint}")]
     NotANumber { position: usize, hint: &'static str },
+}
+
+impl RequestError {
+    /// The `code` of an error line.
+    pub fn code(&self) -> &'static str {
+        match self {
+            RequestError::Invalid(_) => "invalid_request",
+            RequestError::TooLong { .. } => "context_length_exceeded",
+            RequestError::NotANumber { .. } => "not_a_number",
+        }
+    }
 }

@@ -5,3 +5,8 @@ mod config;
 mod fixtures;
 mod shaders;
 mod units;
+mod request_batch_file;
+mod request_chat_template;
+mod request_sampler;
+mod request_tokenizer;
+mod small_tokenizers;
