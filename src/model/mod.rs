@@ -22,6 +22,7 @@ pub use config::{ConfigError, ModelConfig};
 pub use sizes::{Kind, Sizes};
 pub use weight_names::{ExpertMatrix, Role, TensorSpec, tensors};
 pub use shape::{AttentionShape, Shape};
+
 /// The model families that this crate knows. One file per family says what only that family does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
