@@ -56,8 +56,8 @@ impl ParamType for f32 {
     const WGSL: &'static str = "f32";
 }
 
-/// Defines the struct that a kernel reads as immediates, together with the list of its fields (`FIELDS`), which
-/// `tests/host/shaders.rs` compares with the WGSL struct.
+/// Defines a struct that a kernel reads as immediates (or reads or writes in a buffer), together with the list of its fields
+/// (`FIELDS`), which `tests/host/shaders.rs` compares with the WGSL struct.
 macro_rules! params {
     ($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)* }) => {
         $(#[$meta])*

@@ -4,7 +4,12 @@
 //! Guarantees: **row independence** – a row's result does not depend on which rows share its dispatch, so every sum has one
 //! order that no row count and no tunable changes. Portable versions only: no subgroups, no f16 arithmetic.
 
+pub mod embed;
+pub mod layer_norm;
+pub mod lm_head_sample;
+pub mod matmul;
 pub mod rms_norm;
+pub mod rotary;
 
 use crate::gpu::Kernel;
 
@@ -12,4 +17,11 @@ use crate::gpu::Kernel;
 pub const BLOCK_TOKENS: usize = 32;
 
 /// Every kernel there is. Tests walk this list.
-pub static ALL: &[&Kernel] = &[&rms_norm::RMS_NORM];
+pub static ALL: &[&Kernel] = &[
+    &embed::EMBED,
+    &layer_norm::LAYER_NORM,
+    &lm_head_sample::LM_HEAD_SAMPLE,
+    &matmul::MATMUL,
+    &rms_norm::RMS_NORM,
+    &rotary::ROTARY,
+];

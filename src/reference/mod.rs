@@ -1,4 +1,9 @@
 //! One file per op, same stem as its kernel: plain loops, f64 sums. The oracle for `kernels/` and `cpu/`, and the clearest code here.
 
 pub mod attention;
+pub mod embed;
+pub mod layer_norm;
+pub mod lm_head_sample;
+pub mod matmul;
 pub mod rms_norm;
+pub mod rotary;

@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, OnceLock};
 
-use fulmen::gpu::{Buffer, DeviceChoice, Gpu, Pipelines, Slice};
+use fulmen::checkpoint::Dtype;
+use fulmen::gpu::{Buffer, DeviceChoice, Gpu, GpuError, Pipelines, Recorder, Slice};
+
+pub const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
 
 /// The device that all tests share; FULMEN_DEVICE chooses it as `--device` does.
 pub fn pipelines() -> &'static Pipelines {
@@ -48,10 +51,41 @@ pub fn upload<T: bytemuck::NoUninit>(values: &[T]) -> Buffer {
     pipelines().gpu().buffer_with("test input", bytemuck::cast_slice(values)).expect("small buffer")
 }
 
+/// `values` rounded to `dtype`: as a device buffer of that type, and widened again for the reference.
+pub fn upload_weights(dtype: Dtype, values: &[f32]) -> (Buffer, Vec<f32>) {
+    let bytes: Vec<u8> = match dtype {
+        Dtype::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    };
+    (upload(&bytes), dtype.read_all(&bytes))
+}
+
+/// Records, submits and waits.
+pub fn run(record: impl FnOnce(&mut Recorder<'_>) -> Result<(), GpuError>) {
+    let mut recorder = Recorder::new(pipelines());
+    record(&mut recorder).expect("kernel compiles");
+    recorder.submit().expect("device works");
+    pipelines().gpu().wait().expect("device works");
+}
+
+fn poison(index: usize) -> u32 {
+    0x7fc0_0000 | (index as u32 & 0xffff)
+}
+
 /// A device buffer of `n` words, each a NaN with a pattern of its own, so that an element nobody wrote is seen.
 pub fn poisoned(n: usize) -> Buffer {
-    let words: Vec<u32> = (0..n.max(1) as u32).map(|i| 0x7fc0_0000 | (i & 0xffff)).collect();
+    let words: Vec<u32> = (0..n.max(1)).map(poison).collect();
     upload(&words)
+}
+
+/// Panics where word `index` of a buffer of [`poisoned`] was written.
+pub fn assert_untouched(what: &str, words: &[u32], index: usize) {
+    assert_eq!(words[index], poison(index), "{what}: word {index} is outside of the result and was written");
+}
+
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
 }
 
 pub fn download<T: bytemuck::Pod>(slice: Slice<'_>) -> Vec<T> {

@@ -3,10 +3,11 @@
 
 use std::path::Path;
 
-use fulmen::gpu::{Access, Kernel, Variant};
+use fulmen::gpu::{Access, Kernel, ParamField, Variant};
+use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
 use fulmen::kernels::{ALL, BLOCK_TOKENS};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use naga::{AddressSpace, Module, StorageAccess, TypeInner};
+use naga::{AddressSpace, Handle, Module, StorageAccess, Type, TypeInner};
 
 /// What the smallest adapters have: Vulkan promises 16 KiB of workgroup memory, WebGPU 256 invocations.
 const MAX_WORKGROUP_BYTES: u32 = 16 << 10;
@@ -44,8 +45,24 @@ fn wgsl_name(inner: &TypeInner) -> &'static str {
         TypeInner::Scalar(naga::Scalar::U32) => "u32",
         TypeInner::Scalar(naga::Scalar::I32) => "i32",
         TypeInner::Scalar(naga::Scalar::F32) => "f32",
-        _ => panic!("a parameter is no 32-bit scalar: {inner:?}"),
+        _ => panic!("a field is no 32-bit scalar: {inner:?}"),
     }
+}
+
+fn assert_same_struct(what: &str, module: &Module, ty: Handle<Type>, declared: &[ParamField], bytes: usize) {
+    let Type { name, inner: TypeInner::Struct { members, span } } = &module.types[ty] else {
+        panic!("{what}: {:?} is no struct", module.types[ty]);
+    };
+    let fields: Vec<_> = members
+        .iter()
+        .map(|member| {
+            let name = member.name.as_deref().expect("WGSL members have names");
+            (name, member.offset as usize, wgsl_name(&module.types[member.ty].inner))
+        })
+        .collect();
+    let declared: Vec<_> = declared.iter().map(|field| (field.name, field.offset, field.wgsl_type)).collect();
+    assert_eq!(fields, declared, "{what}: fields of {name:?}");
+    assert_eq!(*span as usize, bytes, "{what}: size of {name:?}");
 }
 
 #[test]
@@ -98,22 +115,16 @@ fn params_have_the_layout_of_the_rust_struct() {
             module.global_variables.iter().filter(|(_, variable)| variable.space == AddressSpace::Immediate);
         let (_, params) = immediates.next().unwrap_or_else(|| panic!("{what}: has no immediates"));
         assert!(immediates.next().is_none(), "{what}: has two immediates");
-        let TypeInner::Struct { members, span } = &module.types[params.ty].inner else {
-            panic!("{what}: its immediates are no struct");
-        };
-        assert_eq!(*span as usize, kernel.param_bytes, "{what}: size of the parameters");
+        assert_same_struct(&what, module, params.ty, kernel.params, kernel.param_bytes);
         assert!(kernel.param_bytes <= 128, "{what}: Vulkan promises 128 bytes of push constants");
-        let fields: Vec<_> = members
-            .iter()
-            .map(|member| {
-                let name = member.name.clone().expect("WGSL members have names");
-                (name, member.offset as usize, wgsl_name(&module.types[member.ty].inner))
-            })
-            .collect();
-        let declared: Vec<_> =
-            kernel.params.iter().map(|field| (field.name.to_owned(), field.offset, field.wgsl_type)).collect();
-        assert_eq!(fields, declared, "{what}: fields of the parameters");
     });
+}
+
+#[test]
+fn samples_have_the_layout_of_the_rust_struct() {
+    let module = specialise(&LM_HEAD_SAMPLE, &LM_HEAD_SAMPLE.variants()[0]);
+    let (sample, _) = module.types.iter().find(|(_, t)| t.name.as_deref() == Some("Sample")).expect("it has a Sample");
+    assert_same_struct("lm_head_sample", &module, sample, Sample::FIELDS, size_of::<Sample>());
 }
 
 #[test]
@@ -128,6 +139,7 @@ fn block_size_is_the_same_in_every_shader() {
 }
 
 /// An override that no tunable names could not be chosen, and a default that differs would run where nobody chose.
+/// Overrides computed from others are no choices.
 #[test]
 fn tunables_are_the_overrides_and_the_first_value_is_the_default() {
     for kernel in ALL {
@@ -136,12 +148,13 @@ fn tunables_are_the_overrides_and_the_first_value_is_the_default() {
         let mut overrides: Vec<_> = module
             .overrides
             .iter()
-            .map(|(_, o)| {
-                let init = o.init.map(|init| &module.global_expressions[init]);
-                let Some(naga::Expression::Literal(naga::Literal::U32(default))) = init else {
-                    panic!("{}: the default of {:?} is no u32 literal", kernel.name, o.name);
-                };
-                (o.name.as_deref().expect("overrides have names"), *default)
+            .filter_map(|(_, o)| {
+                let name = o.name.as_deref()?; // naga makes nameless ones for sizes that are expressions
+                match o.init.map(|init| &module.global_expressions[init]) {
+                    Some(naga::Expression::Literal(naga::Literal::U32(default))) => Some((name, *default)),
+                    Some(naga::Expression::Binary { .. }) => None,
+                    init => panic!("{}: override {name} starts as {init:?}", kernel.name),
+                }
             })
             .collect();
         overrides.sort_by_key(|(name, _)| names.iter().position(|n| n == name));
