@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 
 pub use dtype::Dtype;
 pub use fault::{CheckpointError, Fault, Faults};
-pub use inventory::Inventory;
+pub use inventory::{Inventory, Placed};
 pub use summary::Summary;
 
 use crate::model::{ModelConfig, Role};

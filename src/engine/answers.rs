@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use super::{Engine, Event};
-use crate::execute::machine::Greedy;
+use crate::kernels::lm_head_sample::Sample as HeadSample;
 use crate::request::batcher::{Batcher, GroupRows, SequenceId};
 use crate::request::sampler::{LogitsError, TokenCounts, sample, stream_seed};
 use crate::request::tokenizer::{CompletionText, Tokenizer};
@@ -52,7 +52,7 @@ pub(super) struct Answers<'e> {
 
 /// What a sampled row has to choose from.
 pub(super) struct RowHead<'a> {
-    pub greedy: Greedy,
+    pub sample: HeadSample,
     /// There where [`Answers::needs_logits`] said so.
     pub logits: Option<&'a [f32]>,
     pub position: usize,
@@ -180,10 +180,10 @@ impl<'e> Answers<'e> {
                     .map(|sampled| (sampled.token, sampled.logprobs))
                     .map_err(|error| logits_error(error, head.position))
             }
-            None if head.greedy.nan != 0 => {
+            None if head.sample.nan != 0 => {
                 Err(RequestError::NotANumber { position: head.position, hint: NAN_HINT })
             }
-            None => Ok((head.greedy.id, None)),
+            None => Ok((head.sample.id, None)),
         };
         let (token, logprobs) = match chosen {
             Ok(chosen) => chosen,

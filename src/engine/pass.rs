@@ -19,8 +19,9 @@ use super::WorkError;
 use crate::checkpoint::Checkpoint;
 use crate::cpu::attention::{DecodeRow, attend};
 use crate::cpu::isa::Isa;
-use crate::execute::machine::{Attended, DeviceRows, Greedy, NO_SLOT, attention_scale};
+use crate::execute::machine::{Attended, DeviceRows, NO_SLOT, attention_scale};
 use crate::execute::{Machine, Worker};
+use crate::kernels::lm_head_sample::Sample;
 use crate::memory::kv_cache::BLOCK_TOKENS;
 use crate::model::{AttentionShape, ModelConfig};
 use crate::policy::AttentionPlace;
@@ -49,9 +50,9 @@ pub(super) struct Fetched {
 /// What `Head` found.
 #[derive(Debug, Default)]
 pub(super) struct HeadRows {
-    /// Row of the group that each entry of `greedy` belongs to.
+    /// Row of the group that each entry of `samples` belongs to.
     rows: Vec<usize>,
-    greedy: Vec<Greedy>,
+    samples: Vec<Sample>,
     /// Index into `rows` of each whole row of `logits`, ascending.
     with_logits: Vec<usize>,
     logits: Vec<f32>,
@@ -189,8 +190,8 @@ impl PassWorker<'_, '_> {
         let with_logits: Vec<usize> = (0..sampled.len())
             .filter(|index| self.every_logit || self.answers.needs_logits(rows[sampled[*index]].sequence))
             .collect();
-        let (greedy, logits) = self.machine.head(group, &with_logits)?;
-        self.head = HeadRows { rows: sampled, greedy, with_logits, logits };
+        let (samples, logits) = self.machine.head(group, &with_logits)?;
+        self.head = HeadRows { rows: sampled, samples, with_logits, logits };
         Ok(())
     }
 
@@ -200,7 +201,7 @@ impl PassWorker<'_, '_> {
         let head = std::mem::take(&mut self.head);
         let vocab = self.config.shape.vocab;
         let mut whole = head.with_logits.iter().copied().zip(head.logits.chunks_exact(vocab)).peekable();
-        for (index, (row, greedy)) in head.rows.iter().zip(&head.greedy).enumerate() {
+        for (index, (row, sample)) in head.rows.iter().zip(&head.samples).enumerate() {
             let row = &rows.rows[*row];
             let logits = whole.next_if(|(with, _)| *with == index).map(|(_, logits)| logits);
             if let (Some(logits), true) = (logits, self.every_logit) {
@@ -208,8 +209,8 @@ impl PassWorker<'_, '_> {
             }
             if row.sampled {
                 let wanted = logits.filter(|_| self.answers.needs_logits(row.sequence));
-                let head = RowHead { greedy: *greedy, logits: wanted, position: row.position };
-                self.answers.sampled(row.sequence, head, self.batcher);
+                let row_head = RowHead { sample: *sample, logits: wanted, position: row.position };
+                self.answers.sampled(row.sequence, row_head, self.batcher);
             }
         }
         // Rows of requests that failed elsewhere were carried along; what is left of them goes now.

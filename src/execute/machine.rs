@@ -14,9 +14,10 @@ use half::f16;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::gpu::{Buffer, GpuError, Pipelines, Recorder, Slice, Variant};
 use crate::kernels::{
-    embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample, matmul, prompt_attention, decode_attention,
-    rms_norm, rotary, router_topk, slabs::{N_SLABS, Place},
+    decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample, matmul,
+    paged_attention, prompt_attention, rms_norm, rotary, router_topk, slabs::{N_SLABS, Place},
 };
+use crate::kernels::lm_head_sample::Sample;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{ExpertMatrix, ModelConfig, Role};
@@ -130,6 +131,7 @@ pub struct Machine {
     hidden: Buffer,
     places: Buffer,
     head_rows: Buffer,
+    head_normed: Buffer,
     logits: Buffer,
     greedy: Buffer,
 }
@@ -223,7 +225,8 @@ impl Machine {
             router_logits: gpu.buffer("router logits", words(rows * shape.experts))?,
             hidden: gpu.buffer("expert hidden rows", words(assignments * shape.expert_width))?,
             places: gpu.buffer("expert places", words(2 * shape.experts))?,
-            head_rows: gpu.buffer("rows of the LM head", words(extents.head_rows * shape.d_model * 2))?,
+            head_rows: gpu.buffer("sampled residual rows", words(extents.head_rows * shape.d_model))?,
+            head_normed: gpu.buffer("normed sampled rows", words(extents.head_rows * shape.d_model))?,
             logits: gpu.buffer("logits", words(extents.head_rows * shape.vocab))?,
             greedy: gpu.buffer("greedy ids", words(4 * extents.head_rows))?,
             plan,
@@ -426,7 +429,7 @@ impl Machine {
         let shape = &self.config.shape;
         let buffers = &self.groups[group];
         let mut recorder = Recorder::new(&self.pipelines);
-        let params = |n_rows: usize| prompt_attention::Params {
+        let params = |n_rows: usize| paged_attention::Params {
             n_rows: n_rows as u32,
             q_heads: shape.q_heads as u32,
             kv_heads: shape.kv_heads as u32,
@@ -435,13 +438,19 @@ impl Machine {
             window: self.config.sliding_window.unwrap_or(0) as u32,
             scale: attention_scale(&self.config),
         };
-        let (qkv, table) = (self.qkv.whole(), buffers.block_table.whole());
-        let (blocks, out) = (self.kv_blocks.whole(), self.attention.whole());
-        let r = &mut recorder;
-        let (rows, n) = (buffers.attended_decode.whole(), buffers.n_decode_attended);
-        decode_attention::record(r, params(n), qkv, rows, table, blocks, out)?;
-        let (rows, n) = (buffers.attended_prompt.whole(), buffers.n_prompt_attended);
-        prompt_attention::record(r, params(n), qkv, rows, table, blocks, out)?;
+        let bindings = |rows| paged_attention::Bindings {
+            qkv: self.qkv.whole(),
+            rows,
+            block_table: buffers.block_table.whole(),
+            kv_blocks: self.kv_blocks.whole(),
+            out: self.attention.whole(),
+        };
+        // Nothing of an attention kernel depends on a weight type.
+        let (r, variant) = (&mut recorder, Variant::new(Dtype::F32));
+        let decode = params(buffers.n_decode_attended);
+        decode_attention::record(r, &variant, decode, bindings(buffers.attended_decode.whole()))?;
+        let prompt = params(buffers.n_prompt_attended);
+        prompt_attention::record(r, &variant, prompt, bindings(buffers.attended_prompt.whole()))?;
         self.finish(recorder)
     }
 
@@ -593,8 +602,7 @@ impl Machine {
             let n = (buffers.n_sampled - first).min(self.extents.head_rows);
             let mut recorder = Recorder::new(&self.pipelines);
             let r = &mut recorder;
-            let half = words(self.extents.head_rows * d_model);
-            let (rows, normed) = (self.head_rows.slice(0..half), self.head_rows.slice(half..2 * half));
+            let (rows, normed) = (self.head_rows.whole(), self.head_normed.whole());
             let sampled = buffers.sampled.slice(words(first)..words(first + n));
             let gather = embed::Params { n_rows: n as u32, d_model: d_model as u32 };
             embed::record(r, Dtype::F32, gather, sampled, buffers.x.whole(), rows)?;

@@ -65,6 +65,7 @@ pub fn record(
 ) -> Result<(), GpuError> {
     let Bindings { x, permutation, offsets, places, h, gate, up } = bindings;
     let slices: Vec<_> = [x, permutation, offsets, places, h].into_iter().chain(gate).chain(up).collect();
-    let workgroups = slabs::tiles(&EXPERT_GATE_UP, variant, params.n_assignments, params.n_experts, params.expert_width);
+    let workgroups =
+        slabs::tiles(&EXPERT_GATE_UP, variant, params.n_assignments, params.n_experts, params.expert_width);
     recorder.dispatch(&EXPERT_GATE_UP, variant, &params, &slices, workgroups)
 }

@@ -1,6 +1,6 @@
 //! What `prompt_attention` and `decode_attention` share: parameters, bindings, grid.
 
-use crate::gpu::{Access::*, Access, GpuError, Kernel, Recorder, Slice, Variant, params};
+use crate::gpu::{Access, Access::*, GpuError, Kernel, Recorder, Slice, Variant, params};
 
 params! {
     /// Immediates of `shaders/shared/paged_attention.wgsl`.

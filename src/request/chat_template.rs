@@ -142,6 +142,7 @@ pub(super) fn kind(value: &Value) -> &'static str {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: SpecialTokens,
+    source: String,
     /// Where it came from, for messages.
     origin: String,
 }
@@ -186,7 +187,7 @@ impl ChatTemplate {
             _ => minijinja::escape_formatter(out, state, value),
         });
         environment.add_template_owned(NAME, without_generation_blocks(source)).map_err(malformed)?;
-        Ok(Self { environment, special, origin })
+        Ok(Self { environment, special, source: source.to_owned(), origin })
     }
 
     /// The prompt's text. `add_generation_prompt` opens the assistant's turn; `arguments` are further variables
@@ -218,6 +219,11 @@ impl ChatTemplate {
             Some(message) => ChatTemplateError::Raised(message),
             None => failed(in_words(&error)),
         })
+    }
+
+    /// The template itself.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Where the template came from.

@@ -1,6 +1,7 @@
 //! Everything that needs an adapter. Without one each trial is reported as ignored, with the reason in its kind.
 
 mod common;
+mod goldens;
 mod kernels;
 
 use libtest_mimic::{Arguments, Trial};
@@ -9,6 +10,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(kernels::trials());
+    trials.extend(goldens::trials());
     if fulmen::gpu::list_adapters().is_empty() {
         trials = trials
             .into_iter()
