@@ -9,7 +9,7 @@ pub mod shape;
 pub mod weight_names;
 
 pub use config::{ConfigError, ModelConfig};
-pub use shape::Shape;
+pub use shape::{AttentionShape, Shape};
 pub use weight_names::{ExpertMatrix, Role, TensorSpec};
 
 /// The model families that this crate knows. One file per family says what only that family does.
