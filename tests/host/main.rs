@@ -1,0 +1,4 @@
+//! Tests that need no GPU: one binary, because each one links the whole crate.
+
+mod common;
+mod kv_cache;
