@@ -65,7 +65,8 @@ impl EngineError {
     pub fn device_lost(&self) -> bool {
         matches!(
             self,
-            EngineError::Gpu(GpuError::Lost(_)) | EngineError::Task(TaskError { source: WorkError::Gpu(GpuError::Lost(_)), .. })
+            EngineError::Gpu(GpuError::Lost(_))
+                | EngineError::Task(TaskError { source: WorkError::Gpu(GpuError::Lost(_)), .. })
         )
     }
 }
@@ -154,9 +155,7 @@ impl EngineBuilder {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let limits = MachineLimits {
             device_bytes: self.gpu_memory.unwrap_or_else(|| gpu.memory_bytes().unwrap_or(2 << 30) / 10 * 9),
-            host_bytes: self
-                .host_memory
-                .unwrap_or_else(|| host_memory::available_bytes().unwrap_or(4 << 30) / 10 * 8),
+            host_bytes: self.host_memory.unwrap_or_else(|| host_memory::available_bytes().unwrap_or(4 << 30) / 10 * 8),
             binding_bytes: gpu.max_binding_bytes(),
             threads,
         };
@@ -246,12 +245,21 @@ impl Prepared {
 /// What happens in a run, told as it happens.
 pub enum Event<'a> {
     /// More text of a completion is certain.
-    Text { custom_id: &'a str, index: usize, text: &'a str },
+    Text {
+        custom_id: &'a str,
+        index: usize,
+        text: &'a str,
+    },
     Finished(RequestOutput),
     /// A pass has run.
     Pass(PassReport<'a>),
     /// A row's logits, where [`RunOptions::every_logit`] asked for all of them.
-    Logits { custom_id: &'a str, index: usize, position: usize, logits: &'a [f32] },
+    Logits {
+        custom_id: &'a str,
+        index: usize,
+        position: usize,
+        logits: &'a [f32],
+    },
 }
 
 /// One pass: its rows by group, and when each task ran.

@@ -20,8 +20,9 @@ pub struct LoadProgress {
 impl LoadProgress {
     pub fn new() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            ProgressBar::new(0)
-                .with_style(ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes} {eta}").expect("valid"))
+            ProgressBar::new(0).with_style(
+                ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes} {eta}").expect("valid"),
+            )
         });
         Self { bar, started: Instant::now(), last_line: Instant::now() }
     }
@@ -83,7 +84,8 @@ impl RunProgress {
             let elapsed = HumanDuration(self.started.elapsed());
             match self.total.filter(|total| *total > 0 && finished > 0) {
                 Some(total) => {
-                    let left = Duration::from_secs_f64(seconds * total.saturating_sub(finished) as f64 / finished as f64);
+                    let left =
+                        Duration::from_secs_f64(seconds * total.saturating_sub(finished) as f64 / finished as f64);
                     let percent = 100 * finished / total;
                     eprintln!("{percent}% | {finished}/{total} [{elapsed}, {} left, {rate}]", HumanDuration(left));
                 }

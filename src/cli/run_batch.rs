@@ -194,8 +194,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     }
     // Opened last of what can fail at once: --overwrite empties it.
     let error_file = arguments.error_file.as_deref();
-    let (writer, finished) =
-        ResultWriter::open(&arguments.output_file, error_file, &arguments.input_file, existing)?;
+    let (writer, finished) = ResultWriter::open(&arguments.output_file, error_file, &arguments.input_file, existing)?;
     if arguments.resume {
         eprintln!("resuming: {} lines are finished already", finished.len());
     }
@@ -258,11 +257,8 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
     let seconds = summary.elapsed.as_secs_f64();
     let rate = summary.generated_tokens as f64 / seconds.max(1e-9);
     if arguments.json_summary {
-        let busy: serde_json::Map<String, serde_json::Value> = summary
-            .busy
-            .iter()
-            .map(|(lane, busy)| (lane.name().to_owned(), busy.as_secs_f64().into()))
-            .collect();
+        let busy: serde_json::Map<String, serde_json::Value> =
+            summary.busy.iter().map(|(lane, busy)| (lane.name().to_owned(), busy.as_secs_f64().into())).collect();
         eprintln!(
             "{}",
             serde_json::json!({

@@ -58,7 +58,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let mut results = HashMap::new();
     for line in lines(&arguments.results)? {
         let line = line?;
-        let Some(id) = line["custom_id"].as_str() else { bail!("{}: a line without custom_id", arguments.results.display()) };
+        let Some(id) = line["custom_id"].as_str() else {
+            bail!("{}: a line without custom_id", arguments.results.display())
+        };
         results.insert(id.to_owned(), text(&line).map(|text| text.trim().to_owned()));
     }
     let mut kinds: BTreeMap<String, Tally> = BTreeMap::new();

@@ -112,7 +112,11 @@ impl<'e> Answers<'e> {
         let choices = (0..request.params.n)
             .map(|n| Choice {
                 seed: stream_seed(request.params.seed, &request.custom_id, n),
-                counts: if request.params.needs_counts() { TokenCounts::new(&request.prompt) } else { Default::default() },
+                counts: if request.params.needs_counts() {
+                    TokenCounts::new(&request.prompt)
+                } else {
+                    Default::default()
+                },
                 text: self.tokenizer.as_ref().map(|tokenizer| CompletionText::new(tokenizer, &request.params)),
                 told: 0,
                 tokens: Vec::new(),
@@ -180,9 +184,7 @@ impl<'e> Answers<'e> {
                     .map(|sampled| (sampled.token, sampled.logprobs))
                     .map_err(|error| logits_error(error, head.position))
             }
-            None if head.sample.nan != 0 => {
-                Err(RequestError::NotANumber { position: head.position, hint: NAN_HINT })
-            }
+            None if head.sample.nan != 0 => Err(RequestError::NotANumber { position: head.position, hint: NAN_HINT }),
             None => Ok((head.sample.id, None)),
         };
         let (token, logprobs) = match chosen {

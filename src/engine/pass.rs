@@ -14,8 +14,8 @@
 
 use half::f16;
 
-use super::answers::{Answers, RowHead};
 use super::WorkError;
+use super::answers::{Answers, RowHead};
 use crate::checkpoint::Checkpoint;
 use crate::cpu::attention::{DecodeRow, attend};
 use crate::cpu::isa::Isa;

@@ -13,11 +13,12 @@ use half::f16;
 
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::gpu::{Buffer, GpuError, Pipelines, Recorder, Slice, Variant};
+use crate::kernels::lm_head_sample::Sample;
 use crate::kernels::{
     decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample, matmul,
-    paged_attention, prompt_attention, rms_norm, rotary, router_topk, slabs::{N_SLABS, Place},
+    paged_attention, prompt_attention, rms_norm, rotary, router_topk,
+    slabs::{N_SLABS, Place},
 };
-use crate::kernels::lm_head_sample::Sample;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{ExpertMatrix, ModelConfig, Role};
@@ -217,10 +218,8 @@ impl Machine {
             rope_table: gpu.buffer_with("rotary table", bytemuck::cast_slice(&rope))?,
             qkv: gpu.buffer("projected rows", words(rows * shape.qkv_width()))?,
             kv_rows: gpu.buffer("new keys and values", words(rows * shape.kv_width()))?,
-            kv_blocks: gpu.buffer(
-                "KV workspace",
-                extents.workspace_blocks as u64 * workspace_block_bytes(checkpoint.config()),
-            )?,
+            kv_blocks: gpu
+                .buffer("KV workspace", extents.workspace_blocks as u64 * workspace_block_bytes(checkpoint.config()))?,
             attention: gpu.buffer("attention output", words(rows * shape.q_width()))?,
             router_logits: gpu.buffer("router logits", words(rows * shape.experts))?,
             hidden: gpu.buffer("expert hidden rows", words(assignments * shape.expert_width))?,
@@ -323,7 +322,14 @@ impl Machine {
         let table = self.dense(Role::Embedding);
         let mut recorder = Recorder::new(&self.pipelines);
         let params = embed::Params { n_rows: buffers.n_rows as u32, d_model: self.config.shape.d_model as u32 };
-        embed::record(&mut recorder, table.dtype, params, buffers.ids.whole(), table.buffer.whole(), buffers.x.whole())?;
+        embed::record(
+            &mut recorder,
+            table.dtype,
+            params,
+            buffers.ids.whole(),
+            table.buffer.whole(),
+            buffers.x.whole(),
+        )?;
         self.finish(recorder)
     }
 
@@ -483,13 +489,7 @@ impl Machine {
             n_assignments: (n * shape.experts_per_token) as u32,
             n_experts: shape.experts as u32,
         };
-        expert_sort::record(
-            r,
-            params,
-            buffers.chosen.whole(),
-            buffers.offsets.whole(),
-            buffers.permutation.whole(),
-        )?;
+        expert_sort::record(r, params, buffers.chosen.whole(), buffers.offsets.whole(), buffers.permutation.whole())?;
         self.finish(recorder)
     }
 

@@ -19,9 +19,9 @@ pub mod sizes;
 pub mod weight_names;
 
 pub use config::{ConfigError, ModelConfig};
+pub use shape::{AttentionShape, Shape};
 pub use sizes::{Kind, Sizes};
 pub use weight_names::{ExpertMatrix, Role, TensorSpec, tensors};
-pub use shape::{AttentionShape, Shape};
 
 /// The model families that this crate knows. One file per family says what only that family does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]

@@ -2,10 +2,10 @@
 
 use std::fmt;
 
+use crate::checkpoint::{Inventory, Placed};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::PageShape;
-use crate::checkpoint::{Inventory, Placed};
 use crate::model::{ModelConfig, Role};
 use crate::policy::{AttentionPlace, Policy};
 use crate::units::human_bytes;
@@ -145,7 +145,8 @@ pub fn fit(
     let words = |n: usize| 4 * n as u64;
     let max_sequences = option("--max-num-seqs", wishes.max_sequences, DEFAULT_SEQUENCES, 1 << 20)?;
     let groups = option("--groups", wishes.groups, DEFAULT_GROUPS, 64)?.min(max_sequences);
-    let pass_rows = option("--max-num-batched-tokens", wishes.pass_rows, DEFAULT_PASS_ROWS.max(max_sequences), 1 << 20)?;
+    let pass_rows =
+        option("--max-num-batched-tokens", wishes.pass_rows, DEFAULT_PASS_ROWS.max(max_sequences), 1 << 20)?;
     let threads = option("--threads", wishes.threads, machine.threads, 1024)?;
 
     // Rows per group: what one binding of each row-wise buffer holds.

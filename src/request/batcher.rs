@@ -302,7 +302,10 @@ impl Batcher {
         for id in queue {
             let in_group = self.sequences.values().filter(|s| s.group == Some(group)).count();
             let running = self.running();
-            if plan.rows.len() >= self.limits.rows_per_group || in_group >= quota || running >= self.limits.max_sequences {
+            if plan.rows.len() >= self.limits.rows_per_group
+                || in_group >= quota
+                || running >= self.limits.max_sequences
+            {
                 break;
             }
             if !self.admit(id)? {
@@ -413,12 +416,8 @@ impl Batcher {
             Storage::Cache(table) => table.blocks().len(),
             Storage::Spilled(_) => 0,
         };
-        let growth: usize = self
-            .sequences
-            .values()
-            .filter(|s| s.group.is_some())
-            .map(|s| expected(s).saturating_sub(held(s)))
-            .sum();
+        let growth: usize =
+            self.sequences.values().filter(|s| s.group.is_some()).map(|s| expected(s).saturating_sub(held(s))).sum();
         let sequence = &self.sequences[&id];
         let fits = growth + expected(sequence).saturating_sub(held(sequence)) <= self.kv.free_blocks();
         // The oldest of all may always come in: whoever runs is younger and can be pushed out.

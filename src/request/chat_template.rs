@@ -41,7 +41,9 @@ pub enum ChatTemplateError {
     Missing { folder: PathBuf },
     #[error("--chat-template {given}: no such file, and not a template either (a template has a {{{{ or {{% in it)")]
     NotATemplate { given: String },
-    #[error("{origin}: several chat templates and none of them is called \"default\": {names}; choose one with --chat-template FILE")]
+    #[error(
+        "{origin}: several chat templates and none of them is called \"default\": {names}; choose one with --chat-template FILE"
+    )]
     NoDefault { origin: String, names: String },
     #[error("{path}: cannot be read")]
     Read { path: PathBuf, source: io::Error },
@@ -54,7 +56,9 @@ pub enum ChatTemplateError {
     Raised(String),
     #[error("{origin}: {message}")]
     Render { origin: String, message: String },
-    #[error("chat template argument {0:?} is taken: messages, add_generation_prompt and the special tokens are set by fulmen")]
+    #[error(
+        "chat template argument {0:?} is taken: messages, add_generation_prompt and the special tokens are set by fulmen"
+    )]
     ReservedArgument(String),
 }
 
@@ -119,7 +123,9 @@ fn content_text(value: &Value) -> Result<String, String> {
         match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
             (Some("text"), Some(text)) => texts.push(text),
             (Some("text"), None) => return Err("a content part of type text needs a string `text`".into()),
-            (Some(other), _) => return Err(format!("content parts of type {other:?} are not supported, only \"text\"")),
+            (Some(other), _) => {
+                return Err(format!("content parts of type {other:?} are not supported, only \"text\""));
+            }
             (None, _) => return Err("a content part must be an object with type and text".into()),
         }
     }
@@ -378,7 +384,17 @@ impl serde_json::ser::Formatter for OneLine {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];

@@ -32,7 +32,8 @@ pub fn check(schedule: &Schedule, shape: &PassShape) -> Result<(), ScheduleFault
         }
     }
     let find = |work: Work| -> Result<usize, ScheduleFault> {
-        let mut places = schedule.tasks.iter().enumerate().filter(|(_, task)| task.work == work).map(|(index, _)| index);
+        let mut places =
+            schedule.tasks.iter().enumerate().filter(|(_, task)| task.work == work).map(|(index, _)| index);
         match (places.next(), places.count()) {
             (Some(place), 0) => Ok(place),
             (first, more) => Err(ScheduleFault::Count { work, count: first.map_or(0, |_| 1 + more) }),

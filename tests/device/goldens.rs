@@ -107,7 +107,10 @@ fn matches_transformers(folder: &Path, attention: AttentionPlace) -> Result<(), 
         let want = &golden.logits[position * vocab..][..vocab];
         let got = &answers.logits[&("golden".to_owned(), position)];
         let largest = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-        let error = got.iter().zip(want).fold(0.0f32, |m, (g, w)| if (g - w).is_nan() { f32::NAN } else { m.max((g - w).abs()) });
+        let error = got
+            .iter()
+            .zip(want)
+            .fold(0.0f32, |m, (g, w)| if (g - w).is_nan() { f32::NAN } else { m.max((g - w).abs()) });
         let relative = error / largest;
         assert!(!relative.is_nan(), "position {position}: NaN");
         if relative > worst.0 {
@@ -116,7 +119,10 @@ fn matches_transformers(folder: &Path, attention: AttentionPlace) -> Result<(), 
     }
     let (error, position) = worst;
     if error > TOLERANCE {
-        return Err(format!("position {position}: off by {error:.2e} of the row's largest logit, allowed {TOLERANCE:.0e}").into());
+        return Err(format!(
+            "position {position}: off by {error:.2e} of the row's largest logit, allowed {TOLERANCE:.0e}"
+        )
+        .into());
     }
     let generated = &golden.ids[golden.prompt.len()..];
     assert_eq!(answers.tokens["golden"], generated, "greedy tokens");

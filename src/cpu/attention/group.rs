@@ -2,6 +2,9 @@
 //!
 //! Everything here is inlined into the one function per level that switches its instructions on.
 
+// Tiles are arrays indexed by two constants at a time: iterators over both hide which accumulator meets which operand.
+#![expect(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use half::f16;
@@ -71,7 +74,7 @@ pub(super) trait Lanes: Copy {
             let magic = Self::splat(12_582_912.0);
             let shifted = self.mul_add(Self::splat(std::f32::consts::LOG2_E), magic);
             let n = shifted.sub(magic);
-            let r = n.mul_add(Self::splat(-0.693_359_375), self);
+            let r = n.mul_add(Self::splat(-355.0 / 512.0), self);
             let r = n.mul_add(Self::splat(2.121_944_4e-4), r);
             let mut poly = Self::splat(1.987_569_1e-4);
             for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
@@ -164,12 +167,16 @@ pub(super) unsafe fn attend<V: Lanes>(group: Group, scratch: &mut Scratch) {
     // Not -inf: a first block whose scores are all -inf would make NaN of -inf - -inf, and the weights are to be 0.
     scratch.max.fill(f32::MIN);
 
+    // One block's K rows and V rows.
     let rows = group.cache.layout().keys(group.kv_head);
-    for index in group.visible.start / BLOCK_TOKENS..group.visible.end.div_ceil(BLOCK_TOKENS) {
+    let block_rows = |block| group.cache.block(group.layer, block)[rows.start..][..2 * rows.len()].split_at(rows.len());
+    let blocks = &group.table.blocks()[..group.visible.end.div_ceil(BLOCK_TOKENS)];
+    for index in group.visible.start / BLOCK_TOKENS..blocks.len() {
         let first_token = index * BLOCK_TOKENS;
         let slots = group.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(group.visible.end - first_token);
-        let block = group.cache.block(group.layer, group.table.blocks()[index]);
-        let (keys, values) = block[rows.start..][..2 * rows.len()].split_at(rows.len());
+        let (keys, values) = block_rows(blocks[index]);
+        let values_ahead = Ahead(&values[slots.start * head_width..slots.end * head_width]);
+        let keys_ahead = Ahead(blocks.get(index + 1).map_or(&[], |&next| block_rows(next).0));
         if slots.len() < BLOCK_TOKENS {
             weights.fill(f32::NEG_INFINITY);
         }
@@ -177,13 +184,13 @@ pub(super) unsafe fn attend<V: Lanes>(group: Group, scratch: &mut Scratch) {
         // SAFETY: the caller vouches for the CPU. `keys` and `values` are [BLOCK_TOKENS, K], `slots` lies within
         // BLOCK_TOKENS, and the scratch rows have the extents that `Scratch` states.
         unsafe {
-            tiles.score::<V>(heads, keys.as_ptr(), q.as_ptr(), group.scale, weights.as_mut_ptr());
+            tiles.score::<V>(heads, keys.as_ptr(), q.as_ptr(), group.scale, weights.as_mut_ptr(), values_ahead);
             for head in 0..heads {
                 let weights = &mut weights[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
                 let weight_sums = &mut weight_sums[head * WIDEST..][..WIDEST];
                 softmax_step::<V>(&mut scratch.max[head], weights, weight_sums, &mut out[head * padded..][..padded]);
             }
-            tiles.weigh::<V>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr());
+            tiles.weigh::<V>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), keys_ahead);
         }
     }
 
@@ -254,24 +261,32 @@ struct Tiles {
 impl Tiles {
     /// weights[head, slot] = scale * (q[head] · keys[slot]) for all visible slots.
     #[inline(always)]
-    unsafe fn score<V: Lanes>(&self, heads: usize, keys: *const f16, q: *const f32, scale: f32, weights: *mut f32) {
+    unsafe fn score<V: Lanes>(
+        &self,
+        heads: usize,
+        keys: *const f16,
+        q: *const f32,
+        scale: f32,
+        weights: *mut f32,
+        mut ahead: Ahead,
+    ) {
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
             let at = |head: usize| (q.add(head * self.padded), weights.add(head * BLOCK_TOKENS));
             while head + 4 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, 4, 2>(keys, q, scale, weights);
+                self.score_heads::<V, 4, 2>(keys, q, scale, weights, &mut ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, 2, 4>(keys, q, scale, weights);
+                self.score_heads::<V, 2, 4>(keys, q, scale, weights, &mut ahead);
                 head += 2;
             }
             if head < heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, 1, 8>(keys, q, scale, weights);
+                self.score_heads::<V, 1, 8>(keys, q, scale, weights, &mut ahead);
             }
         }
     }
@@ -283,11 +298,13 @@ impl Tiles {
         q: *const f32,
         scale: f32,
         weights: *mut f32,
+        ahead: &mut Ahead,
     ) {
         let mut slot = self.slots.start;
         // SAFETY: as the caller's, and every step stays below `slots.end`.
         unsafe {
             while slot + TOKENS <= self.slots.end {
+                ahead.fetch(TOKENS * self.head_width);
                 self.score_tile::<V, HEADS, TOKENS>(keys.add(slot * self.head_width), q, scale, weights.add(slot));
                 slot += TOKENS;
             }
@@ -312,20 +329,13 @@ impl Tiles {
         unsafe {
             let mut sums = [V::splat(0.0); TILE];
             let mut column = 0;
-            while column < self.head_width {
-                let lanes = V::COUNT.min(self.head_width - column);
-                let mut query = [V::splat(0.0); HEADS];
-                for (head, query) in query.iter_mut().enumerate() {
-                    *query = V::load(q.add(head * self.padded + column));
-                }
-                for token in 0..TOKENS {
-                    let key = load_lanes::<V>(keys.add(token * self.head_width + column), lanes);
-                    for head in 0..HEADS {
-                        let sum = &mut sums[head * TOKENS + token];
-                        *sum = key.mul_add(query[head], *sum);
-                    }
-                }
+            while column + V::COUNT <= self.head_width {
+                self.score_columns::<V, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
                 column += V::COUNT;
+            }
+            if column < self.head_width {
+                let lanes = self.head_width - column;
+                self.score_columns::<V, HEADS, TOKENS>(keys.add(column), lanes, q.add(column), &mut sums);
             }
             let sums = V::sums(sums);
             for head in 0..HEADS {
@@ -336,26 +346,58 @@ impl Tiles {
         }
     }
 
+    /// One register of columns of a tile; `keys` and `q` point at the first column, each K row has `lanes` of them.
+    #[inline(always)]
+    unsafe fn score_columns<V: Lanes, const HEADS: usize, const TOKENS: usize>(
+        &self,
+        keys: *const f16,
+        lanes: usize,
+        q: *const f32,
+        sums: &mut [V; TILE],
+    ) {
+        // SAFETY: as the caller's: `lanes` columns lie within head_width, V::COUNT within padded.
+        unsafe {
+            let mut query = [V::splat(0.0); HEADS];
+            for head in 0..HEADS {
+                query[head] = V::load(q.add(head * self.padded));
+            }
+            for token in 0..TOKENS {
+                let key = load_lanes::<V>(keys.add(token * self.head_width), lanes);
+                for head in 0..HEADS {
+                    let sum = &mut sums[head * TOKENS + token];
+                    *sum = key.mul_add(query[head], *sum);
+                }
+            }
+        }
+    }
+
     /// out[head] += sum over visible slots of weights[head, slot] * values[slot].
     #[inline(always)]
-    unsafe fn weigh<V: Lanes>(&self, heads: usize, values: *const f16, weights: *const f32, out: *mut f32) {
+    unsafe fn weigh<V: Lanes>(
+        &self,
+        heads: usize,
+        values: *const f16,
+        weights: *const f32,
+        out: *mut f32,
+        mut ahead: Ahead,
+    ) {
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
             let at = |head: usize| (weights.add(head * BLOCK_TOKENS), out.add(head * self.padded));
             while head + 4 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, 4, 2>(values, weights, out);
+                self.weigh_heads::<V, 4, 2>(values, weights, out, &mut ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, 2, 4>(values, weights, out);
+                self.weigh_heads::<V, 2, 4>(values, weights, out, &mut ahead);
                 head += 2;
             }
             if head < heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, 1, 8>(values, weights, out);
+                self.weigh_heads::<V, 1, 8>(values, weights, out, &mut ahead);
             }
         }
     }
@@ -367,11 +409,13 @@ impl Tiles {
         values: *const f16,
         weights: *const f32,
         out: *mut f32,
+        ahead: &mut Ahead,
     ) {
         let mut column = 0;
         // SAFETY: as the caller's, and every step stays below head_width.
         unsafe {
             while column + REGISTERS * V::COUNT <= self.head_width {
+                ahead.fetch(BLOCK_TOKENS * REGISTERS * V::COUNT);
                 self.weigh_tile::<V, HEADS, REGISTERS>(values.add(column), V::COUNT, weights, out.add(column));
                 column += REGISTERS * V::COUNT;
             }
@@ -421,6 +465,28 @@ impl Tiles {
                 }
             }
         }
+    }
+}
+
+/// Rows that come next, asked of memory a little at a time while this block computes: V during K, the next block's K during
+/// V. The hardware's own prefetch does not follow 32 rows read in strips. A third faster on 1 thread of a 2-core EPYC (AVX2,
+/// contexts 128 to 2048: 8 GB/s without, 11 to 12 with). Nothing outside x86-64: stable Rust has no hint there.
+struct Ahead<'a>(&'a [f16]);
+
+impl Ahead<'_> {
+    /// Asks for the next `elements`, as far as there are any.
+    #[inline(always)]
+    fn fetch(&mut self, elements: usize) {
+        let (now, later) = self.0.split_at(elements.min(self.0.len()));
+        #[cfg(target_arch = "x86_64")]
+        for line in now.chunks(size_of::<CacheLine>() / size_of::<f16>()) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: a hint, which reads nothing; every x86-64 CPU has it.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = now;
+        self.0 = later;
     }
 }
 
