@@ -141,30 +141,3 @@ impl AttentionShape {
         self.window.map_or(0, |window| context.saturating_sub(window))
     }
 }
-
-/// What attention needs to know of a model: its heads, and which part of the context they see.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AttentionShape {
-    /// H
-    pub q_heads: usize,
-    /// G: divides H. Query head h reads key/value head `h / (H / G)`.
-    pub kv_heads: usize,
-    /// K
-    pub head_width: usize,
-    /// Only the last `window` tokens of the context are visible, the row's own among them.
-    pub window: Option<usize>,
-    /// Factor on `q · k`, usually `1 / sqrt(K)`.
-    pub scale: f32,
-}
-
-impl AttentionShape {
-    /// Query heads that read the same key/value head, `H / G`.
-    pub fn heads_per_group(&self) -> usize {
-        self.q_heads / self.kv_heads
-    }
-
-    /// First token that a row with `context` tokens (its own included) still sees.
-    pub fn first_visible(&self, context: usize) -> usize {
-        self.window.map_or(0, |window| context.saturating_sub(window))
-    }
-}

@@ -2,7 +2,8 @@
 
 use half::f16;
 
-use super::attention::{AttentionShape, attention};
+use super::attention::attention;
+use crate::model::AttentionShape;
 
 /// Tokens of one block.
 const BLOCK_TOKENS: usize = 32;
