@@ -1,6 +1,8 @@
 //! Everything that needs an adapter. Without one each trial is reported as ignored, with the reason in its kind.
 
 mod common;
+mod faults;
+mod generate;
 mod goldens;
 mod kernels;
 
@@ -11,6 +13,7 @@ fn main() {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(kernels::trials());
     trials.extend(goldens::trials());
+    trials.extend(generate::trials());
     if fulmen::gpu::list_adapters().is_empty() {
         trials = trials
             .into_iter()

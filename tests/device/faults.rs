@@ -1,0 +1,110 @@
+//! One fault per kernel, planted in its source: the shipped model's accuracy falls, so the demo's number means something.
+
+use fulmen::gpu::ShaderPatch;
+use fulmen::policy::AttentionPlace::{self, Cpu, Gpu};
+use libtest_mimic::{Failed, Trial};
+
+use crate::generate::accuracy_with;
+
+const N_TASKS: u64 = 48;
+/// Untouched, the model answers nearly all of them.
+const RIGHT: f64 = 0.95;
+/// With a fault it does not.
+const WRONG: f64 = 0.90;
+
+struct Fault {
+    kernel: &'static str,
+    what: &'static str,
+    from: &'static str,
+    to: &'static str,
+    attention: AttentionPlace,
+}
+
+const FAULTS: &[Fault] = &[
+    Fault { kernel: "embed", what: "rows off by one", from: "ids[row] *", to: "(max(ids[row], 1u) - 1u) *", attention: Cpu },
+    Fault { kernel: "rms_norm", what: "rows unscaled", from: "* scale *", to: "*", attention: Cpu },
+    Fault {
+        kernel: "matmul",
+        what: "weight rows off by one",
+        from: "column * params.n_in + k",
+        to: "(max(column, 1u) - 1u) * params.n_in + k",
+        attention: Cpu,
+    },
+    Fault {
+        kernel: "rotary",
+        what: "no rotation",
+        from: "rope_table[positions[row] * half + j]",
+        to: "vec2(1.0, 0.0)",
+        attention: Cpu,
+    },
+    Fault {
+        kernel: "prompt_attention",
+        what: "the newest token unseen",
+        from: "let end = row.y + 1u;",
+        to: "let end = max(row.y, 1u);",
+        attention: Cpu,
+    },
+    Fault {
+        kernel: "decode_attention",
+        what: "scores unscaled",
+        from: "score * params.scale",
+        to: "score",
+        attention: Gpu,
+    },
+    Fault {
+        kernel: "router_topk",
+        what: "experts off by one",
+        from: "ids[at] = chosen[lane];",
+        to: "ids[at] = (chosen[lane] + 1u) % params.n_experts;",
+        attention: Cpu,
+    },
+    Fault {
+        kernel: "expert_sort",
+        what: "rows off by one",
+        from: "permutation[next[id] + before] = a;",
+        to: "permutation[next[id] + before] = (a + 2u) % params.n_assignments;",
+        attention: Cpu,
+    },
+    Fault {
+        kernel: "expert_gate_up",
+        what: "an expert dropped",
+        from: "place.x == ABSENT);",
+        to: "place.x == ABSENT || expert == 1u);",
+        attention: Cpu,
+    },
+    Fault {
+        kernel: "expert_down",
+        what: "weight rows off by one",
+        from: "output * params.expert_width + k,",
+        to: "(max(output, 1u) - 1u) * params.expert_width + k,",
+        attention: Cpu,
+    },
+    Fault {
+        kernel: "expert_combine",
+        what: "a weight unscaled",
+        from: "fma(weights[first + rank],",
+        to: "fma(1.0,",
+        attention: Cpu,
+    },
+    Fault { kernel: "lm_head_sample", what: "ids off by one", from: "Sample(ids[0],", to: "Sample(ids[0] + 1u,", attention: Cpu },
+];
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = vec![Trial::test("faults::without_one_the_tasks_are_solved", || {
+        for attention in [Cpu, Gpu] {
+            let accuracy = accuracy_with(Vec::new(), attention, N_TASKS);
+            assert!(accuracy >= RIGHT, "{attention:?}: {accuracy:.3}");
+        }
+        Ok(())
+    })];
+    trials.extend(FAULTS.iter().map(|fault| {
+        let name = format!("faults::{}: {}", fault.kernel, fault.what);
+        Trial::test(name, move || -> Result<(), Failed> {
+            let (kernel, from, to) = (fault.kernel.to_owned(), fault.from.to_owned(), fault.to.to_owned());
+            let accuracy = accuracy_with(vec![ShaderPatch { kernel, from, to }], fault.attention, N_TASKS);
+            assert!(accuracy < WRONG, "accuracy is {accuracy:.3}: the fault goes unnoticed");
+            Ok(())
+        })
+    }));
+    trials
+}

@@ -1,0 +1,250 @@
+//! **A policy changes time, never tokens**: the shipped model, one batch of tasks, many policies, the same answers bit for bit.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use fulmen::engine::{Engine, Event, RunOptions, RunSummary};
+use fulmen::gpu::{DeviceChoice, ShaderPatch};
+use fulmen::plan::Wishes;
+use fulmen::policy::AttentionPlace;
+use fulmen::request::batch_file::{BatchReader, GenerationDefaults, ReadOptions};
+use fulmen::request::batcher::GroupRows;
+use fulmen::request::chat_template::ChatTemplate;
+use fulmen::request::tokenizer::Tokenizer;
+use fulmen::request::{Completion, Request, RequestOutput};
+use libtest_mimic::{Failed, Trial};
+
+use crate::goldens::Golden;
+
+fn examples(file: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(file)
+}
+
+/// The first `limit` tasks of the shipped batch file, and their answers.
+pub fn tasks(limit: u64) -> (Vec<Request>, BTreeMap<String, String>) {
+    let model = examples("model");
+    let tokenizer = Tokenizer::open(&model).expect("shipped tokenizer");
+    let template = ChatTemplate::open(&model, None, tokenizer.special_tokens()).expect("shipped template");
+    let defaults = GenerationDefaults::open(&model).expect("shipped defaults");
+    let options = ReadOptions { limit: Some(limit), ..ReadOptions::default() };
+    let requests = BatchReader::open(&examples("tasks.jsonl"), options)
+        .expect("shipped tasks")
+        .map(|line| {
+            let line = line.expect("a good line");
+            line.to_request(&tokenizer, Ok(&template), &defaults, tokenizer.vocab_size()).expect("a good request")
+        })
+        .collect();
+    let answers = std::fs::read_to_string(examples("answers.jsonl")).expect("shipped answers");
+    let answers = answers
+        .lines()
+        .map(|line| {
+            let value: serde_json::Value = serde_json::from_str(line).expect("JSON");
+            let field = |name: &str| value[name].as_str().expect("a string").to_owned();
+            (field("custom_id"), field("answer"))
+        })
+        .collect();
+    (requests, answers)
+}
+
+/// What a pass of a run held.
+pub struct Recorded {
+    pub passes: Vec<Vec<GroupRows>>,
+    pub outputs: BTreeMap<String, RequestOutput>,
+    pub summary: RunSummary,
+}
+
+pub struct Setting {
+    pub wishes: Wishes,
+    pub gpu_memory: Option<u64>,
+    pub patches: Vec<ShaderPatch>,
+}
+
+impl From<Wishes> for Setting {
+    fn from(wishes: Wishes) -> Self {
+        Setting { wishes, gpu_memory: None, patches: Vec::new() }
+    }
+}
+
+pub fn run(model: &Path, setting: Setting, requests: Vec<Request>) -> Recorded {
+    let choice = std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()));
+    let mut builder = Engine::builder(model)
+        .device(choice)
+        .wishes(setting.wishes)
+        .gpu_memory(setting.gpu_memory)
+        .shader_patches(setting.patches);
+    if let Ok(tokenizer) = Tokenizer::open(model) {
+        builder = builder.tokenizer(tokenizer);
+    }
+    let mut engine = builder.prepare().expect("opens").load(&mut |_, _| {}).expect("loads");
+    let (mut passes, mut outputs) = (Vec::new(), BTreeMap::new());
+    let summary = engine
+        .run(&mut requests.into_iter(), RunOptions::default(), &mut |event| {
+            match event {
+                Event::Finished(output) => {
+                    let before = outputs.insert(output.custom_id.clone(), output);
+                    assert!(before.is_none(), "each request is answered once");
+                }
+                Event::Pass(pass) => passes.push(pass.groups.to_vec()),
+                Event::Text { .. } | Event::Logits { .. } => {}
+            }
+            ControlFlow::Continue(())
+        })
+        .expect("the run ends well");
+    Recorded { passes, outputs, summary }
+}
+
+fn completions(output: &RequestOutput) -> &[Completion] {
+    output.result.as_ref().expect("answered")
+}
+
+/// Share of tasks answered right.
+fn accuracy(outputs: &BTreeMap<String, RequestOutput>, answers: &BTreeMap<String, String>) -> f64 {
+    let right = outputs.iter().filter(|(id, output)| {
+        let result = output.result.as_ref();
+        result.is_ok_and(|completions| completions[0].text.trim() == answers[id.as_str()])
+    });
+    right.count() as f64 / outputs.len() as f64
+}
+
+/// Requests of many kinds: the shipped tasks, sampled ones, several completions, penalties, log-probabilities.
+fn mixed_requests() -> Vec<Request> {
+    let (mut requests, _) = tasks(18);
+    for (index, request) in requests.iter_mut().enumerate() {
+        let params = &mut request.params;
+        match index % 6 {
+            1 => (params.temperature, params.seed, params.n) = (0.8, 7, 3),
+            2 => (params.temperature, params.top_p, params.ignore_eos, params.max_tokens) = (1.2, 0.9, true, Some(40)),
+            3 => (params.repetition_penalty, params.logprobs) = (1.1, Some(3)),
+            4 => (params.ignore_eos, params.max_tokens) = (true, Some(70)),
+            _ => {}
+        }
+    }
+    requests
+}
+
+fn policies_change_no_token() -> Result<(), Failed> {
+    let model = examples("model");
+    let base = run(&model, Wishes::default().into(), mixed_requests());
+    let kv_bytes = |tokens: u64| Some(tokens * 4 * 2 * 2 * 32 * 2); // L · G · 2 · K · 2 bytes
+    let wishes = Wishes::default;
+    let variants: Vec<(&str, Wishes)> = vec![
+        ("one sequence at a time", Wishes { max_sequences: Some(1), ..wishes() }),
+        ("three sequences", Wishes { max_sequences: Some(3), ..wishes() }),
+        ("sixty-four sequences", Wishes { max_sequences: Some(64), ..wishes() }),
+        ("chunks of 7", Wishes { prompt_chunk: Some(7), ..wishes() }),
+        ("chunks of 64", Wishes { prompt_chunk: Some(64), ..wishes() }),
+        ("passes of 5 rows", Wishes { pass_rows: Some(5), groups: Some(1), ..wishes() }),
+        ("five groups", Wishes { groups: Some(5), ..wishes() }),
+        ("a ring of three experts", Wishes { resident_experts: Some(0), ring_experts: Some(3), ..wishes() }),
+        ("a ring of two layers", Wishes { resident_experts: Some(0), ring_experts: Some(16), ..wishes() }),
+        ("three residents, small pages", Wishes {
+            resident_experts: Some(3),
+            ring_experts: Some(4),
+            page_bytes: Some(10_000),
+            ..wishes()
+        }),
+        ("one thread", Wishes { threads: Some(1), ..wishes() }),
+        ("a pool of 256 tokens", Wishes { kv_bytes: kv_bytes(256), ..wishes() }),
+        ("a pool of 320 tokens, five rows", Wishes {
+            kv_bytes: kv_bytes(320),
+            pass_rows: Some(10),
+            ..wishes()
+        }),
+    ];
+    for (name, wishes) in variants {
+        let small_pool = wishes.kv_bytes.is_some();
+        let streams = wishes.ring_experts.is_some();
+        let other = run(&model, wishes.into(), mixed_requests());
+        if small_pool {
+            assert!(other.summary.batch.preemptions > 0, "{name}: sequences are preempted");
+        }
+        assert_eq!(other.summary.page_bytes > 0, streams, "{name}: experts stream where they should");
+        for (id, output) in &base.outputs {
+            assert_eq!(other.outputs[id], *output, "{name}: {id}");
+        }
+        assert_eq!(other.outputs.len(), base.outputs.len(), "{name}: every request is answered");
+    }
+    Ok(())
+}
+
+/// The same for decode attention on the GPU, within itself: against the CPU only rounding differs.
+fn gpu_attention_changes_no_token_within_itself() -> Result<(), Failed> {
+    let model = examples("model");
+    let gpu = Wishes { attention: AttentionPlace::Gpu, ..Wishes::default() };
+    let base = run(&model, gpu.into(), mixed_requests());
+    for wishes in [
+        Wishes { max_sequences: Some(3), prompt_chunk: Some(7), ..gpu },
+        Wishes { kv_bytes: Some(256 * 1024), ..gpu },
+    ] {
+        let other = run(&model, wishes.into(), mixed_requests());
+        assert_eq!(other.outputs, base.outputs, "{wishes:?}");
+    }
+    // Greedy answers of the shipped model are far from ties: the place of attention does not change them.
+    let cpu = run(&model, Wishes::default().into(), tasks(30).0);
+    let on_gpu = run(&model, gpu.into(), tasks(30).0);
+    for (id, output) in &cpu.outputs {
+        assert_eq!(completions(&on_gpu.outputs[id])[0].text, completions(output)[0].text, "{id}");
+    }
+    Ok(())
+}
+
+/// Goldens that stream through three slots, in chunks of 7: transformers' tokens still.
+fn goldens_hold_under_small_rings() -> Result<(), Failed> {
+    for folder in Golden::all() {
+        let golden = Golden::open(&folder);
+        let wishes = Wishes {
+            resident_experts: Some(0),
+            ring_experts: Some(3),
+            prompt_chunk: Some(7),
+            page_bytes: Some(1000),
+            ..Wishes::default()
+        };
+        let answer = run(&folder, wishes.into(), vec![golden.request("golden")]);
+        assert!(answer.summary.page_bytes > 0, "experts stream");
+        let tokens = &completions(&answer.outputs["golden"])[0].token_ids;
+        assert_eq!(tokens, &golden.ids[golden.prompt.len()..], "{}", folder.display());
+    }
+    Ok(())
+}
+
+/// Passes are mixed: prompt chunks beside decode rows of different ages, and a prompt that spans passes.
+fn passes_mix_prompt_and_decode_rows() -> Result<(), Failed> {
+    let wishes = Wishes { prompt_chunk: Some(16), pass_rows: Some(48), ..Wishes::default() };
+    let recorded = run(&examples("model"), wishes.into(), tasks(60).0);
+    let mixed = recorded.passes.iter().any(|groups| {
+        let rows = || groups.iter().flat_map(|group| &group.rows);
+        let contexts: BTreeSet<usize> = rows().filter(|row| row.decode).map(|row| row.position + 1).collect();
+        let chunks: BTreeSet<_> = rows().filter(|row| !row.decode).map(|row| row.sequence).collect();
+        contexts.len() >= 2 && chunks.len() >= 2
+    });
+    assert!(mixed, "some pass holds two prompt chunks and two decode rows of different context lengths");
+    let mut passes_of_prompt: BTreeMap<_, usize> = BTreeMap::new();
+    for groups in &recorded.passes {
+        let prompts: BTreeSet<_> =
+            groups.iter().flat_map(|group| &group.rows).filter(|row| !row.decode).map(|row| row.sequence).collect();
+        for sequence in prompts {
+            *passes_of_prompt.entry(sequence).or_default() += 1;
+        }
+    }
+    assert!(passes_of_prompt.values().any(|passes| *passes >= 3), "some prompt spans three passes");
+    Ok(())
+}
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("generate::policies_change_no_token", policies_change_no_token),
+        Trial::test("generate::gpu_attention_changes_no_token_within_itself", gpu_attention_changes_no_token_within_itself),
+        Trial::test("generate::goldens_hold_under_small_rings", goldens_hold_under_small_rings),
+        Trial::test("generate::passes_mix_prompt_and_decode_rows", passes_mix_prompt_and_decode_rows),
+    ]
+    .into_iter()
+    .chain(crate::faults::trials())
+    .collect()
+}
+
+pub fn accuracy_with(patches: Vec<ShaderPatch>, attention: AttentionPlace, n_tasks: u64) -> f64 {
+    let (requests, answers) = tasks(n_tasks);
+    let setting = Setting { wishes: Wishes { attention, ..Wishes::default() }, gpu_memory: None, patches };
+    accuracy(&run(&examples("model"), setting, requests).outputs, &answers)
+}
