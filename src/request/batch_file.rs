@@ -39,7 +39,9 @@ use serde_json::{Map, Value};
 use super::chat_template::{ChatTemplate, ChatTemplateError, Message, kind};
 use super::sampler::hash;
 use super::tokenizer::{Tokenizer, TokenizerError, read_json};
-use super::{Completion, FinishReason, PositionLogprobs, Request, RequestError, SamplingParams, StopReason, TokenLogprob};
+use super::{
+    Completion, FinishReason, PositionLogprobs, Request, RequestError, SamplingParams, StopReason, TokenLogprob,
+};
 
 /// A longer line is an error line.
 pub const MAX_LINE_BYTES: usize = 64 << 20;
@@ -240,7 +242,8 @@ impl BatchLine {
                 Prompt::Text(text) => encode(text, completions.add_special_tokens)?,
                 Prompt::Tokens(tokens) => {
                     if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
-                        let message = format!("prompt: token id {token} is out of vocabulary: the model has {vocab} tokens");
+                        let message =
+                            format!("prompt: token id {token} is out of vocabulary: the model has {vocab} tokens");
                         return Err(value(message));
                     }
                     tokens.clone()
@@ -357,7 +360,9 @@ fn parse_line(line: &[u8], custom_id: &mut Option<String>) -> Result<Body, Fault
         None => match (body.contains_key("messages"), body.contains_key("prompt")) {
             (true, false) => Endpoint::Chat,
             (false, true) => Endpoint::Completions,
-            (true, true) => return invalid("body has both messages (chat) and prompt (completions): say which with url"),
+            (true, true) => {
+                return invalid("body has both messages (chat) and prompt (completions): say which with url");
+            }
             (false, false) => return invalid("body has neither messages (chat) nor prompt (completions)"),
         },
     };
@@ -521,7 +526,9 @@ fn parse_prompt(value: Option<Value>) -> Result<Prompt, Fault> {
         Some(one @ Value::String(_)) => parse_prompt(Some(one.clone())),
         Some(Value::Array(ids)) if ids.is_empty() => invalid("prompt is empty"),
         Some(Value::Array(ids)) => Ok(Prompt::Tokens(token_ids("prompt", ids)?)),
-        Some(other) => invalid(format!("prompt must be a string or a list of token ids, got a list with {}", kind(other))),
+        Some(other) => {
+            invalid(format!("prompt must be a string or a list of token ids, got a list with {}", kind(other)))
+        }
     }
 }
 
@@ -1257,7 +1264,10 @@ impl<R: BufRead> Iterator for BatchReader<R> {
 enum LineRead {
     End,
     /// Bytes of the line, its end not counted. More than the limit: the rest was passed over.
-    Line { length: usize, terminated: bool },
+    Line {
+        length: usize,
+        terminated: bool,
+    },
 }
 
 /// Reads up to and including the next line feed into `buffer` (without it), keeping at most `limit` bytes.
@@ -1435,7 +1445,11 @@ impl Sink {
             synced: Instant::now(),
         };
         if path == Path::new("-") {
-            return if existing == Existing::Resume { Err(WriterError::ResumeStdout) } else { Ok(sink(None, false, 0)) };
+            return if existing == Existing::Resume {
+                Err(WriterError::ResumeStdout)
+            } else {
+                Ok(sink(None, false, 0))
+            };
         }
         let failed = |source| {
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists());

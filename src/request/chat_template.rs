@@ -41,7 +41,9 @@ pub enum ChatTemplateError {
     Missing { folder: PathBuf },
     #[error("--chat-template {given}: no such file, and not a template either (a template has a {{{{ or {{% in it)")]
     NotATemplate { given: String },
-    #[error("{origin}: several chat templates and none of them is called \"default\": {names}; choose one with --chat-template FILE")]
+    #[error(
+        "{origin}: several chat templates and none of them is called \"default\": {names}; choose one with --chat-template FILE"
+    )]
     NoDefault { origin: String, names: String },
     #[error("{path}: cannot be read")]
     Read { path: PathBuf, source: io::Error },
@@ -54,7 +56,9 @@ pub enum ChatTemplateError {
     Raised(String),
     #[error("{origin}: {message}")]
     Render { origin: String, message: String },
-    #[error("chat template argument {0:?} is taken: messages, add_generation_prompt and the special tokens are set by fulmen")]
+    #[error(
+        "chat template argument {0:?} is taken: messages, add_generation_prompt and the special tokens are set by fulmen"
+    )]
     ReservedArgument(String),
 }
 
@@ -119,7 +123,9 @@ fn content_text(value: &Value) -> Result<String, String> {
         match (part.get("type").and_then(Value::as_str), part.get("text").and_then(Value::as_str)) {
             (Some("text"), Some(text)) => texts.push(text),
             (Some("text"), None) => return Err("a content part of type text needs a string `text`".into()),
-            (Some(other), _) => return Err(format!("content parts of type {other:?} are not supported, only \"text\"")),
+            (Some(other), _) => {
+                return Err(format!("content parts of type {other:?} are not supported, only \"text\""));
+            }
             (None, _) => return Err("a content part must be an object with type and text".into()),
         }
     }
@@ -144,6 +150,7 @@ pub struct ChatTemplate {
     special: SpecialTokens,
     /// Where it came from, for messages.
     origin: String,
+    source: String,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -186,7 +193,7 @@ impl ChatTemplate {
             _ => minijinja::escape_formatter(out, state, value),
         });
         environment.add_template_owned(NAME, without_generation_blocks(source)).map_err(malformed)?;
-        Ok(Self { environment, special, origin })
+        Ok(Self { environment, special, origin, source: source.into() })
     }
 
     /// The prompt's text. `add_generation_prompt` opens the assistant's turn; `arguments` are further variables
@@ -223,6 +230,11 @@ impl ChatTemplate {
     /// Where the template came from.
     pub fn origin(&self) -> &str {
         &self.origin
+    }
+
+    /// The template itself.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 }
 
@@ -372,7 +384,17 @@ impl serde_json::ser::Formatter for OneLine {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];

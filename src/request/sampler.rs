@@ -181,7 +181,9 @@ impl SamplingParams {
         if let Some(logprobs) = self.logprobs
             && logprobs > MAX_LOGPROBS
         {
-            return Err(format!("Requested sample logprobs of {logprobs}, which is greater than max allowed: {MAX_LOGPROBS}"));
+            return Err(format!(
+                "Requested sample logprobs of {logprobs}, which is greater than max allowed: {MAX_LOGPROBS}"
+            ));
         }
         for &(token, bias) in &self.logit_bias {
             if !(-100.0..=100.0).contains(&bias) {

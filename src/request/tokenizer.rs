@@ -212,7 +212,9 @@ impl Tokenizer {
 
     /// Ids → text; ids outside the vocabulary say nothing.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
-        guarded("decode these ids", || self.inner.tokenizer.decode(ids, skip_special).map_err(|error| error.to_string()))
+        guarded("decode these ids", || {
+            self.inner.tokenizer.decode(ids, skip_special).map_err(|error| error.to_string())
+        })
     }
 
     /// The bytes that a token stands for in the middle of a text: a space for `▁`, one byte for `<0x41>` or half a

@@ -80,7 +80,10 @@ fn python_is_understood() {
         ("{{ {'b': [1, 2.5, none], 'a': '<é\"'} | tojson }}", r#"{"b": [1, 2.5, null], "a": "<é\""}"#),
         ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
         ("{% for k, v in {'x': 1}.items() %}{{ k }}={{ v }}{% endfor %}", "x=1"),
-        ("{% set ns = namespace(n=0) %}{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "3"),
+        (
+            "{% set ns = namespace(n=0) %}{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
+            "3",
+        ),
         ("{{ none }}{{ false }}{{ tools is none }}{{ missing }}", "NoneFalseTrue"),
         ("{% generation %}x{%- endgeneration -%} y", "xy"),
         ("{{ messages[::-1] | length }}{{ bos_token }}", "0<s>"),
@@ -117,7 +120,8 @@ fn the_first_source_wins() {
 
     std::fs::write(path("chat_template.json"), r#"{"chat_template": "json"}"#).unwrap();
     assert_eq!(open(None).unwrap(), "json");
-    let named = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named"}]}"#;
+    let named =
+        r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named"}]}"#;
     std::fs::write(path("tokenizer_config.json"), named).unwrap();
     assert_eq!(open(None).unwrap(), "named");
     std::fs::write(path("tokenizer_config.json"), r#"{"chat_template": "config"}"#).unwrap();
