@@ -1,1 +1,5 @@
-fn main(){}
+//! The `fulmen` command.
+
+fn main() -> std::process::ExitCode {
+    fulmen::cli::main()
+}

@@ -1,7 +1,8 @@
 //! Element types of weights as they lie in a checkpoint. They travel to the GPU as they are.
 
 /// Element type of a weight tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Dtype {
     Bf16,
     F16,
@@ -9,6 +10,18 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    pub const ALL: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
+
+    /// The supported type that a safetensors header names, if it is one.
+    pub fn of_safetensors(dtype: safetensors::Dtype) -> Option<Dtype> {
+        match dtype {
+            safetensors::Dtype::BF16 => Some(Dtype::Bf16),
+            safetensors::Dtype::F16 => Some(Dtype::F16),
+            safetensors::Dtype::F32 => Some(Dtype::F32),
+            _ => None,
+        }
+    }
+
     /// Bytes of one element.
     pub fn size_bytes(self) -> usize {
         match self {

@@ -1,1 +1,491 @@
-//! (to come)
+//! The paged host KV cache: who owns which blocks, and what their bytes mean.
+//!
+//! In: rows of K and V as the projection makes them, one per token and layer. Out: contiguous blocks that SIMD code reads
+//! in place and that go to the GPU as plain bytes.
+//!
+//! A *block* holds [`BLOCK_TOKENS`] tokens of one sequence in every layer. All blocks lie in one pool,
+//! `[L][blocks][G][2][BLOCK_TOKENS][K]` f16, so one layer of a block is contiguous, and in it all that one query head reads:
+//!
+//! ```text
+//! layer 0: | block 0                                           | block 1 ...        layer 1: | block 0 ...
+//!          | head 0: 32 K rows, 32 V rows | head 1: 32 K rows..|
+//!
+//! table of a sequence of 70 tokens:  blocks [5, 2, 9]    token 40 = block 2, slot 8
+//! ```
+//!
+//! Guarantees:
+//! * Blocks are taken as tokens arrive; nothing is reserved for tokens that may never come.
+//! * [`KvCache::reserve`], [`fork`](KvCache::fork) and [`restore`](KvCache::restore) take all that they need or nothing.
+//! * A block with several owners is never written ([`fork`](KvCache::fork) copies the one block that both sides would
+//!   write); a debug build checks each write.
+//! * What was spilled comes back bit for bit.
+//! * The pool is an anonymous mapping: blocks that no sequence ever used cost address space only
+//!   (up to the 2 MiB of a huge page beside used ones).
+//!
+//! Given up: a reused block is not cleared, it still holds its last owner's rows. Attention reads only the slots of its
+//! context, all of which the new owner has written. Spilling a forked table ends its sharing: it comes back with blocks of
+//! its own. A table belongs to the cache that filled it; handing it to another is not detected.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use half::f16;
+use rayon::prelude::*;
+
+/// Tokens of a block. Also the step of attention's online softmax, hence part of a row's reduction order.
+pub const BLOCK_TOKENS: usize = 32;
+
+/// What one token's K and V look like, in every layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    /// L
+    pub layers: usize,
+    /// G
+    pub kv_heads: usize,
+    /// K
+    pub head_width: usize,
+}
+
+impl KvLayout {
+    /// Elements that one token adds to one layer: K and V of every head.
+    pub fn row_elements(&self) -> usize {
+        self.kv_heads * 2 * self.head_width
+    }
+
+    /// Elements of one block in one layer, `G * 2 * BLOCK_TOKENS * K`.
+    pub fn block_elements(&self) -> usize {
+        BLOCK_TOKENS * self.row_elements()
+    }
+
+    /// Bytes of one block over all layers: what taking a block takes.
+    pub fn bytes_per_block(&self) -> usize {
+        self.layers * self.block_elements() * size_of::<f16>()
+    }
+
+    /// Bytes of one token over all layers.
+    pub fn bytes_per_token(&self) -> usize {
+        self.layers * self.row_elements() * size_of::<f16>()
+    }
+
+    /// Blocks that `tokens` tokens fill, the last one perhaps in part.
+    pub fn blocks_for(tokens: usize) -> usize {
+        tokens.div_ceil(BLOCK_TOKENS)
+    }
+
+    /// One head's K rows inside a layer of a block, `[BLOCK_TOKENS, K]`. Its V rows follow directly.
+    pub fn keys(&self, kv_head: usize) -> Range<usize> {
+        let rows = BLOCK_TOKENS * self.head_width;
+        2 * kv_head * rows..(2 * kv_head + 1) * rows
+    }
+}
+
+/// Index of a block in its pool, the same in every layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(u32);
+
+impl BlockId {
+    /// Place in the pool, counted in blocks: what a shader's block table holds.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Which blocks hold a sequence's tokens, in order. Owned by the sequence.
+///
+/// Not `Clone`: each table is one owner of its blocks. It must go back through [`KvCache::release`] (or `spill`);
+/// a table that is dropped keeps its blocks until the cache goes.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct BlockTable {
+    blocks: Vec<BlockId>,
+}
+
+impl BlockTable {
+    /// A table that holds no blocks yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The blocks in token order: token `t` lies in block `t / BLOCK_TOKENS`, slot `t % BLOCK_TOKENS`.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Tokens that fit without another `reserve`.
+    pub fn capacity_tokens(&self) -> usize {
+        self.blocks.len() * BLOCK_TOKENS
+    }
+}
+
+/// Where one row of K and V belongs: a token position of a sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct RowPlace<'a> {
+    pub table: &'a BlockTable,
+    /// Tokens in front of this one.
+    pub position: usize,
+}
+
+/// Too few blocks are free. Nothing was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the KV cache is out of blocks: {needed} more are needed, {free} are free")]
+pub struct OutOfBlocks {
+    pub needed: usize,
+    pub free: usize,
+}
+
+/// What the machine refused.
+#[derive(Debug, thiserror::Error)]
+pub enum KvError {
+    #[error("a KV cache of {n_blocks} blocks of {bytes_per_block} bytes is more than can be addressed")]
+    TooLarge { n_blocks: usize, bytes_per_block: usize },
+    #[error(
+        "the KV cache needs {:.2} GiB of host memory ({n_blocks} blocks of {bytes_per_block} bytes), the system refused",
+        *needed_bytes as f64 / (1u64 << 30) as f64
+    )]
+    Refused { needed_bytes: usize, n_blocks: usize, bytes_per_block: usize, source: io::Error },
+    /// `directory` because the file itself has no name.
+    #[error("the KV spill file in {}: {action}", directory.display())]
+    Spill { directory: PathBuf, action: String, source: io::Error },
+}
+
+/// Spilling failed. The table is as it was, its blocks still hold their rows.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot spill a sequence of {} blocks", table.blocks.len())]
+pub struct SpillError {
+    #[source]
+    pub cause: KvError,
+    pub table: BlockTable,
+}
+
+/// Restoring failed. The spilled table can be restored later, nothing was taken from the cache.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot restore a spilled sequence of {} blocks", spilled.n_blocks())]
+pub struct RestoreError {
+    #[source]
+    pub cause: RestoreCause,
+    pub spilled: SpilledTable,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreCause {
+    #[error(transparent)]
+    OutOfBlocks(#[from] OutOfBlocks),
+    #[error(transparent)]
+    Io(#[from] KvError),
+}
+
+/// The pool of blocks and who owns them.
+#[derive(Debug)]
+pub struct KvCache {
+    layout: KvLayout,
+    pool: memmap2::MmapMut,
+    /// Owners of each block: how many tables list it.
+    owners: Vec<u32>,
+    /// Blocks without an owner. The last one freed is taken first: its pages are already there.
+    free: Vec<BlockId>,
+}
+
+impl KvCache {
+    /// Maps room for `n_blocks` blocks. Pages that are never written take no memory.
+    pub fn new(layout: KvLayout, n_blocks: usize) -> Result<Self, KvError> {
+        let KvLayout { layers, kv_heads, head_width } = layout;
+        assert!(layers > 0 && kv_heads > 0 && head_width > 0, "a model has no axis of extent 0: {layout:?}");
+        let bytes_per_block = layout.bytes_per_block();
+        let too_large = || KvError::TooLarge { n_blocks, bytes_per_block };
+        let block_ids = 0..u32::try_from(n_blocks).map_err(|_| too_large())?;
+        let needed_bytes =
+            n_blocks.checked_mul(bytes_per_block).filter(|&n| n <= isize::MAX as usize).ok_or_else(too_large)?;
+        let pool = memmap2::MmapMut::map_anon(needed_bytes).map_err(|source| KvError::Refused {
+            needed_bytes,
+            n_blocks,
+            bytes_per_block,
+            source,
+        })?;
+        // One head's rows of a block are 16 KiB, then attention jumps: fewer page walks with huge pages. A doubt: 4 KiB
+        // pages measured 8 % slower on 1 thread of a shared 2-core EPYC, whose noise is no smaller. Advice only.
+        #[cfg(target_os = "linux")]
+        let _ = pool.advise(memmap2::Advice::HugePage);
+        Ok(Self { layout, pool, owners: vec![0; n_blocks], free: block_ids.rev().map(BlockId).collect() })
+    }
+
+    pub fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    pub fn total_blocks(&self) -> usize {
+        self.owners.len()
+    }
+
+    pub fn free_blocks(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Makes room in `table` for `tokens` tokens in all. Takes nothing when it fails.
+    pub fn reserve(&mut self, table: &mut BlockTable, tokens: usize) -> Result<(), OutOfBlocks> {
+        let needed = KvLayout::blocks_for(tokens).saturating_sub(table.blocks.len());
+        self.take(needed, &mut table.blocks)
+    }
+
+    /// Gives the table's blocks back. A block returns to the pool when its last owner gives it back.
+    pub fn release(&mut self, table: BlockTable) {
+        for block in table.blocks {
+            let owners = &mut self.owners[block.index()];
+            *owners -= 1;
+            if *owners == 0 {
+                self.free.push(block);
+            }
+        }
+    }
+
+    /// A second table with the first `tokens` tokens of `table`. Full blocks are shared; a partial last block is copied,
+    /// because both sides will write the rest of it.
+    ///
+    /// From here on neither side may write a position below `tokens`.
+    pub fn fork(&mut self, table: &BlockTable, tokens: usize) -> Result<BlockTable, OutOfBlocks> {
+        assert!(tokens <= table.capacity_tokens(), "fork at token {tokens} of {}", table.capacity_tokens());
+        let (shared, rest) = table.blocks.split_at(tokens / BLOCK_TOKENS);
+        let mut blocks = shared.to_vec();
+        if !tokens.is_multiple_of(BLOCK_TOKENS) {
+            self.take(1, &mut blocks)?;
+            self.copy_block(rest[0], blocks[shared.len()]);
+        }
+        for block in shared {
+            self.owners[block.index()] += 1;
+        }
+        Ok(BlockTable { blocks })
+    }
+
+    /// Stores one token's K and V in one layer. `row`: `[G, 2, K]`, per head its K, then its V.
+    pub fn write_row(&mut self, layer: usize, table: &BlockTable, position: usize, row: &[f16]) {
+        let layout = self.layout;
+        assert_eq!(row.len(), layout.row_elements(), "elements of a row");
+        let block = self.writable(table, position);
+        let elements = self.elements_of(layer, block);
+        scatter(&layout, &mut self.elements_mut()[elements], position % BLOCK_TOKENS, row);
+    }
+
+    /// Stores many tokens' K and V in one layer, on all threads of `threads`. `data`: `[rows, G, 2, K]`.
+    ///
+    /// One thread writes all rows of a block, in the order of `rows`.
+    pub fn write_rows(&mut self, layer: usize, rows: &[RowPlace], data: &[f16], threads: &rayon::ThreadPool) {
+        let layout = self.layout;
+        let row_elements = layout.row_elements();
+        assert_eq!(data.len(), rows.len() * row_elements, "elements of {} rows", rows.len());
+        let mut writes: Vec<(BlockId, usize)> =
+            rows.iter().enumerate().map(|(row, place)| (self.writable(place.table, place.position), row)).collect();
+        writes.sort_unstable();
+
+        // The layer is cut into one slice per written block, so that threads hold disjoint parts of it.
+        let mut remaining = &mut self.layer_mut(layer)[..];
+        let mut cut = 0;
+        let mut blocks = Vec::new();
+        for writes in writes.chunk_by(|a, b| a.0 == b.0) {
+            let index = writes[0].0.index();
+            let (_, from_block) = remaining.split_at_mut((index - cut) * layout.block_elements());
+            let (block, after) = from_block.split_at_mut(layout.block_elements());
+            blocks.push((block, writes));
+            remaining = after;
+            cut = index + 1;
+        }
+        threads.install(|| {
+            blocks.into_par_iter().for_each(|(block, writes)| {
+                for &(_, row) in writes {
+                    let slot = rows[row].position % BLOCK_TOKENS;
+                    scatter(&layout, block, slot, &data[row * row_elements..][..row_elements]);
+                }
+            });
+        });
+    }
+
+    /// One layer of a block, `[G, 2, BLOCK_TOKENS, K]`. Slots that its owner has not written hold anything, NaN included.
+    pub fn block(&self, layer: usize, block: BlockId) -> &[f16] {
+        &self.elements()[self.elements_of(layer, block)]
+    }
+
+    /// Writes the table's blocks to `file`, all layers, and releases them.
+    ///
+    /// Blocks shared with another table are written too, but stay in use there: only the others become free.
+    pub fn spill(&mut self, table: BlockTable, file: &mut SpillFile) -> Result<SpilledTable, SpillError> {
+        assert_eq!(file.layout, self.layout, "the spill file was made for another layout");
+        let mut slots = Vec::with_capacity(table.blocks.len());
+        for &block in &table.blocks {
+            let slot = file.take_slot();
+            slots.push(slot);
+            for layer in 0..self.layout.layers {
+                let bytes = bytemuck::cast_slice(self.block(layer, block));
+                if let Err(cause) = file.write(slot, layer, bytes) {
+                    file.discard(SpilledTable { slots });
+                    return Err(SpillError { cause, table });
+                }
+            }
+        }
+        self.release(table);
+        Ok(SpilledTable { slots })
+    }
+
+    /// Brings a spilled table back, bit for bit, in blocks of its own, and frees its space in the file.
+    pub fn restore(&mut self, spilled: SpilledTable, file: &mut SpillFile) -> Result<BlockTable, RestoreError> {
+        assert_eq!(file.layout, self.layout, "the spill file was made for another layout");
+        let mut table = BlockTable::new();
+        if let Err(out_of_blocks) = self.take(spilled.slots.len(), &mut table.blocks) {
+            return Err(RestoreError { cause: out_of_blocks.into(), spilled });
+        }
+        for (&block, &slot) in table.blocks.iter().zip(&spilled.slots) {
+            for layer in 0..self.layout.layers {
+                let elements = self.elements_of(layer, block);
+                let bytes = bytemuck::cast_slice_mut(&mut self.elements_mut()[elements]);
+                if let Err(cause) = file.read(slot, layer, bytes) {
+                    self.release(table);
+                    return Err(RestoreError { cause: cause.into(), spilled });
+                }
+            }
+        }
+        file.discard(spilled);
+        Ok(table)
+    }
+
+    /// Moves `needed` free blocks to the end of `blocks`, or none.
+    fn take(&mut self, needed: usize, blocks: &mut Vec<BlockId>) -> Result<(), OutOfBlocks> {
+        let free = self.free.len();
+        let Some(first) = free.checked_sub(needed) else { return Err(OutOfBlocks { needed, free }) };
+        for block in self.free.drain(first..).rev() {
+            self.owners[block.index()] = 1;
+            blocks.push(block);
+        }
+        Ok(())
+    }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        for layer in 0..self.layout.layers {
+            let source = self.elements_of(layer, from);
+            let target = self.elements_of(layer, to).start;
+            self.elements_mut().copy_within(source, target);
+        }
+    }
+
+    /// The block of a position that is about to be written.
+    fn writable(&self, table: &BlockTable, position: usize) -> BlockId {
+        let block = table.blocks[position / BLOCK_TOKENS];
+        debug_assert_eq!(self.owners[block.index()], 1, "position {position} is written in a block with other owners");
+        block
+    }
+
+    fn elements_of(&self, layer: usize, block: BlockId) -> Range<usize> {
+        assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);
+        let start = (layer * self.total_blocks() + block.index()) * self.layout.block_elements();
+        start..start + self.layout.block_elements()
+    }
+
+    fn elements(&self) -> &[f16] {
+        bytemuck::cast_slice(&self.pool[..])
+    }
+
+    fn elements_mut(&mut self) -> &mut [f16] {
+        bytemuck::cast_slice_mut(&mut self.pool[..])
+    }
+
+    fn layer_mut(&mut self, layer: usize) -> &mut [f16] {
+        assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);
+        let elements = self.total_blocks() * self.layout.block_elements();
+        &mut self.elements_mut()[layer * elements..][..elements]
+    }
+}
+
+/// `block`: one layer of a block; `row`: `[G, 2, K]`. K and V of a head go to the same slot of their halves.
+fn scatter(layout: &KvLayout, block: &mut [f16], slot: usize, row: &[f16]) {
+    let halves = block.chunks_exact_mut(BLOCK_TOKENS * layout.head_width);
+    for (half, head_row) in halves.zip(row.chunks_exact(layout.head_width)) {
+        half[slot * layout.head_width..][..layout.head_width].copy_from_slice(head_row);
+    }
+}
+
+/// A preempted sequence's place in a [`SpillFile`]. Goes back through [`KvCache::restore`] or [`SpillFile::discard`].
+#[derive(Debug, PartialEq, Eq)]
+pub struct SpilledTable {
+    slots: Vec<u64>,
+}
+
+impl SpilledTable {
+    /// Blocks that restoring takes.
+    pub fn n_blocks(&self) -> usize {
+        self.slots.len()
+    }
+}
+
+/// Where preempted sequences' blocks wait: a file without a name, so that a killed process leaves nothing behind.
+///
+/// The file is a row of slots of one block each (all layers); free slots are filled before the file grows, so it stays as
+/// large as the most blocks that were ever spilled at a time. It is made at the first spill: a run that never preempts
+/// needs no disk. Bytes are in the machine's own order, as no other process reads them.
+#[derive(Debug)]
+pub struct SpillFile {
+    layout: KvLayout,
+    directory: PathBuf,
+    file: Option<File>,
+    n_slots: u64,
+    free: Vec<u64>,
+}
+
+impl SpillFile {
+    /// Nothing is written, nor `directory` looked at, before the first spill.
+    pub fn new(directory: impl Into<PathBuf>, layout: KvLayout) -> Self {
+        Self { layout, directory: directory.into(), file: None, n_slots: 0, free: Vec::new() }
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Size of all slots, used and free: what the file has grown to, unless its last write failed.
+    pub fn size_bytes(&self) -> u64 {
+        self.n_slots * self.layout.bytes_per_block() as u64
+    }
+
+    /// Frees the space of a sequence that will not come back.
+    pub fn discard(&mut self, spilled: SpilledTable) {
+        // Reversed, so that the next table finds them in file order.
+        self.free.extend(spilled.slots.into_iter().rev());
+    }
+
+    fn take_slot(&mut self) -> u64 {
+        self.free.pop().unwrap_or_else(|| {
+            self.n_slots += 1;
+            self.n_slots - 1
+        })
+    }
+
+    fn write(&mut self, slot: u64, layer: usize, bytes: &[u8]) -> Result<(), KvError> {
+        if self.file.is_none() {
+            let file = tempfile::tempfile_in(&self.directory).map_err(|e| self.error("creating it".into(), e))?;
+            self.file = Some(file);
+        }
+        let offset = self.offset(slot, layer);
+        self.at(offset).and_then(|mut file| file.write_all(bytes)).map_err(|source| {
+            let size = self.size_bytes();
+            self.error(format!("writing {} bytes at offset {offset} of {size}", bytes.len()), source)
+        })
+    }
+
+    fn read(&mut self, slot: u64, layer: usize, bytes: &mut [u8]) -> Result<(), KvError> {
+        let offset = self.offset(slot, layer);
+        self.at(offset)
+            .and_then(|mut file| file.read_exact(bytes))
+            .map_err(|source| self.error(format!("reading {} bytes at offset {offset}", bytes.len()), source))
+    }
+
+    fn at(&mut self, offset: u64) -> io::Result<&File> {
+        let mut file = self.file.as_ref().expect("a slot was taken, so the file was made");
+        file.seek(SeekFrom::Start(offset))?;
+        Ok(file)
+    }
+
+    fn offset(&self, slot: u64, layer: usize) -> u64 {
+        let layer_bytes = self.layout.block_elements() * size_of::<f16>();
+        slot * self.layout.bytes_per_block() as u64 + (layer * layer_bytes) as u64
+    }
+
+    fn error(&self, action: String, source: io::Error) -> KvError {
+        KvError::Spill { directory: self.directory.clone(), action, source }
+    }
+}

@@ -1,3 +1,5 @@
 //! Who owns which bytes, and when they may be reused.
 
+pub mod host_memory;
 pub mod kv_cache;
+pub mod pages;

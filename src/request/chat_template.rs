@@ -148,9 +148,9 @@ pub(super) fn kind(value: &Value) -> &'static str {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: SpecialTokens,
+    source: String,
     /// Where it came from, for messages.
     origin: String,
-    source: String,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -193,7 +193,7 @@ impl ChatTemplate {
             _ => minijinja::escape_formatter(out, state, value),
         });
         environment.add_template_owned(NAME, without_generation_blocks(source)).map_err(malformed)?;
-        Ok(Self { environment, special, origin, source: source.into() })
+        Ok(Self { environment, special, source: source.to_owned(), origin })
     }
 
     /// The prompt's text. `add_generation_prompt` opens the assistant's turn; `arguments` are further variables
@@ -227,14 +227,14 @@ impl ChatTemplate {
         })
     }
 
-    /// Where the template came from.
-    pub fn origin(&self) -> &str {
-        &self.origin
-    }
-
     /// The template itself.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// Where the template came from.
+    pub fn origin(&self) -> &str {
+        &self.origin
     }
 }
 

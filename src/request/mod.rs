@@ -10,6 +10,7 @@
 //! tokenizer is a value that says what is wrong.
 
 pub mod batch_file;
+pub mod batcher;
 pub mod chat_template;
 pub mod sampler;
 pub mod tokenizer;

@@ -4,10 +4,12 @@
 use std::path::PathBuf;
 
 mod request;
+mod tensor_lists;
 
 fn main() {
     let arguments = libtest_mimic::Arguments::from_args();
     let data = std::env::var_os("FULMEN_DATA").map(PathBuf::from);
-    let trials = request::trials(data.as_deref());
+    let mut trials = tensor_lists::trials(data.as_deref());
+    trials.extend(request::trials(data.as_deref()));
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -1,8 +1,16 @@
-//! Everything that needs no GPU: bytes, plans, schedules, shaders as text, CPU attention.
+//! Everything that needs no GPU, as one binary: bytes, plans, schedules, shaders as text, CPU attention.
 
+mod attention;
+mod checkpoint;
+mod common;
+mod config;
+mod fixtures;
+mod kv_cache;
 mod request_batch_file;
 mod request_chat_template;
 mod request_extract;
 mod request_sampler;
 mod request_tokenizer;
+mod shaders;
 mod small_tokenizers;
+mod units;

@@ -1,0 +1,25 @@
+# What a developer runs and what CI runs are the same targets. `make demo` and `make test` need a Rust toolchain and a C
+# compiler; if no Vulkan adapter answers, scripts/ensure-vulkan installs the software one where apt is there.
+
+CARGO ?= cargo
+DEMO_OUT ?= target/demo
+
+.PHONY: demo test lint bench build clean-demo
+
+demo: build
+	@scripts/demo $(DEMO_OUT)
+
+test: build
+	$(CARGO) test --release
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --document-private-items
+
+bench:
+	$(CARGO) bench
+
+build: 
+	@scripts/ensure-vulkan
+	$(CARGO) build --release

@@ -1,0 +1,25 @@
+// RMS norm over rows.   One workgroup per row; lanes stride over the row, then a tree sum.
+// Reference: src/reference/rms_norm.rs      Needs: shared/weight_*, shared/reduce (workgroup_sum)
+struct Params { n_rows: u32, d_model: u32, eps: f32 }
+var<immediate> params: Params;
+@group(0) @binding(0) var<storage, read>       x: array<f32>;    // [T, D] residual stream
+@group(0) @binding(1) var<storage, read>       gain: array<u32>; // [D] weights
+@group(0) @binding(2) var<storage, read_write> y: array<f32>;    // [T, D]
+
+// No tunable: lane l sums elements l, l + WG_SIZE, ..., so the width is part of the order of summation.
+const WG_SIZE: u32 = 64u;
+
+@compute @workgroup_size(WG_SIZE)
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let base = workgroup.x * params.d_model;
+    var squares = 0.0;
+    for (var j = lane; j < params.d_model; j += WG_SIZE) {
+        let v = x[base + j];
+        squares = fma(v, v, squares);
+    }
+    let mean = workgroup_sum(squares, lane) / f32(params.d_model);
+    let scale = inverseSqrt(mean + params.eps);
+    for (var j = lane; j < params.d_model; j += WG_SIZE) {
+        y[base + j] = x[base + j] * scale * weight_from_word(gain[weight_word_index(j)], j);
+    }
+}

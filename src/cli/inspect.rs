@@ -1,0 +1,46 @@
+//! `fulmen inspect`: what a checkpoint is, from its headers alone.
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::json;
+
+use super::open::ModelArguments;
+use crate::checkpoint::Checkpoint;
+use crate::request::chat_template::ChatTemplate;
+use crate::request::tokenizer::Tokenizer;
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(arguments: Arguments) -> Result<u8> {
+    let summary = Checkpoint::open(&arguments.model.model)?.summary();
+    // Tokenizer and template are told, not required: a bare checkpoint can be inspected too.
+    let given = arguments.model.chat_template.as_deref();
+    let tokenizer = Tokenizer::open(&arguments.model.model).map_err(|error| error.to_string());
+    let template = tokenizer.as_ref().map_err(Clone::clone).and_then(|tokenizer| {
+        ChatTemplate::open(&arguments.model.model, given, tokenizer.special_tokens()).map_err(|error| error.to_string())
+    });
+    if arguments.json {
+        let mut value = serde_json::to_value(&summary)?;
+        value["tokenizer_vocab"] = json!(tokenizer.as_ref().ok().map(Tokenizer::vocab_size));
+        value["chat_template"] = json!(template.as_ref().ok().map(ChatTemplate::source));
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(super::OK);
+    }
+    println!("{summary}");
+    match &tokenizer {
+        Ok(tokenizer) => println!("tokenizer     {} entries", tokenizer.vocab_size()),
+        Err(error) => println!("tokenizer     none: {error}"),
+    }
+    match &template {
+        Ok(template) => println!("chat template from {}:\n{}", template.origin(), template.source()),
+        Err(error) => println!("chat template none: {error}"),
+    }
+    Ok(super::OK)
+}

@@ -1,0 +1,173 @@
+//! Flags that open a model, shared by the commands that run one, and what is said while it opens.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::progress::LoadProgress;
+use crate::cpu::isa::Isa;
+use crate::engine::{Engine, Prepared};
+use crate::gpu::DeviceChoice;
+use crate::plan::Wishes;
+use crate::policy::AttentionPlace;
+use crate::request::batch_file::GenerationDefaults;
+use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
+use crate::request::tokenizer::Tokenizer;
+use crate::units::parse_bytes;
+
+/// Where the model is.
+#[derive(Debug, Args)]
+pub struct ModelArguments {
+    /// Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer.json)
+    #[arg(short, long, visible_aliases = ["model-path", "model-id"], env = "FULMEN_MODEL", value_name = "FOLDER")]
+    pub model: PathBuf,
+    /// Jinja template for chat messages, a file or the template itself [default: the checkpoint's]
+    #[arg(long, env = "FULMEN_CHAT_TEMPLATE", value_name = "FILE|TEXT")]
+    pub chat_template: Option<String>,
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    parse_bytes(text).map_err(|error| error.to_string())
+}
+
+/// How to run it. None of these changes a token, but --attention, which may round differently.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Machine and policy (change time, never tokens)")]
+pub struct EngineArguments {
+    /// Adapter by number or part of its name, see `fulmen devices` [default: the best]
+    #[arg(long, env = "FULMEN_DEVICE", value_name = "N|NAME")]
+    device: Option<String>,
+    /// Most GPU memory to take, e.g. 14GiB [default: 90 % of the adapter's]
+    #[arg(long, env = "FULMEN_GPU_MEMORY", value_parser = bytes, value_name = "SIZE")]
+    gpu_memory: Option<u64>,
+    /// Most host memory to take beside the mapped weights [default: 80 % of what is available]
+    #[arg(long, env = "FULMEN_HOST_MEMORY", value_parser = bytes, value_name = "SIZE")]
+    host_memory: Option<u64>,
+    /// Host memory for keys and values [default: what the sequences need, at most half of the host memory]
+    #[arg(long, env = "FULMEN_KV_MEMORY", value_parser = bytes, value_name = "SIZE")]
+    kv_memory: Option<u64>,
+    /// Tokens of a sequence, prompt and completion [default: the model's positions, at most 8192, or what the KV pool holds]
+    #[arg(short = 'c', long, visible_alias = "ctx-size", env = "FULMEN_MAX_MODEL_LEN", value_name = "TOKENS")]
+    max_model_len: Option<usize>,
+    /// Sequences that run at a time [default: 256]
+    #[arg(long, visible_aliases = ["np", "max-running-requests"], env = "FULMEN_MAX_NUM_SEQS", value_name = "N")]
+    max_num_seqs: Option<usize>,
+    /// Rows of a pass, decode and prompt rows together [default: 1024, or one per sequence]
+    #[arg(long, env = "FULMEN_MAX_NUM_BATCHED_TOKENS", value_name = "N")]
+    max_num_batched_tokens: Option<usize>,
+    /// Longest piece of one prompt in a pass [default: as long as the pass has room]
+    #[arg(long, env = "FULMEN_PROMPT_CHUNK", value_name = "TOKENS")]
+    prompt_chunk: Option<usize>,
+    /// Groups into which the sequences of a pass are split [default: 2]
+    #[arg(long, env = "FULMEN_GROUPS", value_name = "N")]
+    groups: Option<usize>,
+    /// Where decode rows attend
+    #[arg(long, env = "FULMEN_ATTENTION", value_enum, default_value = "cpu")]
+    attention: Attention,
+    /// Experts of each layer that stay on the GPU [default: as many as fit]
+    #[arg(long, env = "FULMEN_RESIDENT_EXPERTS", value_name = "N")]
+    resident_experts: Option<usize>,
+    /// Slots on the GPU for experts that stream [default: two layers' worth, or what fits]
+    #[arg(long, env = "FULMEN_RING_EXPERTS", value_name = "N")]
+    ring_experts: Option<usize>,
+    /// Bytes of expert weights in one transfer [default: 32MiB]
+    #[arg(long, env = "FULMEN_PAGE_SIZE", value_parser = bytes, value_name = "SIZE")]
+    page_size: Option<u64>,
+    /// Threads of the CPU attention [default: all cores]
+    #[arg(short, long, env = "FULMEN_THREADS", value_name = "N")]
+    threads: Option<usize>,
+    /// Instruction set of the CPU attention [default: the best there is]
+    #[arg(long, env = "FULMEN_ISA", value_name = "NAME")]
+    isa: Option<String>,
+    /// Folder for the KV blocks of preempted sequences [default: the system's temporary folder]
+    #[arg(long, env = "FULMEN_SPILL_DIR", value_name = "FOLDER")]
+    spill_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Attention {
+    Cpu,
+    Gpu,
+}
+
+/// All that turns requests into tokens and back.
+pub struct Text {
+    pub tokenizer: Tokenizer,
+    pub template: Result<ChatTemplate, ChatTemplateError>,
+    pub defaults: GenerationDefaults,
+}
+
+impl ModelArguments {
+    /// Reads the small files: tokenizer, template, defaults.
+    pub fn open_text(&self) -> Result<Text> {
+        if !self.model.is_dir() {
+            anyhow::bail!("--model {}: no such folder", self.model.display());
+        }
+        let tokenizer = Tokenizer::open(&self.model)?;
+        // A model without a template can still complete prompts; chat requests then say what is missing.
+        let template = ChatTemplate::open(&self.model, self.chat_template.as_deref(), tokenizer.special_tokens());
+        let template = match template {
+            Err(error) if self.chat_template.is_some() => return Err(error.into()),
+            other => other,
+        };
+        let defaults = GenerationDefaults::open(&self.model)?;
+        Ok(Text { tokenizer, template, defaults })
+    }
+
+    /// Name of the model in answers: its folder's.
+    pub fn served_name(&self) -> String {
+        let path = self.model.canonicalize().unwrap_or_else(|_| self.model.clone());
+        path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+    }
+}
+
+impl EngineArguments {
+    /// Validates and plans; says where everything goes. Nothing is loaded yet.
+    pub fn prepare(&self, model: &ModelArguments, text: &Text) -> Result<Prepared> {
+        let wishes = Wishes {
+            max_sequences: self.max_num_seqs,
+            groups: self.groups,
+            pass_rows: self.max_num_batched_tokens,
+            prompt_chunk: self.prompt_chunk,
+            attention: match self.attention {
+                Attention::Cpu => AttentionPlace::Cpu,
+                Attention::Gpu => AttentionPlace::Gpu,
+            },
+            threads: self.threads,
+            max_model_len: self.max_model_len,
+            kv_bytes: self.kv_memory,
+            resident_experts: self.resident_experts,
+            ring_experts: self.ring_experts,
+            page_bytes: self.page_size,
+        };
+        let mut builder = Engine::builder(&model.model)
+            .tokenizer(text.tokenizer.clone())
+            .wishes(wishes)
+            .gpu_memory(self.gpu_memory)
+            .host_memory(self.host_memory);
+        if let Some(device) = &self.device {
+            builder = builder.device(DeviceChoice::from(device.as_str()));
+        }
+        if let Some(folder) = &self.spill_dir {
+            builder = builder.spill_folder(folder);
+        }
+        if let Some(name) = &self.isa {
+            builder = builder.isa(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?);
+        }
+        builder = builder.more_eos_tokens(&text.defaults.eos_token_ids);
+        let prepared = builder.prepare().with_context(|| format!("model {}", model.model.display()))?;
+        let adapter = prepared.gpu().summary();
+        eprintln!("adapter {} ({}, {})", adapter.name, adapter.kind, adapter.backend);
+        eprintln!("{}", prepared.plan());
+        Ok(prepared)
+    }
+}
+
+/// Loads with progress.
+pub fn load(prepared: Prepared) -> Result<Engine> {
+    let mut progress = LoadProgress::new();
+    let engine = prepared.load(&mut |done, total| progress.update(done, total))?;
+    progress.finish();
+    Ok(engine)
+}

@@ -1,0 +1,290 @@
+//! `fulmen run-batch`: a file of OpenAI Batch lines in, a line per request out, as each finishes.
+//!
+//! Lines are read as there is room for them, so memory does not grow with the file. A bad line becomes an error line and the
+//! others go on. What is written is whole lines; a run that was stopped goes on with `--resume`.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use super::Usage;
+use super::open::{EngineArguments, ModelArguments, Text, load};
+use super::progress::RunProgress;
+use crate::engine::{Event, RunOptions, RunSummary};
+use crate::request::batch_file::{
+    BatchLine, BatchReadError, BatchReader, Existing, OutputLine, ReadOptions, ResultWriter, Shard, now_seconds,
+    validate_all,
+};
+use crate::request::{Request, RequestOutput};
+use crate::schedule::Lane;
+use crate::units::human_bytes;
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// File of requests, one JSON object a line; - is stdin
+    #[arg(short, long, env = "FULMEN_INPUT_FILE", value_name = "FILE")]
+    input_file: PathBuf,
+    /// File of results, appended to as requests finish; - is stdout
+    #[arg(short, long, env = "FULMEN_OUTPUT_FILE", value_name = "FILE")]
+    output_file: PathBuf,
+    /// Error lines go here instead of among the results
+    #[arg(long, env = "FULMEN_ERROR_FILE", value_name = "FILE")]
+    error_file: Option<PathBuf>,
+    /// Go on with an output file: what it has is not done again
+    #[arg(long, conflicts_with = "overwrite")]
+    resume: bool,
+    /// Replace an output file that has something in it
+    #[arg(long)]
+    overwrite: bool,
+    /// Take every n-th line, from the i-th; i counts from 0
+    #[arg(long, env = "FULMEN_SHARD", value_name = "I/N", default_value = "0/1")]
+    shard: Shard,
+    /// Take at most so many lines
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+    /// Read the whole input first, and do nothing if any line is bad
+    #[arg(long)]
+    strict: bool,
+    /// Seed of requests that have none
+    #[arg(long, env = "FULMEN_SEED", default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Print one JSON object with the run's numbers on stderr at the end
+    #[arg(long)]
+    json_summary: bool,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+/// Lines between being read and being answered, and where their answers go.
+struct Exchange<'a> {
+    writer: ResultWriter,
+    pending: HashMap<String, BatchLine>,
+    text: &'a Text,
+    model: String,
+    answered: u64,
+    failed: u64,
+    /// The first thing that went wrong with a file: the run ends.
+    broken: Option<anyhow::Error>,
+}
+
+impl Exchange<'_> {
+    fn write(&mut self, line: &OutputLine) {
+        self.failed += line.error.is_some() as u64;
+        self.answered += 1;
+        if let Err(error) = self.writer.write(line) {
+            self.broken.get_or_insert(error.into());
+        }
+    }
+
+    /// The next line as a request; bad lines are answered on the way. None at the end, or when a file broke.
+    fn next_request<R: BufRead>(&mut self, reader: &mut BatchReader<R>, vocab: usize) -> Option<Request> {
+        while self.broken.is_none() {
+            let line = match reader.next()? {
+                Ok(line) => line,
+                Err(BatchReadError::Line(error)) => {
+                    self.write(&OutputLine::from(&error));
+                    continue;
+                }
+                Err(error) => {
+                    self.broken = Some(error.into());
+                    return None;
+                }
+            };
+            match line.to_request(&self.text.tokenizer, self.text.template.as_ref(), &self.text.defaults, vocab) {
+                Ok(request) => {
+                    self.pending.insert(line.custom_id.clone(), line);
+                    return Some(request);
+                }
+                Err(error) => self.write(&OutputLine::from(&error)),
+            }
+        }
+        None
+    }
+
+    fn finished(&mut self, output: RequestOutput) {
+        let line = self.pending.remove(&output.custom_id).expect("each request is answered once");
+        let line = match &output.result {
+            Ok(completions) => OutputLine::success(
+                &line,
+                completions,
+                output.prompt_tokens,
+                &self.text.tokenizer,
+                &self.model,
+                now_seconds(),
+            ),
+            Err(error) => OutputLine::failure(&line, error),
+        };
+        self.write(&line);
+    }
+}
+
+/// Set by Ctrl-C and SIGTERM. A second one ends the process at once.
+fn stop_flag() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // In this order: the first signal arms, the second finds it armed.
+        signal_hook::flag::register_conditional_shutdown(signal, super::INTERRUPTED.into(), stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    Ok(stop)
+}
+
+/// Non-blank lines of a file that this run will take; None for stdin.
+fn count_lines(arguments: &Arguments) -> Result<Option<u64>> {
+    if arguments.input_file == Path::new("-") {
+        return Ok(None);
+    }
+    let file = File::open(&arguments.input_file)
+        .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
+    let mut lines = 0u64;
+    for line in BufReader::with_capacity(1 << 20, file).split(b'\n') {
+        let line = line.with_context(|| arguments.input_file.display().to_string())?;
+        lines += !line.iter().all(u8::is_ascii_whitespace) as u64;
+    }
+    let (index, count) = (arguments.shard.index(), arguments.shard.count());
+    let own = lines.saturating_sub(index).div_ceil(count);
+    Ok(Some(arguments.limit.map_or(own, |limit| own.min(limit))))
+}
+
+/// --strict: every fault of the input, before anything is loaded.
+fn validate(arguments: &Arguments, options: &ReadOptions, text: &Text, vocab: usize) -> Result<()> {
+    if arguments.input_file == Path::new("-") {
+        bail!(Usage("--strict reads the input twice, so it cannot be stdin".into()));
+    }
+    let reader = BatchReader::open(&arguments.input_file, options.clone())?;
+    let validation = validate_all(reader, |line| {
+        line.to_request(&text.tokenizer, text.template.as_ref(), &text.defaults, vocab).map(|_| ())
+    })?;
+    if validation.faults.is_empty() {
+        return Ok(());
+    }
+    const SHOWN: usize = 20;
+    for fault in validation.faults.iter().take(SHOWN) {
+        eprintln!("{fault}");
+    }
+    let (n, lines) = (validation.faults.len(), validation.lines);
+    bail!("--strict: {n} of {lines} lines are bad{}", if n > SHOWN { " (the first 20 are shown)" } else { "" })
+}
+
+pub fn run(arguments: Arguments) -> Result<u8> {
+    let stop = stop_flag()?;
+    let existing = match (arguments.resume, arguments.overwrite) {
+        (true, _) => Existing::Resume,
+        (_, true) => Existing::Overwrite,
+        _ => Existing::Refuse,
+    };
+    let total = count_lines(&arguments)?;
+    let mut text = arguments.model.open_text()?;
+    text.defaults.seed = arguments.seed;
+    let prepared = arguments.engine.prepare(&arguments.model, &text)?;
+    let vocab = prepared.checkpoint().config().shape.vocab;
+    if arguments.strict {
+        let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, ..ReadOptions::default() };
+        validate(&arguments, &options, &text, vocab)?;
+    }
+    // Opened last of what can fail at once: --overwrite empties it.
+    let error_file = arguments.error_file.as_deref();
+    let (writer, finished) = ResultWriter::open(&arguments.output_file, error_file, &arguments.input_file, existing)?;
+    if arguments.resume {
+        eprintln!("resuming: {} lines are finished already", finished.len());
+    }
+    let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, finished, ..ReadOptions::default() };
+    let mut reader = BatchReader::open(&arguments.input_file, options)
+        .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
+    let mut engine = load(prepared)?;
+
+    let exchange = RefCell::new(Exchange {
+        writer,
+        pending: HashMap::new(),
+        text: &text,
+        model: arguments.model.served_name(),
+        answered: 0,
+        failed: 0,
+        broken: None,
+    });
+    let mut progress = RunProgress::new(total);
+    let mut already = 0;
+    let mut generated = 0u64;
+    let stopped = || stop.load(Relaxed);
+    let already_cell = RefCell::new(&mut already);
+    let mut requests = std::iter::from_fn(|| {
+        if stopped() {
+            return None;
+        }
+        let request = exchange.borrow_mut().next_request(&mut reader, vocab);
+        **already_cell.borrow_mut() = reader.already_finished();
+        request
+    });
+    let result = engine.run(&mut requests, RunOptions::default(), &mut |event| {
+        let mut exchange = exchange.borrow_mut();
+        match event {
+            Event::Finished(output) => exchange.finished(output),
+            Event::Pass(pass) => {
+                generated += pass.groups.iter().flat_map(|group| &group.rows).filter(|row| row.sampled).count() as u64;
+                progress.update(exchange.answered + **already_cell.borrow(), generated);
+            }
+            Event::Text { .. } | Event::Logits { .. } => {}
+        }
+        if stopped() || exchange.broken.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    progress.finish();
+    let mut exchange = exchange.into_inner();
+    // Whatever happened, what is finished is on the disk before anything else is said.
+    exchange.writer.sync()?;
+    let summary = result?;
+    if let Some(error) = exchange.broken {
+        return Err(error);
+    }
+    report(&arguments, &summary, &exchange, already)?;
+    if stopped() {
+        eprintln!("interrupted; the same command with --resume goes on");
+        return Ok(super::INTERRUPTED);
+    }
+    Ok(if exchange.failed > 0 { super::FAILED_LINES } else { super::OK })
+}
+
+fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, already: u64) -> Result<()> {
+    let seconds = summary.elapsed.as_secs_f64();
+    let rate = summary.generated_tokens as f64 / seconds.max(1e-9);
+    if arguments.json_summary {
+        let busy: serde_json::Map<String, serde_json::Value> =
+            summary.busy.iter().map(|(lane, busy)| (lane.name().to_owned(), busy.as_secs_f64().into())).collect();
+        eprintln!(
+            "{}",
+            serde_json::json!({
+                "answered": exchange.answered, "failed": exchange.failed, "already_finished": already,
+                "passes": summary.passes, "prompt_tokens": summary.prompt_tokens,
+                "generated_tokens": summary.generated_tokens, "elapsed_seconds": seconds,
+                "generated_tokens_per_second": rate, "busy_seconds": busy, "page_bytes": summary.page_bytes,
+                "preemptions": summary.batch.preemptions, "spilled_blocks": summary.batch.spilled_blocks,
+                "peak_sequences": summary.batch.peak_running,
+            })
+        );
+        return Ok(());
+    }
+    eprintln!(
+        "{} lines answered, {} of them with errors, in {seconds:.1} s: {} prompt and {} generated tokens, {rate:.1} generated tok/s",
+        exchange.answered, exchange.failed, summary.prompt_tokens, summary.generated_tokens,
+    );
+    let share = |lane: &Lane| 100.0 * summary.busy.get(lane).map_or(0.0, |busy| busy.as_secs_f64()) / seconds.max(1e-9);
+    let lanes: Vec<_> = Lane::ALL.iter().map(|lane| format!("{} {:.0}%", lane.name(), share(lane))).collect();
+    eprintln!(
+        "{} passes of up to {} sequences, {} of expert pages, {} preemptions; busy: {}",
+        summary.passes,
+        summary.batch.peak_running,
+        human_bytes(summary.page_bytes),
+        summary.batch.preemptions,
+        lanes.join(", "),
+    );
+    Ok(())
+}

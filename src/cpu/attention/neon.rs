@@ -1,0 +1,112 @@
+//! NEON: 4 lanes, 32 registers. Unverified: it compiles for aarch64, nobody has run it yet.
+
+use std::arch::aarch64::*;
+
+use half::f16;
+
+use super::group::{self, Group, Lanes, Scratch};
+
+/// Attends one group on NEON. `scratch` must be made for the group's form.
+#[target_feature(enable = "neon")]
+pub(super) fn attend(group: Group, scratch: &mut Scratch) {
+    // SAFETY: this function runs only where its own feature is, and it is that of `F32x4`.
+    unsafe { group::attend::<F32x4>(group, scratch) }
+}
+
+#[derive(Clone, Copy)]
+struct F32x4(float32x4_t);
+
+impl Lanes for F32x4 {
+    const COUNT: usize = 4;
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn splat(x: f32) -> Self {
+        Self(vdupq_n_f32(x))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: good for 4 elements, says the caller.
+        Self(unsafe { vld1q_f32(from) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: good for 4 elements, says the caller: 8 bytes.
+        Self(vcvt_f32_f16(vreinterpret_f16_u16(unsafe { vld1_u16(from.cast()) })))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: good for 4 elements, says the caller.
+        unsafe { vst1q_f32(to, self.0) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(vaddq_f32(self.0, other.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn sub(self, other: Self) -> Self {
+        Self(vsubq_f32(self.0, other.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn mul(self, other: Self) -> Self {
+        Self(vmulq_f32(self.0, other.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+        Self(vfmaq_f32(addend.0, self.0, factor.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn max(self, other: Self) -> Self {
+        Self(vmaxq_f32(self.0, other.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn pow2(self) -> Self {
+        let exponents = vshlq_n_s32::<23>(vreinterpretq_s32_f32(self.0));
+        Self(vreinterpretq_f32_s32(vaddq_s32(exponents, vdupq_n_s32(127 << 23))))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn zero_where_below(self, x: Self, limit: Self) -> Self {
+        // The comparison is false where x is NaN.
+        Self(vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(self.0), vcltq_f32(x.0, limit.0))))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn max_lane(self) -> f32 {
+        vmaxvq_f32(self.0)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
+        // Each: (0 + 1) + (2 + 3).
+        let [a, b, c, d, e, f, g, h] = registers.map(|register| register.0);
+        let mut sums = [0.0; 8];
+        // SAFETY: `sums` has 8 elements, 4 for each store.
+        unsafe {
+            vst1q_f32(sums.as_mut_ptr(), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+            vst1q_f32(sums.as_mut_ptr().add(4), vpaddq_f32(vpaddq_f32(e, f), vpaddq_f32(g, h)));
+        }
+        sums
+    }
+}

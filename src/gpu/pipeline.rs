@@ -1,0 +1,347 @@
+//! Kernels as data, pipelines made from them once, dispatches recorded in order.
+//!
+//! A [`Kernel`] is a name, the WGSL parts that are put together, the access of each binding and the values its tunables may
+//! take. `tests/host/shaders.rs` holds all of that against naga's reflection, without a GPU. [`Pipelines`] compiles each
+//! (kernel, variant) once; a [`Recorder`] binds and dispatches.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use super::buffer::Slice;
+use super::device::{Gpu, GpuError};
+use crate::checkpoint::Dtype;
+
+/// How a kernel uses a storage binding. Parameters are immediates and no binding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    ReadWrite,
+}
+
+/// A piece of a kernel's source. WGSL takes module-scope names in any order, so pieces are simply put one after the other.
+#[derive(Debug, Clone, Copy)]
+pub enum Part {
+    Text(&'static str),
+    /// The functions that read a weight of the variant's dtype: `shaders/shared/weight_*.wgsl`.
+    Weight,
+    /// Text that a function beside the kernel makes, where WGSL could only repeat itself.
+    Made(fn() -> String),
+}
+
+/// A field of a kernel's `Params`, as the Rust side lays it out. [`params!`](crate::gpu::params) lists them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParamField {
+    pub name: &'static str,
+    /// Bytes from the start of the struct.
+    pub offset: usize,
+    /// Its type in WGSL.
+    pub wgsl_type: &'static str,
+}
+
+/// A type that means the same in a Rust struct and in a WGSL one.
+pub trait ParamType: bytemuck::NoUninit {
+    const WGSL: &'static str;
+}
+
+impl ParamType for u32 {
+    const WGSL: &'static str = "u32";
+}
+
+impl ParamType for i32 {
+    const WGSL: &'static str = "i32";
+}
+
+impl ParamType for f32 {
+    const WGSL: &'static str = "f32";
+}
+
+/// Defines a struct that a kernel reads as immediates (or reads or writes in a buffer), together with the list of its fields
+/// (`FIELDS`), which `tests/host/shaders.rs` compares with the WGSL struct.
+macro_rules! params {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
+        pub struct $name { $($(#[$field_meta])* pub $field: $type,)* }
+
+        impl $name {
+            /// Every field, in order.
+            pub const FIELDS: &'static [$crate::gpu::ParamField] = &[$($crate::gpu::ParamField {
+                name: stringify!($field),
+                offset: std::mem::offset_of!($name, $field),
+                wgsl_type: <$type as $crate::gpu::ParamType>::WGSL,
+            },)*];
+        }
+    };
+}
+pub(crate) use params;
+
+/// One compute shader: `shaders/<name>.wgsl`, entry point `main`, bindings of group 0 in order.
+#[derive(Debug)]
+pub struct Kernel {
+    pub name: &'static str,
+    pub parts: &'static [Part],
+    pub bindings: &'static [Access],
+    /// Size in bytes of the `Params` struct, which the kernel reads as immediates.
+    pub param_bytes: usize,
+    /// Its fields.
+    pub params: &'static [ParamField],
+    /// `override` constants that only change time, with the values that may be chosen; the first is the default.
+    pub tunables: &'static [(&'static str, &'static [u32])],
+}
+
+impl Kernel {
+    /// Reads weights, so it exists once per dtype.
+    pub fn reads_weights(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part, Part::Weight))
+    }
+
+    /// The value that `variant` gives a tunable.
+    pub fn tunable(&self, variant: &Variant, name: &str) -> u32 {
+        let (_, values) =
+            self.tunables.iter().find(|(tunable, _)| *tunable == name).expect("the kernel has the tunable");
+        variant.tunables.iter().find(|(tunable, _)| *tunable == name).map_or(values[0], |(_, value)| *value)
+    }
+
+    /// Every variant there is: each dtype (one where it reads no weights) with each combination of tunable values.
+    pub fn variants(&self) -> Vec<Variant> {
+        let dtypes = if self.reads_weights() { &[Dtype::Bf16, Dtype::F16, Dtype::F32][..] } else { &[Dtype::F32] };
+        let mut variants: Vec<Variant> = dtypes.iter().map(|dtype| Variant::new(*dtype)).collect();
+        for (name, values) in self.tunables {
+            variants = variants
+                .iter()
+                .flat_map(|variant| {
+                    values.iter().map(|value| {
+                        let mut variant = variant.clone();
+                        variant.tunables.push((name, *value));
+                        variant
+                    })
+                })
+                .collect();
+        }
+        variants
+    }
+
+    /// The WGSL text of a variant.
+    pub fn source(&self, weights: Dtype) -> String {
+        let weight_part = match weights {
+            Dtype::Bf16 => include_str!("../../shaders/shared/weight_bf16.wgsl"),
+            Dtype::F16 => include_str!("../../shaders/shared/weight_f16.wgsl"),
+            Dtype::F32 => include_str!("../../shaders/shared/weight_f32.wgsl"),
+        };
+        self.parts
+            .iter()
+            .map(|part| match part {
+                Part::Text(text) => Cow::Borrowed(*text),
+                Part::Weight => Cow::Borrowed(weight_part),
+                Part::Made(make) => Cow::Owned(make()),
+            })
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+}
+
+/// What is fixed when a kernel is compiled.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Variant {
+    /// Dtype of the weights that it reads; any value where it reads none.
+    pub weights: Dtype,
+    /// Tunables that differ from their default.
+    pub tunables: Vec<(&'static str, u32)>,
+}
+
+impl Variant {
+    /// The default tunables.
+    pub fn new(weights: Dtype) -> Self {
+        Self { weights, tunables: Vec::new() }
+    }
+}
+
+/// A text replacement in one kernel's source: how tests plant a fault and see that it is noticed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShaderPatch {
+    pub kernel: String,
+    pub from: String,
+    pub to: String,
+}
+
+/// Compiled kernels of one device.
+pub struct Pipelines {
+    gpu: Arc<Gpu>,
+    patches: Vec<ShaderPatch>,
+    compiled: Mutex<HashMap<(&'static str, Variant), Arc<Pipeline>>>,
+}
+
+pub(super) struct Pipeline {
+    kernel: &'static str,
+    raw: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+    n_bindings: usize,
+    param_bytes: usize,
+}
+
+impl Pipelines {
+    pub fn new(gpu: Arc<Gpu>) -> Self {
+        Self::with_patches(gpu, Vec::new())
+    }
+
+    /// Pipelines whose sources are changed first. A patch that finds nothing to replace is an error at compile time.
+    pub fn with_patches(gpu: Arc<Gpu>, patches: Vec<ShaderPatch>) -> Self {
+        Self { gpu, patches, compiled: Mutex::default() }
+    }
+
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Compiles a variant now instead of at its first dispatch.
+    pub fn prepare(&self, kernel: &'static Kernel, variant: &Variant) -> Result<(), GpuError> {
+        self.get(kernel, variant).map(|_| ())
+    }
+
+    fn get(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Arc<Pipeline>, GpuError> {
+        let mut variant = variant.clone();
+        if !kernel.reads_weights() {
+            variant.weights = Dtype::F32;
+        }
+        let mut compiled = self.compiled.lock().expect("pipeline cache lock");
+        if let Some(pipeline) = compiled.get(&(kernel.name, variant.clone())) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = Arc::new(self.compile(kernel, &variant)?);
+        compiled.insert((kernel.name, variant), pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn compile(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Pipeline, GpuError> {
+        let fail = |cause: String| GpuError::Shader { kernel: kernel.name.to_owned(), cause };
+        let mut source = kernel.source(variant.weights);
+        for patch in self.patches.iter().filter(|p| p.kernel == kernel.name) {
+            if !source.contains(&patch.from) {
+                return Err(fail(format!("patch finds no '{}'", patch.from)));
+            }
+            source = source.replace(&patch.from, &patch.to);
+        }
+        let device = &self.gpu.device;
+        let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let descriptor =
+            wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source: wgpu::ShaderSource::Wgsl(source.into()) };
+        // SAFETY: the checks that are left out guard against out-of-bounds indices and endless loops. Every kernel is
+        // held against its reference at odd sizes, and none loops without a bound taken from its parameters.
+        let module = unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
+        let entries: Vec<_> = kernel
+            .bindings
+            .iter()
+            .enumerate()
+            .map(|(binding, access)| wgpu::BindGroupLayoutEntry {
+                binding: binding as u32,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only: *access == Access::Read },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        let layout = device
+            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(kernel.name), entries: &entries });
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(kernel.name),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: kernel.param_bytes as u32,
+        });
+        let constants: Vec<(&str, f64)> = variant.tunables.iter().map(|(name, value)| (*name, *value as f64)).collect();
+        let raw = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(kernel.name),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &constants,
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
+        let cause = pollster::block_on(internal.pop()).or(pollster::block_on(validation.pop()));
+        match cause {
+            Some(cause) => Err(fail(cause.to_string())),
+            None => Ok(Pipeline {
+                kernel: kernel.name,
+                raw,
+                layout,
+                n_bindings: kernel.bindings.len(),
+                param_bytes: kernel.param_bytes,
+            }),
+        }
+    }
+}
+
+/// Dispatches and copies in order, submitted together.
+pub struct Recorder<'p> {
+    pipelines: &'p Pipelines,
+    encoder: wgpu::CommandEncoder,
+    pass: Option<wgpu::ComputePass<'static>>,
+}
+
+impl<'p> Recorder<'p> {
+    pub fn new(pipelines: &'p Pipelines) -> Self {
+        Self { pipelines, encoder: pipelines.gpu.device.create_command_encoder(&Default::default()), pass: None }
+    }
+
+    /// Runs `workgroups` of a kernel variant over `bindings` (binding 0, 1, …) with `params`. A dispatch that sees what an
+    /// earlier one wrote waits for it. Nothing happens where a count of workgroups is 0.
+    pub fn dispatch<P: bytemuck::NoUninit>(
+        &mut self,
+        kernel: &'static Kernel,
+        variant: &Variant,
+        params: &P,
+        bindings: &[Slice<'_>],
+        workgroups: [u32; 3],
+    ) -> Result<(), GpuError> {
+        if workgroups.contains(&0) {
+            return Ok(());
+        }
+        let most = self.pipelines.gpu.max_workgroups();
+        assert!(workgroups.iter().all(|n| *n <= most), "{}: {workgroups:?} workgroups, at most {most}", kernel.name);
+        let pipeline = self.pipelines.get(kernel, variant)?;
+        assert_eq!(pipeline.n_bindings, bindings.len(), "{}: number of bindings", pipeline.kernel);
+        assert_eq!(pipeline.param_bytes, size_of::<P>(), "{}: size of the parameters", pipeline.kernel);
+        let entries: Vec<_> = bindings
+            .iter()
+            .enumerate()
+            .map(|(binding, slice)| wgpu::BindGroupEntry {
+                binding: binding as u32,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: &slice.buffer.raw,
+                    offset: slice.offset,
+                    size: wgpu::BufferSize::new(slice.size.next_multiple_of(4)),
+                }),
+            })
+            .collect();
+        let group = self.pipelines.gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: Some(pipeline.kernel),
+            layout: &pipeline.layout,
+            entries: &entries,
+        });
+        let pass =
+            self.pass.get_or_insert_with(|| self.encoder.begin_compute_pass(&Default::default()).forget_lifetime());
+        pass.set_pipeline(&pipeline.raw);
+        pass.set_bind_group(0, &group, &[]);
+        if pipeline.param_bytes > 0 {
+            pass.set_immediates(0, bytemuck::bytes_of(params));
+        }
+        let [x, y, z] = workgroups;
+        pass.dispatch_workgroups(x, y, z);
+        Ok(())
+    }
+
+    /// Sends everything recorded to the device. Returns before it has run; [`Gpu::wait`] waits.
+    pub fn submit(mut self) -> Result<(), GpuError> {
+        drop(self.pass.take());
+        self.pipelines.gpu.queue.submit([self.encoder.finish()]);
+        self.pipelines.gpu.check()
+    }
+}

@@ -1,0 +1,188 @@
+//! Paged expert weights: which bytes travel together, and where on the GPU they land.
+//!
+//! In: the extents of an expert matrix, how many experts a layer has, how many stay resident, how many the ring holds, and the
+//! size of a page. Out: a [`PagePlan`] – chunks of experts that compute together, the pages that bring them, and the slot of
+//! every expert – and a [`PageTable`] that knows which expert each slot holds now.
+//!
+//! Eight experts, two resident, a ring of four (so chunks of two), pages of at most three matrices:
+//!
+//! ```text
+//! slots      0 1 | 2 3 4 5           chunk 0: experts 0 1, resident, no page
+//!            0 1 | 2 3 4 5  layer 0  chunk 1: experts 2 3   pages 1.0 [g2 u2 d2]  1.1 [g3 u3 d3]
+//!            0 1 | 6 7 …             chunk 2: experts 4 5   …
+//! ```
+//!
+//! Streamed experts take the ring's slots in the order in which they are used, layer after layer, so a slot is rewritten only
+//! after the whole ring has gone by. Guarantees: pages of a chunk cover each byte of its matrices exactly once; two experts of
+//! one chunk never share a slot. Given up: experts stream in their order in the layer, not by popularity.
+
+use std::ops::Range;
+
+use crate::model::ExpertMatrix;
+
+/// Which experts stay, which stream, and in what portions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageShape {
+    /// E
+    pub experts: usize,
+    /// The first so many experts of each layer never leave their slots.
+    pub resident: usize,
+    /// Slots for streamed experts. Not used where all are resident.
+    pub ring: usize,
+    /// Bytes of one matrix; gate, up and down have the same.
+    pub matrix_bytes: u64,
+    /// No page is larger; a matrix that is gets cut.
+    pub page_bytes: u64,
+    pub layers: usize,
+}
+
+impl PageShape {
+    /// Bytes between two slots of a slab: a matrix, rounded up so that every slot starts aligned for wide loads.
+    pub fn slot_bytes(matrix_bytes: u64) -> u64 {
+        matrix_bytes.next_multiple_of(256)
+    }
+}
+
+/// A range of one expert matrix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    pub expert: usize,
+    pub matrix: ExpertMatrix,
+    /// Bytes of the matrix; the start is a multiple of 4.
+    pub bytes: Range<u64>,
+}
+
+/// What travels in one transfer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Page {
+    pub pieces: Vec<Piece>,
+}
+
+impl Page {
+    pub fn bytes(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.bytes.end - piece.bytes.start).sum()
+    }
+}
+
+/// Experts that compute together, and the pages that bring them. No pages: they are resident.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chunk {
+    pub experts: Range<usize>,
+    pub pages: Vec<Page>,
+}
+
+/// The same for every layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PagePlan {
+    shape: PageShape,
+    chunks: Vec<Chunk>,
+}
+
+impl PagePlan {
+    /// Panics where `resident > experts`, or nothing is left to hold the streamed ones: the policy was resolved before.
+    pub fn new(shape: PageShape) -> Self {
+        let PageShape { experts, resident, ring, .. } = shape;
+        let streamed = experts.checked_sub(resident).expect("resident experts are experts");
+        assert!(streamed == 0 || ring > 0, "{streamed} streamed experts need a ring");
+        let mut chunks = Vec::new();
+        if resident > 0 {
+            chunks.push(Chunk { experts: 0..resident, pages: Vec::new() });
+        }
+        // Half the ring computes while the other half loads.
+        let chunk_size = (ring / 2).clamp(1, streamed.max(1));
+        let mut first = resident;
+        while first < experts {
+            let end = (first + chunk_size).min(experts);
+            chunks.push(Chunk { experts: first..end, pages: cut(first..end, shape.matrix_bytes, shape.page_bytes) });
+            first = end;
+        }
+        Self { shape, chunks }
+    }
+
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.chunks
+    }
+
+    /// Slots in all: residents of every layer, then the ring.
+    pub fn n_slots(&self) -> usize {
+        let ring = if self.shape.resident == self.shape.experts { 0 } else { self.shape.ring };
+        self.shape.layers * self.shape.resident + ring
+    }
+
+    /// Where an expert is, or will be.
+    pub fn slot(&self, layer: usize, expert: usize) -> usize {
+        let PageShape { experts, resident, ring, layers, .. } = self.shape;
+        if expert < resident {
+            layer * resident + expert
+        } else {
+            layers * resident + (layer * (experts - resident) + expert - resident) % ring
+        }
+    }
+
+    /// Bytes of pages that one pass streams.
+    pub fn bytes_per_pass(&self) -> u64 {
+        let layer: u64 = self.chunks.iter().flat_map(|chunk| &chunk.pages).map(Page::bytes).sum();
+        layer * self.shape.layers as u64
+    }
+}
+
+/// Pages of at most `page_bytes` that cover every matrix of `experts`, in order of use: gate and up before down.
+fn cut(experts: Range<usize>, matrix_bytes: u64, page_bytes: u64) -> Vec<Page> {
+    let page_bytes = (page_bytes / 4 * 4).max(4);
+    let mut pages = vec![Page::default()];
+    let mut room = page_bytes;
+    for expert in experts {
+        for matrix in [ExpertMatrix::Gate, ExpertMatrix::Up, ExpertMatrix::Down] {
+            let mut start = 0;
+            while start < matrix_bytes {
+                if room == 0 {
+                    pages.push(Page::default());
+                    room = page_bytes;
+                }
+                // A piece ends at a whole word, so that the next one starts at one; the last may end anywhere.
+                let end = (start + room).min(matrix_bytes);
+                pages.last_mut().expect("never empty").pieces.push(Piece { expert, matrix, bytes: start..end });
+                room = room.saturating_sub((end - start).next_multiple_of(4));
+                start = end;
+            }
+        }
+    }
+    pages
+}
+
+/// Which expert each slot holds, and how much of it has arrived.
+#[derive(Debug)]
+pub struct PageTable {
+    slots: Vec<Option<Holding>>,
+    /// Bytes of one expert, all three matrices.
+    expert_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Holding {
+    layer: usize,
+    expert: usize,
+    arrived: u64,
+}
+
+impl PageTable {
+    pub fn new(plan: &PagePlan) -> Self {
+        Self { slots: vec![None; plan.n_slots()], expert_bytes: 3 * plan.shape.matrix_bytes }
+    }
+
+    /// A piece of an expert goes to its slot; what the slot held before is gone.
+    pub fn arrive(&mut self, slot: usize, layer: usize, piece: &Piece) {
+        let bytes = piece.bytes.end - piece.bytes.start;
+        match &mut self.slots[slot] {
+            Some(held) if (held.layer, held.expert) == (layer, piece.expert) && held.arrived < self.expert_bytes => {
+                held.arrived += bytes;
+            }
+            other => *other = Some(Holding { layer, expert: piece.expert, arrived: bytes }),
+        }
+    }
+
+    /// The slot holds all of that expert.
+    pub fn holds(&self, slot: usize, layer: usize, expert: usize) -> bool {
+        self.slots[slot] == Some(Holding { layer, expert, arrived: self.expert_bytes })
+    }
+}

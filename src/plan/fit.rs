@@ -1,0 +1,382 @@
+//! The first policy that fits, and where every byte goes.
+
+use std::fmt;
+
+use crate::checkpoint::{Inventory, Placed};
+use crate::kernels::slabs::N_SLABS;
+use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::pages::PageShape;
+use crate::model::{ModelConfig, Role};
+use crate::policy::{AttentionPlace, Policy};
+use crate::units::human_bytes;
+
+/// What the weights of a checkpoint take, which config.json does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelBytes {
+    /// All that stays on the GPU: embedding, norms, projections, routers, head.
+    pub dense: u64,
+    /// One expert matrix.
+    pub matrix: u64,
+    /// All files.
+    pub files: u64,
+}
+
+impl ModelBytes {
+    /// Of a checkpoint whose experts have one type.
+    pub fn of(inventory: &Inventory) -> Self {
+        let expert = |tensor: &&Placed| matches!(tensor.role, Role::Expert { .. });
+        let tensors = inventory.tensors();
+        Self {
+            // Each is padded to whole words on the device.
+            dense: tensors.iter().filter(|t| !expert(t)).map(|t| t.bytes().next_multiple_of(4)).sum(),
+            matrix: tensors.iter().find(expert).map_or(0, Placed::bytes),
+            files: inventory.files().iter().map(|(_, bytes)| bytes).sum(),
+        }
+    }
+}
+
+/// What the machine allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineLimits {
+    /// Device memory that may be taken.
+    pub device_bytes: u64,
+    /// Host memory that may be taken beside the mapped checkpoint.
+    pub host_bytes: u64,
+    /// Largest storage binding.
+    pub binding_bytes: u64,
+    pub threads: usize,
+}
+
+/// What the user asked for; None = choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wishes {
+    pub max_sequences: Option<usize>,
+    pub groups: Option<usize>,
+    /// Rows of a pass, over all groups.
+    pub pass_rows: Option<usize>,
+    pub prompt_chunk: Option<usize>,
+    pub attention: AttentionPlace,
+    pub threads: Option<usize>,
+    pub max_model_len: Option<usize>,
+    pub kv_bytes: Option<u64>,
+    pub resident_experts: Option<usize>,
+    pub ring_experts: Option<usize>,
+    pub page_bytes: Option<u64>,
+}
+
+/// Bytes by purpose. Printed before anything is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct MemoryUse {
+    pub dense_weights: u64,
+    pub expert_slots: u64,
+    pub activations: u64,
+    pub kv_workspace: u64,
+    pub logits: u64,
+    pub rotary_table: u64,
+    /// Host memory: the KV pool.
+    pub kv_pool: u64,
+    /// Host memory: rows that cross the link, and pages on their way.
+    pub staging: u64,
+    /// The checkpoint's mapping: page cache, given back by the system when needed.
+    pub mapped_weights: u64,
+}
+
+impl MemoryUse {
+    pub fn device(&self) -> u64 {
+        self.dense_weights + self.expert_slots + self.activations + self.kv_workspace + self.logits + self.rotary_table
+    }
+
+    pub fn host(&self) -> u64 {
+        self.kv_pool + self.staging
+    }
+}
+
+/// A policy and what it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    pub policy: Policy,
+    pub memory: MemoryUse,
+    /// Expert bytes that every pass brings to the GPU.
+    pub streamed_bytes_per_pass: u64,
+    pub experts_per_layer: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    #[error("{option} is {value}; it must be {allowed}")]
+    Option { option: &'static str, value: usize, allowed: String },
+    #[error(
+        "no policy fits: {what} {} of {side} memory, {} are allowed ({option} sets it)",
+        human_bytes(*.needed), human_bytes(*.allowed)
+    )]
+    Memory { what: String, needed: u64, side: &'static str, allowed: u64, option: &'static str },
+    #[error("{what} needs {} in one binding, the adapter allows {}; lower {option}", human_bytes(*.needed), human_bytes(*.limit))]
+    Binding { what: &'static str, needed: u64, limit: u64, option: &'static str },
+}
+
+/// Most sequences at a time where nobody says.
+const DEFAULT_SEQUENCES: usize = 256;
+/// Rows of a pass where nobody says: enough to fill the matrix units, little enough for small cards.
+const DEFAULT_PASS_ROWS: usize = 1024;
+const DEFAULT_GROUPS: usize = 2;
+/// Middle of the 16-128 MiB over which copies run at full rate.
+const DEFAULT_PAGE_BYTES: u64 = 32 << 20;
+/// Longest context planned for where nobody says: a pool for more is rarely used.
+const DEFAULT_MAX_MODEL_LEN: usize = 8192;
+
+fn option(option: &'static str, value: Option<usize>, default: usize, max: usize) -> Result<usize, PlanError> {
+    match value {
+        Some(value) if value == 0 || value > max => {
+            Err(PlanError::Option { option, value, allowed: format!("1 to {max}") })
+        }
+        Some(value) => Ok(value),
+        None => Ok(default.min(max)),
+    }
+}
+
+/// Fills in what was not wished and sees whether it fits.
+pub fn fit(
+    config: &ModelConfig,
+    bytes: &ModelBytes,
+    machine: &MachineLimits,
+    wishes: &Wishes,
+) -> Result<Plan, PlanError> {
+    let shape = &config.shape;
+    let words = |n: usize| 4 * n as u64;
+    let max_sequences = option("--max-num-seqs", wishes.max_sequences, DEFAULT_SEQUENCES, 1 << 20)?;
+    let groups = option("--groups", wishes.groups, DEFAULT_GROUPS, 64)?.min(max_sequences);
+    let pass_rows =
+        option("--max-num-batched-tokens", wishes.pass_rows, DEFAULT_PASS_ROWS.max(max_sequences), 1 << 20)?;
+    let threads = option("--threads", wishes.threads, machine.threads, 1024)?;
+
+    // Rows per group: what one binding of each row-wise buffer holds.
+    let widest = (shape.experts_per_token * shape.expert_width.max(shape.d_model)).max(shape.qkv_width());
+    let rows_that_bind = (machine.binding_bytes / words(widest)) as usize;
+    let wished_rows = pass_rows.div_ceil(groups);
+    if wishes.pass_rows.is_some() && wished_rows > rows_that_bind || rows_that_bind == 0 {
+        return Err(PlanError::Binding {
+            what: "a group's expert rows",
+            needed: words(widest) * wished_rows as u64,
+            limit: machine.binding_bytes,
+            option: "--max-num-batched-tokens",
+        });
+    }
+    let rows_per_group = wished_rows.min(rows_that_bind);
+    let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, rows_per_group, 1 << 30)?.min(rows_per_group);
+
+    // The host side: the KV pool.
+    let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let block_bytes = layout.bytes_per_block() as u64;
+    let row_bytes = words(shape.qkv_width() + shape.q_width() + shape.kv_width());
+    let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES).max(4);
+    let staging = row_bytes * rows_per_group as u64 + page_bytes;
+    let host_left = machine.host_bytes.saturating_sub(staging);
+    let longest = option("--max-model-len", wishes.max_model_len, DEFAULT_MAX_MODEL_LEN, config.max_positions)?;
+    let blocks_for = |tokens: usize| tokens.div_ceil(BLOCK_TOKENS);
+    // Half of what is free by default: the page cache needs the rest for the mapped weights.
+    let pool_bytes = wishes.kv_bytes.unwrap_or_else(|| {
+        let all = max_sequences as u64 * blocks_for(longest) as u64 * block_bytes;
+        all.min(host_left / 2).max(block_bytes.min(host_left))
+    });
+    let host_error = |what: String, needed, option| PlanError::Memory {
+        what,
+        needed,
+        side: "host",
+        allowed: machine.host_bytes,
+        option,
+    };
+    if pool_bytes.saturating_add(staging) > machine.host_bytes {
+        return Err(host_error("the KV pool and the staging rows need".into(), pool_bytes + staging, "--host-memory"));
+    }
+    let kv_blocks = (pool_bytes / block_bytes) as usize;
+    let needed_blocks = if wishes.max_model_len.is_some() { blocks_for(longest) } else { 1 };
+    if kv_blocks < needed_blocks {
+        let what = format!("one sequence of {} tokens needs", if needed_blocks == 1 { BLOCK_TOKENS } else { longest });
+        return Err(PlanError::Memory {
+            what,
+            needed: needed_blocks as u64 * block_bytes,
+            side: "KV",
+            allowed: pool_bytes,
+            option: "--kv-memory",
+        });
+    }
+    let max_model_len = longest.min(kv_blocks * BLOCK_TOKENS);
+
+    // The device side.
+    let layer_block_bytes = block_bytes / shape.layers as u64;
+    let per_group_sequences = max_sequences.div_ceil(groups);
+    let workspace_binds = (machine.binding_bytes / layer_block_bytes) as usize;
+    let workspace_wanted = match wishes.attention {
+        // Two prompts of full length side by side; short ones pack many.
+        AttentionPlace::Cpu => 2 * blocks_for(max_model_len),
+        AttentionPlace::Gpu => (per_group_sequences + 1) * blocks_for(max_model_len),
+    };
+    let most_used = kv_blocks + rows_per_group;
+    let workspace_blocks = workspace_wanted.min(most_used).min(workspace_binds);
+    if workspace_blocks < blocks_for(max_model_len) {
+        return Err(PlanError::Binding {
+            what: "the KV of one sequence's layer",
+            needed: blocks_for(max_model_len) as u64 * layer_block_bytes,
+            limit: machine.binding_bytes,
+            option: "--max-model-len",
+        });
+    }
+    let vocab_rows = (machine.binding_bytes / words(shape.vocab)) as usize;
+    // A multiple of 64 rows keeps every portion's start aligned for a binding.
+    let head_rows = rows_per_group.next_multiple_of(64).min(256).min(vocab_rows / 64 * 64);
+    if head_rows == 0 {
+        return Err(PlanError::Binding {
+            what: "64 rows of logits",
+            needed: 64 * words(shape.vocab),
+            limit: machine.binding_bytes,
+            option: "(a smaller vocabulary is needed)",
+        });
+    }
+    let assignments = rows_per_group * shape.experts_per_token;
+    let per_group = words(rows_per_group) * 4 // ids, positions, KV slots, sampled rows
+        + 2 * words(4 * rows_per_group) // attended rows, decode and prompt
+        + words(workspace_blocks)
+        + 2 * words(rows_per_group * shape.d_model) // residual, normed
+        + 3 * words(assignments) // chosen experts, weights, permutation
+        + words(shape.experts + 1)
+        + words(assignments * shape.d_model); // expert outputs
+    let shared = words(rows_per_group * (shape.qkv_width() + shape.kv_width() + shape.q_width() + shape.experts))
+        + words(assignments * shape.expert_width)
+        + words(2 * shape.experts);
+    let mut memory = MemoryUse {
+        dense_weights: bytes.dense,
+        expert_slots: 0,
+        activations: groups as u64 * per_group + shared,
+        kv_workspace: workspace_blocks as u64 * layer_block_bytes,
+        logits: words(head_rows * (2 * shape.d_model + shape.vocab + 4)),
+        rotary_table: words(max_model_len * shape.head_width),
+        kv_pool: kv_blocks as u64 * block_bytes,
+        staging,
+        mapped_weights: bytes.files,
+    };
+    let fixed = memory.device();
+    let slot_bytes = PageShape::slot_bytes(bytes.matrix);
+    let expert_bytes = 3 * slot_bytes;
+    let slots_that_bind = N_SLABS * (machine.binding_bytes / slot_bytes) as usize;
+    if slots_that_bind == 0 {
+        return Err(PlanError::Binding {
+            what: "one expert matrix",
+            needed: slot_bytes,
+            limit: machine.binding_bytes,
+            option: "(another adapter is needed)",
+        });
+    }
+    let slots = ((machine.device_bytes.saturating_sub(fixed) / expert_bytes) as usize).min(slots_that_bind);
+    let (resident_experts, ring_experts) = place_experts(config, slots, wishes)?;
+    let streamed = shape.experts - resident_experts;
+    let n_slots = shape.layers * resident_experts + if streamed == 0 { 0 } else { ring_experts };
+    memory.expert_slots = n_slots as u64 * expert_bytes;
+    if memory.device() > machine.device_bytes || n_slots > slots_that_bind || n_slots == 0 {
+        let least = memory.device().max(fixed + expert_bytes);
+        return Err(PlanError::Memory {
+            what: format!(
+                "weights that stay {}, activations {}, KV workspace {} and {} expert slots of {} need",
+                human_bytes(bytes.dense),
+                human_bytes(memory.activations + memory.logits + memory.rotary_table),
+                human_bytes(memory.kv_workspace),
+                n_slots.max(1),
+                human_bytes(expert_bytes),
+            ),
+            needed: least,
+            side: "device",
+            allowed: machine.device_bytes,
+            option: "--gpu-memory",
+        });
+    }
+    Ok(Plan {
+        policy: Policy {
+            max_sequences,
+            groups,
+            rows_per_group,
+            prompt_chunk,
+            attention: wishes.attention,
+            threads,
+            max_model_len,
+            kv_blocks,
+            workspace_blocks,
+            resident_experts,
+            ring_experts,
+            page_bytes,
+            head_rows,
+        },
+        memory,
+        streamed_bytes_per_pass: (shape.layers * streamed) as u64 * 3 * bytes.matrix,
+        experts_per_layer: shape.experts,
+    })
+}
+
+/// Residents and ring for `slots` slots: all resident if they fit, else a ring of two layers and residents from the rest.
+fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<(usize, usize), PlanError> {
+    let (layers, experts) = (config.shape.layers, config.shape.experts);
+    if let Some(resident) = wishes.resident_experts.filter(|resident| *resident > experts) {
+        let allowed = format!("0 to {experts}, the experts of a layer");
+        return Err(PlanError::Option { option: "--resident-experts", value: resident, allowed });
+    }
+    if let Some(0) = wishes.ring_experts {
+        return Err(PlanError::Option { option: "--ring-experts", value: 0, allowed: "at least 1".into() });
+    }
+    let resident = wishes.resident_experts.unwrap_or_else(|| match wishes.ring_experts {
+        // A ring was asked for, so there is something to stream.
+        Some(ring) => (slots.saturating_sub(ring) / layers).min(experts - 1),
+        None if slots >= layers * experts => experts,
+        None => (slots.saturating_sub(2 * experts) / layers).min(experts - 1),
+    });
+    let streamed = experts - resident;
+    let left = slots.saturating_sub(layers * resident);
+    let ring = wishes.ring_experts.unwrap_or(left.min(2 * streamed));
+    Ok((resident, ring))
+}
+
+/// What goes where, and what it needs.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (p, m) = (&self.policy, &self.memory);
+        let attention = match p.attention {
+            AttentionPlace::Cpu => "CPU",
+            AttentionPlace::Gpu => "GPU",
+        };
+        writeln!(
+            f,
+            "device  {:>10}   weights that stay {}, expert slots {}, activations {}, KV workspace {}, logits {}, rotary table {}",
+            human_bytes(m.device()),
+            human_bytes(m.dense_weights),
+            human_bytes(m.expert_slots),
+            human_bytes(m.activations),
+            human_bytes(m.kv_workspace),
+            human_bytes(m.logits),
+            human_bytes(m.rotary_table),
+        )?;
+        writeln!(
+            f,
+            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens), staging {}; beside it {} of weights, mapped from their files",
+            human_bytes(m.host()),
+            human_bytes(m.kv_pool),
+            p.kv_blocks,
+            human_bytes(m.staging),
+            human_bytes(m.mapped_weights),
+        )?;
+        if self.streamed_bytes_per_pass == 0 {
+            writeln!(f, "experts all {} of each layer stay on the GPU", self.experts_per_layer)?;
+        } else {
+            writeln!(
+                f,
+                "experts {} of {} of each layer stay on the GPU; the others go through a ring of {} slots, {} a pass in pages of up to {}",
+                p.resident_experts,
+                self.experts_per_layer,
+                p.ring_experts,
+                human_bytes(self.streamed_bytes_per_pass),
+                human_bytes(p.page_bytes),
+            )?;
+        }
+        write!(
+            f,
+            "batch   up to {} sequences in {} groups of {} rows a pass, prompts in pieces of up to {}, contexts up to {} tokens, decode attention on the {attention}",
+            p.max_sequences, p.groups, p.rows_per_group, p.prompt_chunk, p.max_model_len,
+        )
+    }
+}

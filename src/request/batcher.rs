@@ -1,0 +1,456 @@
+//! Which rows of which sequences go into the next pass.
+//!
+//! In: sequences as they arrive, and the token that each sampled row got. Out: per group, the rows of its next pass
+//! ([`GroupRows`]), with room for their keys and values already reserved in the KV cache.
+//!
+//! A group's next rows, in this order: the decode rows of its sequences, oldest first; then prompt rows of those that are still
+//! in their prompt; then sequences from the queue, as long as the group has rows, sequences and KV blocks left. A pass therefore
+//! carries any mix, and a prompt longer than the row limit spans passes in chunks.
+//!
+//! ```text
+//! group 0, 6 rows:   a:17  b:9        c:0 c:1 c:2 c:3      (a, b decode; c's first chunk)
+//! next pass:         a:18  b:10       c:4 c:5 d:0 d:1      (c's last chunk is sampled; d came from the queue)
+//! ```
+//!
+//! **When blocks run out**, the youngest sequence that has no rows under way gives up its blocks: they go to the spill file and
+//! come back unchanged when there is room (recomputing them would round differently). A sequence that finds no room and may push
+//! nobody out just sits out a pass.
+//!
+//! Guarantees: the oldest sequence always gets on, so everything ends; no sequence is ever dropped; blocks of finished sequences
+//! are free at once; membership of a group is decided when that group's ids are known, without waiting for other groups.
+//!
+//! Given up: admission is by expected length (the mean of what finished so far), so blocks can run out; sequences keep their
+//! group until they end or are preempted.
+
+use std::collections::BTreeMap;
+
+use crate::memory::kv_cache::{
+    BLOCK_TOKENS, BlockTable, KvCache, KvError, RestoreCause, RestoreError, RowPlace, SpillFile, SpilledTable,
+};
+
+/// A completion of a request: the request's ordinal, then 0..n. The order is the order of age.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId {
+    pub request: u64,
+    pub choice: usize,
+}
+
+/// One token of one sequence in one pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    pub sequence: SequenceId,
+    pub token: u32,
+    pub position: usize,
+    /// A generated token; else one of the prompt.
+    pub decode: bool,
+    /// The next token is chosen from this row's logits.
+    pub sampled: bool,
+}
+
+/// The rows of one group in one pass: decode rows, then prompt rows; each sequence's rows together, positions ascending.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct GroupRows {
+    pub rows: Vec<Row>,
+}
+
+impl GroupRows {
+    pub fn n_decode(&self) -> usize {
+        self.rows.iter().take_while(|row| row.decode).count()
+    }
+
+    /// The rows of each sequence, as ranges of `rows`.
+    pub fn runs(&self) -> impl Iterator<Item = &[Row]> {
+        self.rows.chunk_by(|a, b| a.sequence == b.sequence)
+    }
+}
+
+/// What bounds a pass. Part of the policy: it changes time, never tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Sequences that run at a time, over all groups.
+    pub max_sequences: usize,
+    pub groups: usize,
+    pub rows_per_group: usize,
+    /// Longest piece of one prompt in one pass.
+    pub prompt_chunk: usize,
+    /// KV blocks that the GPU workspace holds for one group.
+    pub workspace_blocks: usize,
+    /// Decode rows attend on the GPU, so their context needs the workspace too.
+    pub gpu_decode: bool,
+}
+
+/// Counters of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BatchCounters {
+    pub preemptions: u64,
+    pub spilled_blocks: u64,
+    /// Most sequences that ran in one pass's planning.
+    pub peak_running: usize,
+}
+
+impl BatchCounters {
+    /// What was counted after `before`.
+    pub fn since(self, before: BatchCounters) -> BatchCounters {
+        BatchCounters {
+            preemptions: self.preemptions - before.preemptions,
+            spilled_blocks: self.spilled_blocks - before.spilled_blocks,
+            peak_running: self.peak_running,
+        }
+    }
+}
+
+/// Where a sequence's keys and values are.
+enum Storage {
+    Cache(BlockTable),
+    Spilled(SpilledTable),
+}
+
+struct Sequence {
+    tokens: Vec<u32>,
+    prompt_len: usize,
+    /// Most tokens that it can come to have.
+    limit: usize,
+    /// Tokens whose keys and values are stored.
+    computed: usize,
+    storage: Storage,
+    /// None: in the queue, new or preempted.
+    group: Option<usize>,
+    /// Rows of it are planned and not yet sampled.
+    in_flight: bool,
+}
+
+/// See the module's text.
+pub struct Batcher {
+    limits: BatchLimits,
+    kv: KvCache,
+    spill: SpillFile,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    finished: u64,
+    finished_tokens: u64,
+    counters: BatchCounters,
+}
+
+/// Until this many sequences have finished, each is expected to generate so many tokens more.
+const FIRST_EXPECTATIONS: u64 = 8;
+const FIRST_EXPECTED_TOKENS: usize = 32;
+
+impl Batcher {
+    pub fn new(limits: BatchLimits, kv: KvCache, spill: SpillFile) -> Self {
+        assert!(limits.groups > 0 && limits.rows_per_group > 0 && limits.prompt_chunk > 0 && limits.max_sequences > 0);
+        Self {
+            limits,
+            kv,
+            spill,
+            sequences: BTreeMap::new(),
+            finished: 0,
+            finished_tokens: 0,
+            counters: BatchCounters::default(),
+        }
+    }
+
+    pub fn kv(&self) -> &KvCache {
+        &self.kv
+    }
+
+    pub fn counters(&self) -> BatchCounters {
+        self.counters
+    }
+
+    /// Sequences that have not finished.
+    pub fn len(&self) -> usize {
+        self.sequences.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Sequences that are in no group: new or preempted.
+    pub fn queued(&self) -> usize {
+        self.sequences.values().filter(|sequence| sequence.group.is_none()).count()
+    }
+
+    /// Puts a sequence into the queue. `max_new` tokens at most will be generated; prompt and those must fit the pool
+    /// (the engine refuses requests that do not).
+    pub fn add(&mut self, id: SequenceId, prompt: Vec<u32>, max_new: usize) {
+        let limit = prompt.len() + max_new;
+        debug_assert!(!prompt.is_empty() && limit <= self.kv.total_blocks() * BLOCK_TOKENS);
+        let sequence = Sequence {
+            prompt_len: prompt.len(),
+            tokens: prompt,
+            limit,
+            computed: 0,
+            storage: Storage::Cache(BlockTable::default()),
+            group: None,
+            in_flight: false,
+        };
+        let before = self.sequences.insert(id, sequence);
+        debug_assert!(before.is_none(), "{id:?} was added before");
+    }
+
+    /// Queues another completion of a sequence whose prompt is done. It shares the prompt's full blocks; the last few prompt
+    /// tokens, which lie in a block that each completion goes on to write, it computes again, to the same bits.
+    pub fn fork(&mut self, parent: SequenceId, child: SequenceId) {
+        let from = &self.sequences[&parent];
+        debug_assert!(from.computed >= from.prompt_len, "a fork shares a computed prompt");
+        let shared = (from.prompt_len - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+        let storage = match &from.storage {
+            Storage::Cache(table) => {
+                Storage::Cache(self.kv.fork(table, shared).expect("whole blocks are shared, none is taken"))
+            }
+            Storage::Spilled(_) => unreachable!("a sequence that was just sampled is in the cache"),
+        };
+        let sequence = Sequence {
+            tokens: from.tokens[..from.prompt_len].to_vec(),
+            prompt_len: from.prompt_len,
+            limit: from.limit,
+            computed: shared,
+            storage,
+            group: None,
+            in_flight: false,
+        };
+        self.sequences.insert(child, sequence);
+    }
+
+    /// The sequence has not ended.
+    pub fn contains(&self, id: SequenceId) -> bool {
+        self.sequences.contains_key(&id)
+    }
+
+    /// The blocks of a sequence that has rows under way.
+    pub fn table(&self, id: SequenceId) -> &BlockTable {
+        match &self.sequences[&id].storage {
+            Storage::Cache(table) => table,
+            Storage::Spilled(_) => unreachable!("a sequence with rows under way is in the cache"),
+        }
+    }
+
+    /// Stores the keys and values of a group's rows for one layer: `data` is `[T, G, 2, K]`.
+    pub fn write_rows(&mut self, layer: usize, rows: &[Row], data: &[half::f16], threads: &rayon::ThreadPool) {
+        let places: Vec<RowPlace> = rows
+            .iter()
+            .map(|row| {
+                let Storage::Cache(table) = &self.sequences[&row.sequence].storage else {
+                    unreachable!("a sequence with rows under way is in the cache")
+                };
+                RowPlace { table, position: row.position }
+            })
+            .collect();
+        self.kv.write_rows(layer, &places, data, threads);
+    }
+
+    /// The rows of a group's pass have run: their keys and values are stored.
+    pub fn complete(&mut self, rows: &GroupRows) {
+        for row in &rows.rows {
+            // A sequence that failed in this pass is gone.
+            if let Some(sequence) = self.sequences.get_mut(&row.sequence) {
+                sequence.computed = row.position + 1;
+                sequence.in_flight = false;
+            }
+        }
+    }
+
+    /// The token that follows the last one.
+    pub fn push(&mut self, id: SequenceId, token: u32) {
+        self.sequences.get_mut(&id).expect("a sampled sequence is there").tokens.push(token);
+    }
+
+    /// A sequence has ended, well or not: its blocks are free.
+    pub fn remove(&mut self, id: SequenceId) {
+        let sequence = self.sequences.remove(&id).expect("a finished sequence is there");
+        self.finished += 1;
+        self.finished_tokens += (sequence.tokens.len() - sequence.prompt_len) as u64;
+        self.give_back(sequence.storage);
+    }
+
+    /// Drops every sequence: the run is over, whatever became of them.
+    pub fn clear(&mut self) {
+        for sequence in std::mem::take(&mut self.sequences).into_values() {
+            self.give_back(sequence.storage);
+        }
+    }
+
+    fn give_back(&mut self, storage: Storage) {
+        match storage {
+            Storage::Cache(table) => self.kv.release(table),
+            Storage::Spilled(spilled) => self.spill.discard(spilled),
+        }
+    }
+
+    /// The sequence has rows in a pass that has not been completed.
+    pub fn in_flight(&self, id: SequenceId) -> bool {
+        self.sequences.get(&id).is_some_and(|sequence| sequence.in_flight)
+    }
+
+    /// The rows of `group`'s next pass. Call when the ids of its last pass are known (or it had none).
+    pub fn plan_group(&mut self, group: usize) -> Result<GroupRows, KvError> {
+        let mut plan = Plan { rows: Vec::new(), workspace: self.limits.workspace_blocks };
+        let members: Vec<SequenceId> =
+            self.sequences.iter().filter(|(_, s)| s.group == Some(group)).map(|(id, _)| *id).collect();
+        let decoding = |s: &Sequence| s.computed >= s.prompt_len;
+        // A member may be pushed out by an older one while this runs, so each is looked at anew.
+        for decode in [true, false] {
+            for id in &members {
+                if self.sequences.get(id).is_some_and(|s| s.group == Some(group) && decoding(s) == decode) {
+                    self.take_rows(*id, &mut plan)?;
+                }
+            }
+        }
+        let quota = self.limits.max_sequences.div_ceil(self.limits.groups);
+        let queue: Vec<SequenceId> =
+            self.sequences.iter().filter(|(_, s)| s.group.is_none()).map(|(id, _)| *id).collect();
+        for id in queue {
+            let in_group = self.sequences.values().filter(|s| s.group == Some(group)).count();
+            let running = self.running();
+            if plan.rows.len() >= self.limits.rows_per_group
+                || in_group >= quota
+                || running >= self.limits.max_sequences
+            {
+                break;
+            }
+            if !self.admit(id)? {
+                break; // the queue is served in order of age
+            }
+            self.sequences.get_mut(&id).expect("queued").group = Some(group);
+            self.take_rows(id, &mut plan)?;
+        }
+        self.counters.peak_running = self.counters.peak_running.max(self.running());
+        // Admitted sequences may have brought decode rows behind prompt rows; kernels want them in front.
+        plan.rows.sort_by_key(|row| !row.decode);
+        Ok(GroupRows { rows: plan.rows })
+    }
+
+    fn running(&self) -> usize {
+        self.sequences.values().filter(|s| s.group.is_some()).count()
+    }
+
+    /// Plans the rows that `id` can have in this pass, with room for their keys and values.
+    fn take_rows(&mut self, id: SequenceId, plan: &mut Plan) -> Result<(), KvError> {
+        let sequence = &self.sequences[&id];
+        let decode = sequence.computed >= sequence.prompt_len;
+        let left = self.limits.rows_per_group - plan.rows.len();
+        let uses_workspace = !decode || self.limits.gpu_decode;
+        let workspace_rows =
+            if uses_workspace { (plan.workspace * BLOCK_TOKENS).saturating_sub(sequence.computed) } else { usize::MAX };
+        let wanted = sequence.tokens.len() - sequence.computed;
+        let n = wanted.min(left).min(self.limits.prompt_chunk).min(workspace_rows);
+        if n == 0 {
+            return Ok(());
+        }
+        let (first, end) = (sequence.computed, sequence.computed + n);
+        if !self.make_room(id, end)? {
+            return Ok(());
+        }
+        let sequence = self.sequences.get_mut(&id).expect("still there");
+        sequence.in_flight = true;
+        if uses_workspace {
+            plan.workspace -= end.div_ceil(BLOCK_TOKENS);
+        }
+        plan.rows.extend((first..end).map(|position| Row {
+            sequence: id,
+            token: sequence.tokens[position],
+            position,
+            decode,
+            sampled: position + 1 == sequence.tokens.len(),
+        }));
+        Ok(())
+    }
+
+    /// Reserves blocks for the first `tokens` tokens of `id`, pushing others out where that is allowed.
+    fn make_room(&mut self, id: SequenceId, tokens: usize) -> Result<bool, KvError> {
+        loop {
+            let sequence = self.sequences.get_mut(&id).expect("there");
+            let Storage::Cache(table) = &mut sequence.storage else { unreachable!("restored before rows are planned") };
+            if self.kv.reserve(table, tokens).is_ok() {
+                return Ok(true);
+            }
+            if !self.preempt_for(id)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Spills the youngest sequence that may make room for `id`: younger than it, or in no group, and with no rows under way.
+    /// False where there is none.
+    fn preempt_for(&mut self, id: SequenceId) -> Result<bool, KvError> {
+        let victim = self.sequences.iter().rev().find(|(other, sequence)| {
+            let holds = matches!(&sequence.storage, Storage::Cache(table) if !table.blocks().is_empty());
+            **other != id && holds && !sequence.in_flight && (**other > id || sequence.group.is_none())
+        });
+        match victim.map(|(other, _)| *other) {
+            Some(victim) => self.preempt(victim).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    fn preempt(&mut self, id: SequenceId) -> Result<(), KvError> {
+        let sequence = self.sequences.get_mut(&id).expect("a victim is there");
+        let Storage::Cache(table) = &mut sequence.storage else { unreachable!("victims hold blocks") };
+        let table = std::mem::take(table);
+        self.counters.preemptions += 1;
+        self.counters.spilled_blocks += table.blocks().len() as u64;
+        match self.kv.spill(table, &mut self.spill) {
+            Ok(spilled) => {
+                sequence.group = None;
+                sequence.storage = Storage::Spilled(spilled);
+                Ok(())
+            }
+            Err(failed) => {
+                sequence.storage = Storage::Cache(failed.table);
+                Err(failed.cause)
+            }
+        }
+    }
+
+    /// May a queued sequence run now? If so its spilled blocks are back.
+    fn admit(&mut self, id: SequenceId) -> Result<bool, KvError> {
+        let expected = |s: &Sequence| {
+            let generated = if self.finished < FIRST_EXPECTATIONS {
+                FIRST_EXPECTED_TOKENS
+            } else {
+                (self.finished_tokens / self.finished) as usize + 1
+            };
+            (s.prompt_len + generated).clamp(s.tokens.len(), s.limit.max(s.tokens.len())).div_ceil(BLOCK_TOKENS)
+        };
+        let held = |s: &Sequence| match &s.storage {
+            Storage::Cache(table) => table.blocks().len(),
+            Storage::Spilled(_) => 0,
+        };
+        let growth: usize =
+            self.sequences.values().filter(|s| s.group.is_some()).map(|s| expected(s).saturating_sub(held(s))).sum();
+        let sequence = &self.sequences[&id];
+        let fits = growth + expected(sequence).saturating_sub(held(sequence)) <= self.kv.free_blocks();
+        // The oldest of all may always come in: whoever runs is younger and can be pushed out.
+        let oldest = self.sequences.iter().all(|(other, s)| s.group.is_none() || *other > id);
+        if !fits && !oldest {
+            return Ok(false);
+        }
+        loop {
+            let sequence = self.sequences.get_mut(&id).expect("queued");
+            let Storage::Spilled(_) = sequence.storage else { return Ok(true) };
+            let taken = std::mem::replace(&mut sequence.storage, Storage::Cache(BlockTable::default()));
+            let Storage::Spilled(spilled) = taken else { unreachable!("matched above") };
+            match self.kv.restore(spilled, &mut self.spill) {
+                Ok(table) => {
+                    sequence.storage = Storage::Cache(table);
+                    return Ok(true);
+                }
+                Err(RestoreError { cause, spilled }) => {
+                    sequence.storage = Storage::Spilled(spilled);
+                    if let RestoreCause::Io(error) = cause {
+                        return Err(error);
+                    }
+                }
+            }
+            if !self.preempt_for(id)? {
+                return Ok(false);
+            }
+        }
+    }
+}
+
+struct Plan {
+    rows: Vec<Row>,
+    /// Workspace blocks not yet given away.
+    workspace: usize,
+}

@@ -1,0 +1,44 @@
+//! A schedule as a table that a person can read.
+
+use std::fmt;
+
+use super::task::{Lane, Schedule, Work};
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name();
+        match *self {
+            Work::Embed { group } | Work::Head { group } | Work::Sample { group } => write!(f, "{name} b{group}"),
+            Work::LoadPage { layer, chunk, page } => write!(f, "{name} {layer}.{chunk}.{page}"),
+            Work::Experts { group, chunk, .. } => write!(f, "{name} b{group} c{chunk}"),
+            Work::KvToDevice { group, .. }
+            | Work::PreAttention { group, .. }
+            | Work::RowsToHost { group, .. }
+            | Work::CpuAttention { group, .. }
+            | Work::GpuAttention { group, .. }
+            | Work::RowsToDevice { group, .. }
+            | Work::PostAttention { group, .. } => write!(f, "{name} b{group}"),
+        }
+    }
+}
+
+/// One line per task, one column per lane.
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:>4}  {:>5}", "step", "layer")?;
+        for lane in Lane::ALL {
+            write!(f, "  {:<18}", lane.name())?;
+        }
+        writeln!(f)?;
+        for (id, task) in self.ids() {
+            let layer = task.work.layer().map_or("·".to_owned(), |layer| layer.to_string());
+            write!(f, "{:>4}  {layer:>5}", id.0)?;
+            for lane in Lane::ALL {
+                let cell = if lane == task.work.lane() { task.work.to_string() } else { "·".to_owned() };
+                write!(f, "  {cell:<18}")?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,107 @@
+//! Seeded numbers, poisoned buffers and comparisons for tests on a device.
+
+use std::sync::{Arc, OnceLock};
+
+use fulmen::checkpoint::Dtype;
+use fulmen::gpu::{Buffer, DeviceChoice, Gpu, GpuError, Pipelines, Recorder, Slice};
+
+pub const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
+
+/// The device that all tests share; FULMEN_DEVICE chooses it as `--device` does.
+pub fn pipelines() -> &'static Pipelines {
+    static PIPELINES: OnceLock<Pipelines> = OnceLock::new();
+    PIPELINES.get_or_init(|| {
+        let choice =
+            std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()));
+        Pipelines::new(Arc::new(Gpu::open(&choice).expect("an adapter was listed, so it opens")))
+    })
+}
+
+/// xorshift64*: the same numbers on every machine.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 32) as usize % n.max(1)
+    }
+
+    /// Uniform in -1..1.
+    pub fn unit(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    pub fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.unit()).collect()
+    }
+}
+
+/// A device buffer holding `values`.
+pub fn upload<T: bytemuck::NoUninit>(values: &[T]) -> Buffer {
+    pipelines().gpu().buffer_with("test input", bytemuck::cast_slice(values)).expect("small buffer")
+}
+
+/// `values` rounded to `dtype`: as a device buffer of that type, and widened again for the reference.
+pub fn upload_weights(dtype: Dtype, values: &[f32]) -> (Buffer, Vec<f32>) {
+    let bytes: Vec<u8> = match dtype {
+        Dtype::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    };
+    (upload(&bytes), dtype.read_all(&bytes))
+}
+
+/// Records, submits and waits.
+pub fn run(record: impl FnOnce(&mut Recorder<'_>) -> Result<(), GpuError>) {
+    let mut recorder = Recorder::new(pipelines());
+    record(&mut recorder).expect("kernel compiles");
+    recorder.submit().expect("device works");
+    pipelines().gpu().wait().expect("device works");
+}
+
+fn poison(index: usize) -> u32 {
+    0x7fc0_0000 | (index as u32 & 0xffff)
+}
+
+/// A device buffer of `n` words, each a NaN with a pattern of its own, so that an element nobody wrote is seen.
+pub fn poisoned(n: usize) -> Buffer {
+    let words: Vec<u32> = (0..n.max(1)).map(poison).collect();
+    upload(&words)
+}
+
+/// Panics where word `index` of a buffer of [`poisoned`] was written.
+pub fn assert_untouched(what: &str, words: &[u32], index: usize) {
+    assert_eq!(words[index], poison(index), "{what}: word {index} is outside of the result and was written");
+}
+
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+pub fn download<T: bytemuck::Pod>(slice: Slice<'_>) -> Vec<T> {
+    let bytes = pipelines().gpu().read(slice).expect("device works");
+    bytemuck::pod_collect_to_vec(&bytes)
+}
+
+/// Panics with the worst element where `|got - want| > tolerance(index)`; NaN never passes.
+pub fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: impl Fn(usize) -> f32) {
+    assert_eq!(got.len(), want.len(), "{what}: number of elements");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let error = (g - w).abs();
+        assert!(
+            error <= tolerance(i),
+            "{what}: element {i} is {g}, reference {w}: off by {error}, allowed {}",
+            tolerance(i)
+        );
+    }
+}

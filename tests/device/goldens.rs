@@ -1,0 +1,144 @@
+//! The engine against transformers: logits at every position, and the greedy continuation, of tiny random Mixtral checkpoints.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use fulmen::engine::{Engine, Event, RunOptions};
+use fulmen::gpu::DeviceChoice;
+use fulmen::plan::Wishes;
+use fulmen::policy::AttentionPlace;
+use fulmen::request::{Request, SamplingParams};
+use libtest_mimic::{Failed, Trial};
+use safetensors::SafeTensors;
+
+/// Of the row's largest |logit|. Most of it is the KV cache: K and V are stored in f16, transformers keeps f32 (its own logits
+/// move by up to 4.4e-4 when K and V are rounded so, tests/goldens/manifest.json).
+const TOLERANCE: f32 = 2e-3;
+
+pub struct Golden {
+    pub folder: PathBuf,
+    pub prompt: Vec<u32>,
+    pub ids: Vec<u32>,
+    /// `[T, V]`
+    pub logits: Vec<f32>,
+}
+
+fn read_ids(file: &SafeTensors, name: &str) -> Vec<u32> {
+    let view = file.tensor(name).expect("golden has it");
+    bytemuck::pod_collect_to_vec::<u8, i32>(view.data()).into_iter().map(|id| id as u32).collect()
+}
+
+impl Golden {
+    pub fn open(folder: &Path) -> Golden {
+        let bytes = std::fs::read(folder.join("golden.safetensors")).expect("golden file");
+        let file = SafeTensors::deserialize(&bytes).expect("golden file is valid");
+        Golden {
+            folder: folder.to_owned(),
+            prompt: read_ids(&file, "prompt_ids"),
+            ids: read_ids(&file, "ids"),
+            logits: bytemuck::pod_collect_to_vec(file.tensor("logits").expect("golden has it").data()),
+        }
+    }
+
+    pub fn all() -> Vec<PathBuf> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+        let mut folders: Vec<_> = std::fs::read_dir(root)
+            .expect("tests/goldens")
+            .map(|entry| entry.expect("entry").path())
+            .filter(|path| path.join("golden.safetensors").is_file())
+            .collect();
+        folders.sort();
+        folders
+    }
+
+    pub fn request(&self, custom_id: &str) -> Request {
+        let params = SamplingParams {
+            temperature: 0.0,
+            max_tokens: Some(self.ids.len() - self.prompt.len()),
+            ignore_eos: true,
+            ..SamplingParams::default()
+        };
+        Request { custom_id: custom_id.to_owned(), prompt: self.prompt.clone(), params }
+    }
+}
+
+/// Tokens by request and logits by (request, position).
+pub struct Answers {
+    pub tokens: BTreeMap<String, Vec<u32>>,
+    pub logits: BTreeMap<(String, usize), Vec<f32>>,
+}
+
+pub fn answer(folder: &Path, wishes: Wishes, requests: Vec<Request>) -> Answers {
+    let choice = std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()));
+    let prepared = Engine::builder(folder).device(choice).wishes(wishes).prepare().expect("golden opens");
+    let mut engine = prepared.load(&mut |_, _| {}).expect("golden loads");
+    let mut answers = Answers { tokens: BTreeMap::new(), logits: BTreeMap::new() };
+    let summary = engine
+        .run(&mut requests.into_iter(), RunOptions { every_logit: true }, &mut |event| {
+            match event {
+                Event::Logits { custom_id, position, logits, .. } => {
+                    let before = answers.logits.insert((custom_id.to_owned(), position), logits.to_vec());
+                    assert!(before.is_none(), "position {position} has its logits once");
+                }
+                Event::Finished(output) => {
+                    let completions = output.result.expect("no golden fails");
+                    answers.tokens.insert(output.custom_id, completions[0].token_ids.clone());
+                }
+                Event::Text { .. } | Event::Pass(_) => {}
+            }
+            ControlFlow::Continue(())
+        })
+        .expect("the run ends well");
+    assert_eq!(summary.failed, 0);
+    answers
+}
+
+fn matches_transformers(folder: &Path, attention: AttentionPlace) -> Result<(), Failed> {
+    let golden = Golden::open(folder);
+    let wishes = Wishes { attention, ..Wishes::default() };
+    let answers = answer(folder, wishes, vec![golden.request("golden")]);
+    let vocab = golden.logits.len() / golden.ids.len();
+    // The last token is generated, not fed.
+    let fed = golden.ids.len() - 1;
+    assert_eq!(answers.logits.len(), fed, "every fed position has logits");
+    let mut worst = (0.0f32, 0);
+    for position in 0..fed {
+        let want = &golden.logits[position * vocab..][..vocab];
+        let got = &answers.logits[&("golden".to_owned(), position)];
+        let largest = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let error = got
+            .iter()
+            .zip(want)
+            .fold(0.0f32, |m, (g, w)| if (g - w).is_nan() { f32::NAN } else { m.max((g - w).abs()) });
+        let relative = error / largest;
+        assert!(!relative.is_nan(), "position {position}: NaN");
+        if relative > worst.0 {
+            worst = (relative, position);
+        }
+    }
+    let (error, position) = worst;
+    if error > TOLERANCE {
+        return Err(format!(
+            "position {position}: off by {error:.2e} of the row's largest logit, allowed {TOLERANCE:.0e}"
+        )
+        .into());
+    }
+    let generated = &golden.ids[golden.prompt.len()..];
+    assert_eq!(answers.tokens["golden"], generated, "greedy tokens");
+    Ok(())
+}
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for folder in Golden::all() {
+        let name = folder.file_name().expect("a folder").to_string_lossy().into_owned();
+        for (place, attention) in [("cpu", AttentionPlace::Cpu), ("gpu", AttentionPlace::Gpu)] {
+            let folder = folder.clone();
+            trials.push(Trial::test(format!("goldens::{name}::attention_on_{place}"), move || {
+                matches_transformers(&folder, attention)
+            }));
+        }
+    }
+    trials
+}

@@ -1,0 +1,22 @@
+//! Every kernel against its reference: odd sizes, every dtype and tunable, poisoned outputs; and a row's bits alone against
+//! its bits among other rows.
+
+mod embed;
+mod layer_norm;
+mod lm_head_sample;
+mod matmul;
+mod rms_norm;
+mod rotary;
+
+use libtest_mimic::Trial;
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    trials.extend(embed::trials());
+    trials.extend(layer_norm::trials());
+    trials.extend(lm_head_sample::trials());
+    trials.extend(matmul::trials());
+    trials.extend(rms_norm::trials());
+    trials.extend(rotary::trials());
+    trials
+}

@@ -1,0 +1,21 @@
+//! Everything that needs an adapter. Without one each trial is reported as ignored, with the reason in its kind.
+
+mod common;
+mod goldens;
+mod kernels;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let mut trials: Vec<Trial> = Vec::new();
+    trials.extend(kernels::trials());
+    trials.extend(goldens::trials());
+    if fulmen::gpu::list_adapters().is_empty() {
+        trials = trials
+            .into_iter()
+            .map(|trial| trial.with_kind("ignored: no Vulkan adapter answers").with_ignored_flag(true))
+            .collect();
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}

@@ -1,0 +1,187 @@
+//! Every kernel's source against naga, without a GPU: it validates for every dtype and every combination of tunables, and
+//! its bindings, parameters and sizes are what the Rust side believes.
+
+use std::path::Path;
+
+use fulmen::gpu::{Access, Kernel, ParamField, Variant};
+use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
+use fulmen::kernels::{ALL, BLOCK_TOKENS};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::{AddressSpace, Handle, Module, StorageAccess, Type, TypeInner};
+
+/// What the smallest adapters have: Vulkan promises 16 KiB of workgroup memory, WebGPU 256 invocations.
+const MAX_WORKGROUP_BYTES: u32 = 16 << 10;
+const MAX_INVOCATIONS: u32 = 256;
+
+fn parse(kernel: &Kernel, variant: &Variant) -> (Module, ModuleInfo) {
+    let source = kernel.source(variant.weights);
+    let module = naga::front::wgsl::parse_str(&source)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&source)));
+    let info = Validator::new(ValidationFlags::all(), Capabilities::all())
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&source)));
+    (module, info)
+}
+
+/// Parsed, validated, and with the tunables' values filled in: what the driver gets.
+fn specialise(kernel: &Kernel, variant: &Variant) -> Module {
+    let (module, info) = parse(kernel, variant);
+    let constants = variant.tunables.iter().map(|(name, value)| (name.to_string(), *value as f64)).collect();
+    let (module, _) = naga::back::pipeline_constants::process_overrides(&module, &info, None, &constants)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {e}", kernel.name));
+    module.into_owned()
+}
+
+fn each_variant(check: impl Fn(&Kernel, &Variant, &Module)) {
+    for kernel in ALL {
+        for variant in kernel.variants() {
+            check(kernel, &variant, &specialise(kernel, &variant));
+        }
+    }
+}
+
+fn wgsl_name(inner: &TypeInner) -> &'static str {
+    match *inner {
+        TypeInner::Scalar(naga::Scalar::U32) => "u32",
+        TypeInner::Scalar(naga::Scalar::I32) => "i32",
+        TypeInner::Scalar(naga::Scalar::F32) => "f32",
+        _ => panic!("a field is no 32-bit scalar: {inner:?}"),
+    }
+}
+
+fn assert_same_struct(what: &str, module: &Module, ty: Handle<Type>, declared: &[ParamField], bytes: usize) {
+    let Type { name, inner: TypeInner::Struct { members, span } } = &module.types[ty] else {
+        panic!("{what}: {:?} is no struct", module.types[ty]);
+    };
+    let fields: Vec<_> = members
+        .iter()
+        .map(|member| {
+            let name = member.name.as_deref().expect("WGSL members have names");
+            (name, member.offset as usize, wgsl_name(&module.types[member.ty].inner))
+        })
+        .collect();
+    let declared: Vec<_> = declared.iter().map(|field| (field.name, field.offset, field.wgsl_type)).collect();
+    assert_eq!(fields, declared, "{what}: fields of {name:?}");
+    assert_eq!(*span as usize, bytes, "{what}: size of {name:?}");
+}
+
+#[test]
+fn entry_point_is_main_and_sizes_fit_every_adapter() {
+    each_variant(|kernel, variant, module| {
+        let what = format!("{} {variant:?}", kernel.name);
+        assert_eq!(module.entry_points.len(), 1, "{what}: entry points");
+        let entry = &module.entry_points[0];
+        assert_eq!((entry.name.as_str(), entry.stage), ("main", naga::ShaderStage::Compute), "{what}");
+        let invocations: u32 = entry.workgroup_size.iter().product();
+        assert!(invocations <= MAX_INVOCATIONS, "{what}: {:?} invocations", entry.workgroup_size);
+        let workgroup_bytes: u32 = module
+            .global_variables
+            .iter()
+            .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
+            .map(|(_, variable)| module.types[variable.ty].inner.size(module.to_ctx()))
+            .sum();
+        assert!(workgroup_bytes <= MAX_WORKGROUP_BYTES, "{what}: {workgroup_bytes} bytes of workgroup memory");
+    });
+}
+
+#[test]
+fn bindings_are_dense_and_have_the_declared_access() {
+    each_variant(|kernel, variant, module| {
+        let mut bindings: Vec<_> = module
+            .global_variables
+            .iter()
+            .filter_map(|(_, variable)| {
+                let binding = variable.binding.as_ref()?;
+                let access = match variable.space {
+                    AddressSpace::Storage { access } if access == StorageAccess::LOAD => Access::Read,
+                    AddressSpace::Storage { .. } => Access::ReadWrite,
+                    space => panic!("{}: {:?} is bound in {space:?}", kernel.name, variable.name),
+                };
+                assert_eq!(binding.group, 0, "{}: group of {:?}", kernel.name, variable.name);
+                Some((binding.binding, access))
+            })
+            .collect();
+        bindings.sort_by_key(|(binding, _)| *binding);
+        let declared: Vec<_> = (0..).zip(kernel.bindings.iter().copied()).collect();
+        assert_eq!(bindings, declared, "{} {variant:?}", kernel.name);
+    });
+}
+
+#[test]
+fn params_have_the_layout_of_the_rust_struct() {
+    each_variant(|kernel, variant, module| {
+        let what = format!("{} {variant:?}", kernel.name);
+        let mut immediates =
+            module.global_variables.iter().filter(|(_, variable)| variable.space == AddressSpace::Immediate);
+        let (_, params) = immediates.next().unwrap_or_else(|| panic!("{what}: has no immediates"));
+        assert!(immediates.next().is_none(), "{what}: has two immediates");
+        assert_same_struct(&what, module, params.ty, kernel.params, kernel.param_bytes);
+        assert!(kernel.param_bytes <= 128, "{what}: Vulkan promises 128 bytes of push constants");
+    });
+}
+
+#[test]
+fn samples_have_the_layout_of_the_rust_struct() {
+    let module = specialise(&LM_HEAD_SAMPLE, &LM_HEAD_SAMPLE.variants()[0]);
+    let (sample, _) = module.types.iter().find(|(_, t)| t.name.as_deref() == Some("Sample")).expect("it has a Sample");
+    assert_same_struct("lm_head_sample", &module, sample, Sample::FIELDS, size_of::<Sample>());
+}
+
+#[test]
+fn block_size_is_the_same_in_every_shader() {
+    each_variant(|kernel, _, module| {
+        for (_, constant) in module.constants.iter().filter(|(_, c)| c.name.as_deref() == Some("BLOCK_TOKENS")) {
+            let value = &module.global_expressions[constant.init];
+            let wanted = naga::Expression::Literal(naga::Literal::U32(BLOCK_TOKENS as u32));
+            assert_eq!(format!("{value:?}"), format!("{wanted:?}"), "{}: BLOCK_TOKENS", kernel.name);
+        }
+    });
+}
+
+/// An override that no tunable names could not be chosen, and a default that differs would run where nobody chose.
+/// Overrides computed from others are no choices.
+#[test]
+fn tunables_are_the_overrides_and_the_first_value_is_the_default() {
+    for kernel in ALL {
+        let names: Vec<_> = kernel.tunables.iter().map(|(name, _)| *name).collect();
+        let (module, _) = parse(kernel, &kernel.variants()[0]);
+        let mut overrides: Vec<_> = module
+            .overrides
+            .iter()
+            .filter_map(|(_, o)| {
+                let name = o.name.as_deref()?; // naga makes nameless ones for sizes that are expressions
+                match o.init.map(|init| &module.global_expressions[init]) {
+                    Some(naga::Expression::Literal(naga::Literal::U32(default))) => Some((name, *default)),
+                    Some(naga::Expression::Binary { .. }) => None,
+                    init => panic!("{}: override {name} starts as {init:?}", kernel.name),
+                }
+            })
+            .collect();
+        overrides.sort_by_key(|(name, _)| names.iter().position(|n| n == name));
+        let declared: Vec<_> = kernel.tunables.iter().map(|(name, values)| (*name, values[0])).collect();
+        assert_eq!(overrides, declared, "{}: overrides and tunables", kernel.name);
+    }
+}
+
+#[test]
+fn one_op_is_four_files_of_one_name() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for kernel in ALL {
+        let name = kernel.name;
+        for file in [
+            format!("shaders/{name}.wgsl"),
+            format!("src/kernels/{name}.rs"),
+            format!("src/reference/{name}.rs"),
+            format!("tests/device/kernels/{name}.rs"),
+        ] {
+            assert!(root.join(&file).is_file(), "kernel {name} has no {file}");
+        }
+    }
+    for entry in root.join("shaders").read_dir().expect("shaders/ exists") {
+        let path = entry.expect("shaders/ can be read").path();
+        if path.is_file() {
+            let stem = path.file_stem().and_then(|s| s.to_str()).expect("file names are UTF-8");
+            assert!(ALL.iter().any(|kernel| kernel.name == stem), "{path:?} is in no registry entry");
+        }
+    }
+}
