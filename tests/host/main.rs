@@ -8,6 +8,7 @@ mod fixtures;
 mod kv_cache;
 mod request_batch_file;
 mod request_chat_template;
+mod request_extract;
 mod request_sampler;
 mod request_tokenizer;
 mod shaders;
