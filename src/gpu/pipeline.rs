@@ -29,7 +29,7 @@ pub enum Part {
     Made(fn() -> String),
 }
 
-/// A field of a kernel's `Params`, as the Rust side lays it out. [`params!`](crate::gpu::params) lists them.
+/// A field of a kernel's `Params`, as the Rust side lays it out; the macro `params!` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParamField {
     pub name: &'static str,
@@ -112,11 +112,13 @@ impl Kernel {
             variants = variants
                 .iter()
                 .flat_map(|variant| {
-                    values.iter().map(|value| {
+                    let default = variant.clone();
+                    let others = values[1..].iter().map(|value| {
                         let mut variant = variant.clone();
                         variant.tunables.push((name, *value));
                         variant
-                    })
+                    });
+                    std::iter::once(default).chain(others)
                 })
                 .collect();
         }

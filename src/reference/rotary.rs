@@ -33,3 +33,34 @@ pub fn rotate(head: &[f32], turns: &[f32]) -> Vec<f32> {
     }
     rotated
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first pair turns by the position itself, the last one by almost theta times less; position 0 turns nothing.
+    #[test]
+    fn frequencies_fall_from_one_to_one_over_theta() {
+        let (head_width, theta) = (128, 1e6);
+        let table = rope_table(head_width, theta, 8);
+        assert_eq!(table.len(), 8 * head_width);
+        assert!(table[..head_width].chunks_exact(2).all(|turn| turn == [1.0, 0.0]));
+        for (position, row) in table.chunks_exact(head_width).enumerate() {
+            assert_eq!(row[..2], [(position as f64).cos() as f32, (position as f64).sin() as f32]);
+            let last = position as f64 * 1e6f64.powf(-126.0 / 128.0);
+            // The frequency is rounded to f32 three times: as exponent's power, as inverse, and times the position.
+            assert!((row[127] as f64 - last.sin()).abs() <= 3.0 * last * 2f64.powi(-24));
+        }
+    }
+
+    /// Far out the exact product of position and frequency has another cosine than the rounded one.
+    #[test]
+    fn angles_are_rounded_to_f32_before_the_cosine() {
+        let (head_width, position) = (64, 100_003);
+        let table = rope_table(head_width, 1e4, position + 1);
+        let frequency = 1.0 / 1e4f64.powf(2.0 / 64.0) as f32;
+        let angle = position as f32 * frequency;
+        assert_eq!(table[position * head_width + 2], (angle as f64).cos() as f32);
+        assert_ne!(table[position * head_width + 2], (position as f64 * frequency as f64).cos() as f32);
+    }
+}
