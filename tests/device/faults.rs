@@ -21,7 +21,13 @@ struct Fault {
 }
 
 const FAULTS: &[Fault] = &[
-    Fault { kernel: "embed", what: "rows off by one", from: "ids[row] *", to: "(max(ids[row], 1u) - 1u) *", attention: Cpu },
+    Fault {
+        kernel: "embed",
+        what: "rows off by one",
+        from: "ids[row] *",
+        to: "(max(ids[row], 1u) - 1u) *",
+        attention: Cpu,
+    },
     Fault { kernel: "rms_norm", what: "rows unscaled", from: "* scale *", to: "*", attention: Cpu },
     Fault {
         kernel: "matmul",
@@ -86,7 +92,13 @@ const FAULTS: &[Fault] = &[
         to: "fma(1.0,",
         attention: Cpu,
     },
-    Fault { kernel: "lm_head_sample", what: "ids off by one", from: "Sample(ids[0],", to: "Sample(ids[0] + 1u,", attention: Cpu },
+    Fault {
+        kernel: "lm_head_sample",
+        what: "ids off by one",
+        from: "Sample(ids[0],",
+        to: "Sample(ids[0] + 1u,",
+        attention: Cpu,
+    },
 ];
 
 pub fn trials() -> Vec<Trial> {

@@ -138,19 +138,13 @@ fn policies_change_no_token() -> Result<(), Failed> {
         ("five groups", Wishes { groups: Some(5), ..wishes() }),
         ("a ring of three experts", Wishes { resident_experts: Some(0), ring_experts: Some(3), ..wishes() }),
         ("a ring of two layers", Wishes { resident_experts: Some(0), ring_experts: Some(16), ..wishes() }),
-        ("three residents, small pages", Wishes {
-            resident_experts: Some(3),
-            ring_experts: Some(4),
-            page_bytes: Some(10_000),
-            ..wishes()
-        }),
+        (
+            "three residents, small pages",
+            Wishes { resident_experts: Some(3), ring_experts: Some(4), page_bytes: Some(10_000), ..wishes() },
+        ),
         ("one thread", Wishes { threads: Some(1), ..wishes() }),
         ("a pool of 256 tokens", Wishes { kv_bytes: kv_bytes(256), ..wishes() }),
-        ("a pool of 320 tokens, five rows", Wishes {
-            kv_bytes: kv_bytes(320),
-            pass_rows: Some(10),
-            ..wishes()
-        }),
+        ("a pool of 320 tokens, five rows", Wishes { kv_bytes: kv_bytes(320), pass_rows: Some(10), ..wishes() }),
     ];
     for (name, wishes) in variants {
         let small_pool = wishes.kv_bytes.is_some();
@@ -173,10 +167,9 @@ fn gpu_attention_changes_no_token_within_itself() -> Result<(), Failed> {
     let model = examples("model");
     let gpu = Wishes { attention: AttentionPlace::Gpu, ..Wishes::default() };
     let base = run(&model, gpu.into(), mixed_requests());
-    for wishes in [
-        Wishes { max_sequences: Some(3), prompt_chunk: Some(7), ..gpu },
-        Wishes { kv_bytes: Some(256 * 1024), ..gpu },
-    ] {
+    for wishes in
+        [Wishes { max_sequences: Some(3), prompt_chunk: Some(7), ..gpu }, Wishes { kv_bytes: Some(256 * 1024), ..gpu }]
+    {
         let other = run(&model, wishes.into(), mixed_requests());
         assert_eq!(other.outputs, base.outputs, "{wishes:?}");
     }
@@ -234,7 +227,10 @@ fn passes_mix_prompt_and_decode_rows() -> Result<(), Failed> {
 pub fn trials() -> Vec<Trial> {
     vec![
         Trial::test("generate::policies_change_no_token", policies_change_no_token),
-        Trial::test("generate::gpu_attention_changes_no_token_within_itself", gpu_attention_changes_no_token_within_itself),
+        Trial::test(
+            "generate::gpu_attention_changes_no_token_within_itself",
+            gpu_attention_changes_no_token_within_itself,
+        ),
         Trial::test("generate::goldens_hold_under_small_rings", goldens_hold_under_small_rings),
         Trial::test("generate::passes_mix_prompt_and_decode_rows", passes_mix_prompt_and_decode_rows),
     ]

@@ -17,7 +17,6 @@ use safetensors::SafeTensors;
 const TOLERANCE: f32 = 2e-3;
 
 pub struct Golden {
-    pub folder: PathBuf,
     pub prompt: Vec<u32>,
     pub ids: Vec<u32>,
     /// `[T, V]`
@@ -34,7 +33,6 @@ impl Golden {
         let bytes = std::fs::read(folder.join("golden.safetensors")).expect("golden file");
         let file = SafeTensors::deserialize(&bytes).expect("golden file is valid");
         Golden {
-            folder: folder.to_owned(),
             prompt: read_ids(&file, "prompt_ids"),
             ids: read_ids(&file, "ids"),
             logits: bytemuck::pod_collect_to_vec(file.tensor("logits").expect("golden has it").data()),
