@@ -289,6 +289,8 @@ pub struct RunSummary {
     pub elapsed: Duration,
     /// Time in which each lane ran a task.
     pub busy: BTreeMap<Lane, Duration>,
+    /// The same by what the tasks did ("experts", "page", …).
+    pub busy_by_stage: BTreeMap<&'static str, Duration>,
     /// Expert bytes brought to the GPU.
     pub page_bytes: u64,
     pub batch: BatchCounters,
@@ -422,6 +424,9 @@ impl Engine {
             summary.generated_tokens = answers.generated();
             for lane in Lane::ALL {
                 *summary.busy.entry(lane).or_default() += timeline.busy(lane);
+            }
+            for span in &timeline.spans {
+                *summary.busy_by_stage.entry(span.work.name()).or_default() += span.end - span.start;
             }
             let queued = self.batcher.queued();
             answers.tell(Event::Pass(PassReport { groups: &rows, timeline: &timeline, queued }));

@@ -257,15 +257,16 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
     let seconds = summary.elapsed.as_secs_f64();
     let rate = summary.generated_tokens as f64 / seconds.max(1e-9);
     if arguments.json_summary {
-        let busy: serde_json::Map<String, serde_json::Value> =
-            summary.busy.iter().map(|(lane, busy)| (lane.name().to_owned(), busy.as_secs_f64().into())).collect();
+        type Seconds = std::collections::BTreeMap<&'static str, f64>;
+        let busy: Seconds = summary.busy.iter().map(|(lane, busy)| (lane.name(), busy.as_secs_f64())).collect();
+        let stages: Seconds = summary.busy_by_stage.iter().map(|(stage, busy)| (*stage, busy.as_secs_f64())).collect();
         eprintln!(
             "{}",
             serde_json::json!({
                 "answered": exchange.answered, "failed": exchange.failed, "already_finished": already,
                 "passes": summary.passes, "prompt_tokens": summary.prompt_tokens,
                 "generated_tokens": summary.generated_tokens, "elapsed_seconds": seconds,
-                "generated_tokens_per_second": rate, "busy_seconds": busy, "page_bytes": summary.page_bytes,
+                "generated_tokens_per_second": rate, "busy_seconds": busy, "stage_seconds": stages, "page_bytes": summary.page_bytes,
                 "preemptions": summary.batch.preemptions, "spilled_blocks": summary.batch.spilled_blocks,
                 "peak_sequences": summary.batch.peak_running,
             })
