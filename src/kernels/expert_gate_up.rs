@@ -33,7 +33,7 @@ pub static EXPERT_GATE_UP: Kernel = Kernel {
     bindings: &[Read, Read, Read, Read, ReadWrite, Read, Read, Read, Read, Read, Read, Read, Read],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
-    tunables: &[("TILE_ROWS", &[32, 16, 64]), ("TILE_COLS", &[64, 32])],
+    tunables: &[("TILE_ROWS", &[16, 32, 64]), ("TILE_COLS", &[64, 32])],
 };
 
 /// What [`record`] binds.
@@ -65,6 +65,7 @@ pub fn record(
 ) -> Result<(), GpuError> {
     let Bindings { x, permutation, offsets, places, h, gate, up } = bindings;
     let slices: Vec<_> = [x, permutation, offsets, places, h].into_iter().chain(gate).chain(up).collect();
-    let workgroups = slabs::tiles(&EXPERT_GATE_UP, variant, params.n_assignments, params.n_experts, params.expert_width);
+    let workgroups =
+        slabs::tiles(&EXPERT_GATE_UP, variant, params.n_assignments, params.n_experts, params.expert_width);
     recorder.dispatch(&EXPERT_GATE_UP, variant, &params, &slices, workgroups)
 }

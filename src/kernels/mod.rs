@@ -4,24 +4,43 @@
 //! Guarantees: **row independence** – a row's result does not depend on which rows share its dispatch, so every sum has one
 //! order that no row count and no tunable changes. Portable versions only: no subgroups, no f16 arithmetic.
 
+pub mod decode_attention;
 pub mod embed;
+pub mod expert_combine;
+pub mod expert_down;
+pub mod expert_gate_up;
+pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
+pub mod paged_attention;
+pub mod prompt_attention;
 pub mod rms_norm;
 pub mod rotary;
+pub mod router_topk;
+pub mod slabs;
 
 use crate::gpu::Kernel;
 
 /// Tokens of one block of the paged KV cache: the `BLOCK_TOKENS` of every shader that addresses blocks.
 pub const BLOCK_TOKENS: usize = 32;
 
+/// Most experts per layer that the router and the sort have workgroup memory for.
+pub const MAX_EXPERTS: u32 = 256;
+
 /// Every kernel there is. Tests walk this list.
 pub static ALL: &[&Kernel] = &[
+    &decode_attention::DECODE_ATTENTION,
     &embed::EMBED,
+    &expert_combine::EXPERT_COMBINE,
+    &expert_down::EXPERT_DOWN,
+    &expert_gate_up::EXPERT_GATE_UP,
+    &expert_sort::EXPERT_SORT,
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,
+    &prompt_attention::PROMPT_ATTENTION,
     &rms_norm::RMS_NORM,
     &rotary::ROTARY,
+    &router_topk::ROUTER_TOPK,
 ];

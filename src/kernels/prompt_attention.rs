@@ -1,7 +1,7 @@
 //! Causal attention of prompt rows over the paged KV of the GPU.
 
-pub use super::paged_attention::{Bindings, MAX_HEAD_WIDTH, Params, Row};
 use super::paged_attention::{self, ACCESS, TUNABLES};
+pub use super::paged_attention::{Bindings, MAX_HEAD_WIDTH, Params, Row};
 use crate::gpu::{GpuError, Kernel, Part, Recorder, Variant};
 
 pub static PROMPT_ATTENTION: Kernel = Kernel {

@@ -33,7 +33,9 @@ pub(super) fn accessor(tensor: &str, first_binding: usize) -> String {
     let bindings: String = (0..N_SLABS)
         .map(|slab| {
             let binding = first_binding + slab;
-            format!("@group(0) @binding({binding}) var<storage, read> {tensor}_slab_{slab}: array<u32>; // weight words\n")
+            format!(
+                "@group(0) @binding({binding}) var<storage, read> {tensor}_slab_{slab}: array<u32>; // weight words\n"
+            )
         })
         .collect();
     let cases: String = (0..N_SLABS)

@@ -1,9 +1,17 @@
 //! One file per op, same stem as its kernel: plain loops, f64 sums. The oracle for `kernels/` and `cpu/`, and the clearest code here.
 
 pub mod attention;
+pub mod decode_attention;
 pub mod embed;
+pub mod expert_combine;
+pub mod expert_down;
+pub mod expert_gate_up;
+pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
+pub mod paged_attention;
+pub mod prompt_attention;
 pub mod rms_norm;
 pub mod rotary;
+pub mod router_topk;
