@@ -12,7 +12,7 @@ var<immediate> params: Params;
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;           // [T * A, D] by assignment
 // Bindings 5 to 8: the slabs of down; per expert [D, F] weights.
 
-override TILE_ROWS: u32 = 32u; // a multiple of 8
+override TILE_ROWS: u32 = 16u; // a multiple of 8
 override TILE_COLS: u32 = 64u; // a multiple of 4
 
 const STEP: u32 = 16u;

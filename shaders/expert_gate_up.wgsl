@@ -13,7 +13,7 @@ var<immediate> params: Params;
 @group(0) @binding(4) var<storage, read_write> h: array<f32>;           // [T * A, F] by sorted position
 // Bindings 5 to 8: the slabs of gate, 9 to 12: those of up; per expert [F, D] weights.
 
-override TILE_ROWS: u32 = 32u; // a multiple of 8
+override TILE_ROWS: u32 = 16u; // a multiple of 8
 override TILE_COLS: u32 = 64u; // a multiple of 4
 
 const STEP: u32 = 16u;

@@ -10,19 +10,21 @@ var<immediate> params: Params;
 @group(0) @binding(3) var<storage, read>       kv_blocks: array<u32>;   // [blocks, G, 2, BLOCK_TOKENS, K] f16, two to a word
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;         // [T, H, K]
 
-override WG_SIZE: u32 = 64u; // at least BLOCK_TOKENS
+override WG_SIZE: u32 = 32u; // at least BLOCK_TOKENS
 
 const BLOCK_TOKENS: u32 = 32u;
 const MAX_HEAD_WIDTH: u32 = 256u;
 // Words of each K row that are staged at a time; the pitch is odd, so lanes that read neighbouring rows meet different banks.
 const STAGE_WORDS: u32 = 32u;
 const STAGE_PITCH: u32 = STAGE_WORDS + 1u;
+const MAXIMA: u32 = BLOCK_TOKENS / 4u;
 // Below every score: the finite one, since an infinite one minus itself is no number.
 const LOWEST: f32 = -3.4028234e38;
 
 var<workgroup> query: array<vec4<f32>, MAX_HEAD_WIDTH>;           // [K]
 var<workgroup> sums: array<vec4<f32>, MAX_HEAD_WIDTH>;            // [K] of exp(score - greatest) * V so far
 var<workgroup> scores: array<vec4<f32>, BLOCK_TOKENS>;
+var<workgroup> maxima: array<vec4<f32>, MAXIMA>;                  // of four scores each
 var<workgroup> exps: array<vec4<f32>, BLOCK_TOKENS>;
 var<workgroup> stage: array<u32, BLOCK_TOKENS * STAGE_PITCH>;     // [BLOCK_TOKENS][STAGE_WORDS] of K
 
@@ -61,10 +63,8 @@ fn attend(row: vec4<u32>, heads: u32, lane: u32) {
         for (var first_word = 0u; first_word < words; first_word += STAGE_WORDS) {
             workgroupBarrier();
             let n = min(words - first_word, STAGE_WORDS);
-            for (var i = first * STAGE_WORDS + lane; i < beyond * STAGE_WORDS; i += WG_SIZE) {
-                let word = i % STAGE_WORDS;
-                let token = i / STAGE_WORDS;
-                if word < n { stage[token * STAGE_PITCH + word] = kv_blocks[keys + token * words + first_word + word]; }
+            for (var i = first * n + lane; i < beyond * n; i += WG_SIZE) {
+                stage[i / n * STAGE_PITCH + i % n] = kv_blocks[keys + i / n * words + first_word + i % n];
             }
             workgroupBarrier();
             if lane >= first && lane < beyond {
@@ -79,12 +79,15 @@ fn attend(row: vec4<u32>, heads: u32, lane: u32) {
             scores[lane] = select(vec4(LOWEST), score * params.scale, lane >= first && lane < beyond);
         }
         workgroupBarrier();
-        let before = greatest;
-        for (var token = 0u; token < BLOCK_TOKENS; token += 4u) {
-            let ab = max(scores[token], scores[token + 1u]);
-            let cd = max(scores[token + 2u], scores[token + 3u]);
-            greatest = max(greatest, max(ab, cd));
+        // A maximum has no order, so this may be split over lanes.
+        if lane < MAXIMA {
+            maxima[lane] = max(max(scores[lane], scores[lane + MAXIMA]),
+                               max(scores[lane + 2u * MAXIMA], scores[lane + 3u * MAXIMA]));
         }
+        workgroupBarrier();
+        let before = greatest;
+        greatest = max(greatest, max(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3])),
+                                     max(max(maxima[4], maxima[5]), max(maxima[6], maxima[7]))));
         if lane < BLOCK_TOKENS { exps[lane] = exp(scores[lane] - greatest); }
         workgroupBarrier();
 

@@ -28,7 +28,7 @@ pub static EXPERT_DOWN: Kernel = Kernel {
     bindings: &[Read, Read, Read, Read, ReadWrite, Read, Read, Read, Read],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
-    tunables: &[("TILE_ROWS", &[32, 16, 64]), ("TILE_COLS", &[64, 32, 128])],
+    tunables: &[("TILE_ROWS", &[16, 32, 64]), ("TILE_COLS", &[64, 32, 128])],
 };
 
 /// What [`record`] binds.

@@ -33,7 +33,7 @@ pub static EXPERT_GATE_UP: Kernel = Kernel {
     bindings: &[Read, Read, Read, Read, ReadWrite, Read, Read, Read, Read, Read, Read, Read, Read],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
-    tunables: &[("TILE_ROWS", &[32, 16, 64]), ("TILE_COLS", &[64, 32])],
+    tunables: &[("TILE_ROWS", &[16, 32, 64]), ("TILE_COLS", &[64, 32])],
 };
 
 /// What [`record`] binds.

@@ -55,7 +55,7 @@ pub struct Bindings<'a> {
 }
 
 pub(super) const ACCESS: &[Access] = &[Read, Read, Read, Read, ReadWrite];
-pub(super) const TUNABLES: &[(&str, &[u32])] = &[("WG_SIZE", &[64, 32, 128])];
+pub(super) const TUNABLES: &[(&str, &[u32])] = &[("WG_SIZE", &[32, 64, 128])];
 
 pub(super) fn record(
     kernel: &'static Kernel,

@@ -1,22 +1,38 @@
 //! Every kernel against its reference: odd sizes, every dtype and tunable, poisoned outputs; and a row's bits alone against
 //! its bits among other rows.
 
+mod attention;
+mod decode_attention;
 mod embed;
+mod expert_combine;
+mod expert_down;
+mod expert_gate_up;
+mod expert_sort;
+mod experts;
 mod layer_norm;
 mod lm_head_sample;
 mod matmul;
+mod prompt_attention;
 mod rms_norm;
 mod rotary;
+mod router_topk;
 
 use libtest_mimic::Trial;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    trials.extend(decode_attention::trials());
     trials.extend(embed::trials());
+    trials.extend(expert_combine::trials());
+    trials.extend(expert_down::trials());
+    trials.extend(expert_gate_up::trials());
+    trials.extend(expert_sort::trials());
     trials.extend(layer_norm::trials());
     trials.extend(lm_head_sample::trials());
     trials.extend(matmul::trials());
+    trials.extend(prompt_attention::trials());
     trials.extend(rms_norm::trials());
     trials.extend(rotary::trials());
+    trials.extend(router_topk::trials());
     trials
 }
