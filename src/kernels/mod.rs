@@ -8,23 +8,32 @@
 //! row a workgroup. The recorder panics there; a pass stays far below.
 
 pub mod embed;
+pub mod expert_combine;
+pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rotary;
+pub mod router_topk;
 
 use crate::gpu::Kernel;
 
 /// Tokens of one block of the paged KV cache: the `BLOCK_TOKENS` of every shader that addresses blocks.
 pub const BLOCK_TOKENS: usize = 32;
 
+/// Most experts per layer that the router and the sort have workgroup memory for.
+pub const MAX_EXPERTS: u32 = 256;
+
 /// Every kernel there is. Tests walk this list.
 pub static ALL: &[&Kernel] = &[
     &embed::EMBED,
+    &expert_combine::EXPERT_COMBINE,
+    &expert_sort::EXPERT_SORT,
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,
     &rms_norm::RMS_NORM,
     &rotary::ROTARY,
+    &router_topk::ROUTER_TOPK,
 ];

@@ -2,8 +2,11 @@
 
 pub mod attention;
 pub mod embed;
+pub mod expert_combine;
+pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rotary;
+pub mod router_topk;

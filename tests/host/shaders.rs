@@ -1,11 +1,13 @@
 //! Every kernel's source against naga, without a GPU: it validates for every dtype and every combination of tunables, and
 //! its bindings, parameters and sizes are what the Rust side believes.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use fulmen::gpu::{Access, Kernel, ParamField, Variant};
 use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
-use fulmen::kernels::{ALL, BLOCK_TOKENS};
+use fulmen::kernels::router_topk::MAX_CHOSEN;
+use fulmen::kernels::{ALL, BLOCK_TOKENS, MAX_EXPERTS};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Handle, Module, StorageAccess, Type, TypeInner};
 
@@ -32,7 +34,7 @@ fn specialise(kernel: &Kernel, variant: &Variant) -> Module {
     module.into_owned()
 }
 
-fn each_variant(check: impl Fn(&Kernel, &Variant, &Module)) {
+fn each_variant(mut check: impl FnMut(&Kernel, &Variant, &Module)) {
     for kernel in ALL {
         for variant in kernel.variants() {
             check(kernel, &variant, &specialise(kernel, &variant));
@@ -127,15 +129,27 @@ fn samples_have_the_layout_of_the_rust_struct() {
     assert_same_struct("lm_head_sample", &module, sample, Sample::FIELDS, size_of::<Sample>());
 }
 
+/// Constants that both sides spell out.
 #[test]
-fn block_size_is_the_same_in_every_shader() {
+fn shared_constants_are_the_same_in_every_shader() {
+    let shared = [
+        ("BLOCK_TOKENS", BLOCK_TOKENS as u32),
+        ("MAX_EXPERTS", MAX_EXPERTS),
+        ("MAX_CHOSEN", MAX_CHOSEN),
+    ];
+    let mut seen = HashSet::new();
     each_variant(|kernel, _, module| {
-        for (_, constant) in module.constants.iter().filter(|(_, c)| c.name.as_deref() == Some("BLOCK_TOKENS")) {
+        for (_, constant) in module.constants.iter() {
+            let Some((name, wanted)) = shared.iter().find(|(name, _)| constant.name.as_deref() == Some(*name)) else {
+                continue;
+            };
             let value = &module.global_expressions[constant.init];
-            let wanted = naga::Expression::Literal(naga::Literal::U32(BLOCK_TOKENS as u32));
-            assert_eq!(format!("{value:?}"), format!("{wanted:?}"), "{}: BLOCK_TOKENS", kernel.name);
+            let wanted = naga::Expression::Literal(naga::Literal::U32(*wanted));
+            assert_eq!(format!("{value:?}"), format!("{wanted:?}"), "{}: {name}", kernel.name);
+            seen.insert(*name);
         }
     });
+    shared.iter().for_each(|(name, _)| assert!(seen.contains(name), "no shader has {name}"));
 }
 
 /// An override that no tunable names could not be chosen, and a default that differs would run where nobody chose.

@@ -2,21 +2,27 @@
 //! its bits among other rows.
 
 mod embed;
+mod expert_combine;
+mod expert_sort;
 mod layer_norm;
 mod lm_head_sample;
 mod matmul;
 mod rms_norm;
 mod rotary;
+mod router_topk;
 
 use libtest_mimic::Trial;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(embed::trials());
+    trials.extend(expert_combine::trials());
+    trials.extend(expert_sort::trials());
     trials.extend(layer_norm::trials());
     trials.extend(lm_head_sample::trials());
     trials.extend(matmul::trials());
     trials.extend(rms_norm::trials());
     trials.extend(rotary::trials());
+    trials.extend(router_topk::trials());
     trials
 }
