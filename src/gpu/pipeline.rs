@@ -4,6 +4,7 @@
 //! take. `tests/host/shaders.rs` holds all of that against naga's reflection, without a GPU. [`Pipelines`] compiles each
 //! (kernel, variant) once; a [`Recorder`] binds and dispatches.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -19,11 +20,13 @@ pub enum Access {
 }
 
 /// A piece of a kernel's source. WGSL takes module-scope names in any order, so pieces are simply put one after the other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Part {
     Text(&'static str),
     /// The functions that read a weight of the variant's dtype: `shaders/shared/weight_*.wgsl`.
     Weight,
+    /// Text that a function beside the kernel makes, where WGSL could only repeat itself.
+    Made(fn() -> String),
 }
 
 /// A field of a kernel's `Params`, as the Rust side lays it out; the macro `params!` lists them.
@@ -91,7 +94,7 @@ pub struct Kernel {
 impl Kernel {
     /// Reads weights, so it exists once per dtype.
     pub fn reads_weights(&self) -> bool {
-        self.parts.contains(&Part::Weight)
+        self.parts.iter().any(|part| matches!(part, Part::Weight))
     }
 
     /// The value that `variant` gives a tunable.
@@ -132,8 +135,9 @@ impl Kernel {
         self.parts
             .iter()
             .map(|part| match part {
-                Part::Text(text) => *text,
-                Part::Weight => weight_part,
+                Part::Text(text) => Cow::Borrowed(*text),
+                Part::Weight => Cow::Borrowed(weight_part),
+                Part::Made(make) => Cow::Owned(make()),
             })
             .collect::<Vec<_>>()
             .join("\n")

@@ -9,6 +9,8 @@
 
 pub mod embed;
 pub mod expert_combine;
+pub mod expert_down;
+pub mod expert_gate_up;
 pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
@@ -16,6 +18,7 @@ pub mod matmul;
 pub mod rms_norm;
 pub mod rotary;
 pub mod router_topk;
+pub mod slabs;
 
 use crate::gpu::Kernel;
 
@@ -29,6 +32,8 @@ pub const MAX_EXPERTS: u32 = 256;
 pub static ALL: &[&Kernel] = &[
     &embed::EMBED,
     &expert_combine::EXPERT_COMBINE,
+    &expert_down::EXPERT_DOWN,
+    &expert_gate_up::EXPERT_GATE_UP,
     &expert_sort::EXPERT_SORT,
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,

@@ -3,6 +3,8 @@
 pub mod attention;
 pub mod embed;
 pub mod expert_combine;
+pub mod expert_down;
+pub mod expert_gate_up;
 pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;

@@ -51,13 +51,18 @@ pub fn upload<T: bytemuck::NoUninit>(values: &[T]) -> Buffer {
     pipelines().gpu().buffer_with("test input", bytemuck::cast_slice(values)).expect("small buffer")
 }
 
-/// `values` rounded to `dtype`: as a device buffer of that type, and widened again for the reference.
-pub fn upload_weights(dtype: Dtype, values: &[f32]) -> (Buffer, Vec<f32>) {
-    let bytes: Vec<u8> = match dtype {
+/// `values` rounded to `dtype`, little-endian.
+pub fn weight_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    match dtype {
         Dtype::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
         Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
         Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-    };
+    }
+}
+
+/// `values` rounded to `dtype`: as a device buffer of that type, and widened again for the reference.
+pub fn upload_weights(dtype: Dtype, values: &[f32]) -> (Buffer, Vec<f32>) {
+    let bytes = weight_bytes(dtype, values);
     (upload(&bytes), dtype.read_all(&bytes))
 }
 

@@ -3,7 +3,10 @@
 
 mod embed;
 mod expert_combine;
+mod expert_down;
+mod expert_gate_up;
 mod expert_sort;
+mod experts;
 mod layer_norm;
 mod lm_head_sample;
 mod matmul;
@@ -17,6 +20,8 @@ pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(embed::trials());
     trials.extend(expert_combine::trials());
+    trials.extend(expert_down::trials());
+    trials.extend(expert_gate_up::trials());
     trials.extend(expert_sort::trials());
     trials.extend(layer_norm::trials());
     trials.extend(lm_head_sample::trials());

@@ -1,0 +1,124 @@
+//! Assignments and expert matrices in slabs, for the tests of the kernels over experts.
+
+use fulmen::checkpoint::Dtype;
+use fulmen::gpu::{Buffer, Slice};
+use fulmen::kernels::slabs::{N_SLABS, Place};
+use fulmen::reference::expert_sort::expert_sort;
+
+use crate::common::{Random, upload, weight_bytes};
+
+/// Who goes where, sorted.
+pub struct Routing {
+    pub n_chosen: usize,
+    /// `[T * A]`, distinct within a row.
+    pub ids: Vec<u32>,
+    pub offsets: Vec<u32>,
+    pub permutation: Vec<u32>,
+}
+
+impl Routing {
+    pub fn new(ids: Vec<u32>, n_chosen: usize, n_experts: usize) -> Self {
+        let (offsets, permutation) = expert_sort(&ids, n_experts);
+        Self { n_chosen, ids, offsets, permutation }
+    }
+
+    /// Every row picks expert 0 where A > 1; nobody picks the last expert where there is another choice.
+    pub fn random(random: &mut Random, n_rows: usize, n_chosen: usize, n_experts: usize) -> Self {
+        let popular = if n_experts > n_chosen { n_experts - 1 } else { n_experts };
+        let mut ids = Vec::new();
+        for _ in 0..n_rows {
+            let mut row: Vec<u32> = if n_chosen > 1 { vec![0] } else { vec![] };
+            while row.len() < n_chosen {
+                let id = random.below(popular) as u32;
+                if !row.contains(&id) {
+                    row.push(id);
+                }
+            }
+            ids.extend(row);
+        }
+        Self::new(ids, n_chosen, n_experts)
+    }
+
+    /// The same choices for one row alone.
+    pub fn of_row(&self, row: usize) -> Self {
+        let ids = self.ids[row * self.n_chosen..][..self.n_chosen].to_vec();
+        Self::new(ids, self.n_chosen, self.offsets.len() - 1)
+    }
+
+    pub fn n_assignments(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// The expert of a sorted position.
+    pub fn expert_of(&self, position: usize) -> usize {
+        self.ids[self.permutation[position] as usize] as usize
+    }
+}
+
+/// One matrix per expert, spread over the slabs with gaps of NaN before, between and after them.
+pub struct Matrices {
+    /// Widened again from what the slabs hold.
+    pub values: Vec<Vec<f32>>,
+    slabs: Vec<Buffer>,
+}
+
+impl Matrices {
+    pub fn slabs(&self) -> [Slice<'_>; N_SLABS] {
+        std::array::from_fn(|slab| self.slabs[slab].whole())
+    }
+}
+
+/// `kinds` matrices of `elements` per expert, and the table of places that all kinds share.
+pub fn matrices(
+    random: &mut Random,
+    dtype: Dtype,
+    n_experts: usize,
+    elements: usize,
+    kinds: usize,
+    absent: &[usize],
+) -> (Vec<Matrices>, Vec<Place>) {
+    // All bits set: a NaN in every dtype.
+    const GAP: [u8; 4] = [0xff; 4];
+    let mut slabs = vec![vec![Vec::<u8>::new(); N_SLABS]; kinds];
+    let mut values = vec![Vec::new(); kinds];
+    let mut places = Vec::new();
+    for _ in 0..n_experts {
+        let slab = random.below(N_SLABS);
+        let gap = 1 + random.below(5);
+        slabs.iter_mut().for_each(|slabs| slabs[slab].extend(GAP.repeat(gap)));
+        let offset_words = slabs[0][slab].len() as u32 / 4;
+        places.push(Place { slab: slab as u32, offset_words });
+        for (slabs, values) in slabs.iter_mut().zip(&mut values) {
+            let bytes = weight_bytes(dtype, &random.values(elements));
+            values.push(dtype.read_all(&bytes));
+            slabs[slab].extend(&bytes);
+            let padding = bytes.len().next_multiple_of(4) - bytes.len();
+            slabs[slab].extend(&GAP[..padding]);
+        }
+    }
+    for expert in absent {
+        places[*expert] = Place::ABSENT;
+    }
+    let matrices = slabs.into_iter().zip(values).map(|(slabs, values)| {
+        let slabs = slabs.into_iter().map(|bytes| upload(&[bytes, GAP.to_vec()].concat())).collect();
+        Matrices { values, slabs }
+    });
+    (matrices.collect(), places)
+}
+
+/// T, A, E, D, F: none, one, primes, around the tiles of 16, 32 and 64 rows and of 32, 64 and 128 columns, odd widths,
+/// one expert for all, as many chosen as there are.
+pub const SHAPES: [(usize, usize, usize, usize, usize); 12] = [
+    (0, 1, 1, 8, 8),
+    (1, 1, 1, 1, 1),
+    (1, 2, 3, 16, 64),
+    (3, 4, 4, 15, 31),
+    (7, 2, 8, 17, 65),
+    (31, 1, 2, 32, 32),
+    (32, 1, 1, 33, 63),
+    (33, 1, 1, 31, 127),
+    (64, 2, 4, 48, 33),
+    (65, 3, 5, 67, 129),
+    (13, 4, 16, 53, 67),
+    (129, 1, 3, 128, 16),
+];
