@@ -7,6 +7,7 @@
 //! Given up: more rows in a dispatch than workgroups fit in one dimension (65,535 on most drivers) where a kernel gives each
 //! row a workgroup. The recorder panics there; a pass stays far below.
 
+pub mod decode_attention;
 pub mod embed;
 pub mod expert_combine;
 pub mod expert_down;
@@ -15,6 +16,8 @@ pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
+pub mod paged_attention;
+pub mod prompt_attention;
 pub mod rms_norm;
 pub mod rotary;
 pub mod router_topk;
@@ -30,6 +33,7 @@ pub const MAX_EXPERTS: u32 = 256;
 
 /// Every kernel there is. Tests walk this list.
 pub static ALL: &[&Kernel] = &[
+    &decode_attention::DECODE_ATTENTION,
     &embed::EMBED,
     &expert_combine::EXPERT_COMBINE,
     &expert_down::EXPERT_DOWN,
@@ -38,6 +42,7 @@ pub static ALL: &[&Kernel] = &[
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,
+    &prompt_attention::PROMPT_ATTENTION,
     &rms_norm::RMS_NORM,
     &rotary::ROTARY,
     &router_topk::ROUTER_TOPK,

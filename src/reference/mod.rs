@@ -1,6 +1,7 @@
 //! One file per op, same stem as its kernel: plain loops, f64 sums. The oracle for `kernels/` and `cpu/`, and the clearest code here.
 
 pub mod attention;
+pub mod decode_attention;
 pub mod embed;
 pub mod expert_combine;
 pub mod expert_down;
@@ -9,6 +10,8 @@ pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
+pub mod paged_attention;
+pub mod prompt_attention;
 pub mod rms_norm;
 pub mod rotary;
 pub mod router_topk;

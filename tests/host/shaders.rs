@@ -6,6 +6,7 @@ use std::path::Path;
 
 use fulmen::gpu::{Access, Kernel, ParamField, Variant};
 use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
+use fulmen::kernels::paged_attention::MAX_HEAD_WIDTH;
 use fulmen::kernels::router_topk::MAX_CHOSEN;
 use fulmen::kernels::slabs::ABSENT;
 use fulmen::kernels::{ALL, BLOCK_TOKENS, MAX_EXPERTS};
@@ -137,6 +138,7 @@ fn shared_constants_are_the_same_in_every_shader() {
         ("BLOCK_TOKENS", BLOCK_TOKENS as u32),
         ("MAX_EXPERTS", MAX_EXPERTS),
         ("MAX_CHOSEN", MAX_CHOSEN),
+        ("MAX_HEAD_WIDTH", MAX_HEAD_WIDTH),
         ("ABSENT", ABSENT),
     ];
     let mut seen = HashSet::new();

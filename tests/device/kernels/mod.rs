@@ -1,6 +1,8 @@
 //! Every kernel against its reference: odd sizes, every dtype and tunable, poisoned outputs; and a row's bits alone against
 //! its bits among other rows.
 
+mod attention;
+mod decode_attention;
 mod embed;
 mod expert_combine;
 mod expert_down;
@@ -10,6 +12,7 @@ mod experts;
 mod layer_norm;
 mod lm_head_sample;
 mod matmul;
+mod prompt_attention;
 mod rms_norm;
 mod rotary;
 mod router_topk;
@@ -18,6 +21,7 @@ use libtest_mimic::Trial;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    trials.extend(decode_attention::trials());
     trials.extend(embed::trials());
     trials.extend(expert_combine::trials());
     trials.extend(expert_down::trials());
@@ -26,6 +30,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(layer_norm::trials());
     trials.extend(lm_head_sample::trials());
     trials.extend(matmul::trials());
+    trials.extend(prompt_attention::trials());
     trials.extend(rms_norm::trials());
     trials.extend(rotary::trials());
     trials.extend(router_topk::trials());

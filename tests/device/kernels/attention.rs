@@ -1,0 +1,276 @@
+//! What the two kernels of paged attention are held to: sequences in shuffled blocks, everything else poisoned.
+
+use fulmen::gpu::{GpuError, Kernel, Recorder, Variant};
+use fulmen::kernels::BLOCK_TOKENS;
+use fulmen::kernels::paged_attention::{Bindings, Params, Row};
+use fulmen::reference::attention::AttentionShape;
+use fulmen::reference::paged_attention::{PagedRow, paged_attention};
+use half::f16;
+
+use crate::common::{Random, assert_close, assert_untouched, download, poisoned, run, upload};
+
+/// Entry of a block table that must not be followed.
+const NO_BLOCK: u32 = u32::MAX;
+
+/// A kernel of paged attention.
+#[derive(Clone, Copy)]
+pub struct Attention {
+    pub kernel: &'static Kernel,
+    pub record: fn(&mut Recorder<'_>, &Variant, Params, Bindings<'_>) -> Result<(), GpuError>,
+}
+
+/// Heads and window.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub q_heads: usize,
+    pub kv_heads: usize,
+    pub head_width: usize,
+    /// 0: none.
+    pub window: usize,
+}
+
+impl Heads {
+    fn shape(self) -> AttentionShape {
+        let Heads { q_heads, kv_heads, head_width, window } = self;
+        let scale = 1.0 / (head_width as f32).sqrt();
+        AttentionShape { q_heads, kv_heads, head_width, window: (window != 0).then_some(window), scale }
+    }
+}
+
+/// Sequences whose KV lies in shuffled blocks. Slots past a sequence's end and blocks that nobody owns hold NaN; blocks that
+/// no row needs, as they lie before the window, are in no table.
+pub struct Sequences {
+    heads: Heads,
+    /// Per sequence, its context and the first entry of its table.
+    tables: Vec<(usize, u32)>,
+    block_table: Vec<u32>,
+    kv_blocks: Vec<f16>,
+}
+
+impl Sequences {
+    /// `rows` is how many of each sequence's last tokens will be attended: what only tokens before them see is left out.
+    pub fn new(random: &mut Random, heads: Heads, contexts: &[usize], rows: usize) -> Self {
+        let n_needed: usize = contexts.iter().map(|context| context.div_ceil(BLOCK_TOKENS)).sum();
+        let mut free: Vec<u32> = (0..n_needed as u32 + 3).collect();
+        let block_values = heads.kv_heads * 2 * BLOCK_TOKENS * heads.head_width;
+        let mut kv_blocks = vec![f16::NAN; free.len() * block_values];
+        let (mut tables, mut block_table) = (Vec::new(), Vec::new());
+        for context in contexts {
+            // A table starts anywhere.
+            block_table.push(NO_BLOCK);
+            tables.push((*context, block_table.len() as u32));
+            let unseen = match heads.window {
+                0 => 0,
+                window => context.saturating_sub(rows - 1 + window),
+            };
+            for first_token in (0..*context).step_by(BLOCK_TOKENS) {
+                if first_token + BLOCK_TOKENS <= unseen {
+                    block_table.push(NO_BLOCK);
+                    continue;
+                }
+                let block = free.swap_remove(random.below(free.len()));
+                block_table.push(block);
+                for lane in 0..heads.kv_heads * 2 {
+                    for token in unseen.saturating_sub(first_token)..BLOCK_TOKENS.min(context - first_token) {
+                        let line = block as usize * block_values + (lane * BLOCK_TOKENS + token) * heads.head_width;
+                        kv_blocks[line..][..heads.head_width].fill_with(|| f16::from_f32(random.unit()));
+                    }
+                }
+            }
+        }
+        block_table.push(NO_BLOCK);
+        Self { heads, tables, block_table, kv_blocks }
+    }
+
+    /// The last `n` tokens of every sequence, as rows of qkv in order.
+    pub fn last_rows(&self, n: usize) -> Vec<Row> {
+        let rows = self.tables.iter().flat_map(|(context, first_block)| {
+            (context - n.min(*context)..*context).map(|position| (position as u32, *first_block))
+        });
+        (0..).zip(rows).map(|(row, (position, first_block))| Row { row, position, first_block, unused: 0 }).collect()
+    }
+
+    /// `[T, q_stride]`: query heads, and NaN where K and V of the rows would be.
+    pub fn qkv(&self, random: &mut Random, n_rows: usize) -> (Vec<f32>, usize) {
+        let Heads { q_heads, kv_heads, head_width, .. } = self.heads;
+        let q_stride = (q_heads + 2 * kv_heads) * head_width;
+        let mut qkv = vec![f32::NAN; n_rows * q_stride];
+        for row in qkv.chunks_exact_mut(q_stride) {
+            // Twice the size of trained ones, so that the weights of tokens differ much.
+            row[..q_heads * head_width].fill_with(|| 4.0 * random.unit());
+        }
+        (qkv, q_stride)
+    }
+
+    /// `[T, H, K]` as words, of a dispatch over `rows`; `n_rows` is T. The rest stays poisoned.
+    pub fn attend(
+        &self,
+        attention: Attention,
+        variant: &Variant,
+        (qkv, q_stride): (&[f32], usize),
+        rows: &[Row],
+        n_rows: usize,
+    ) -> Vec<u32> {
+        let Heads { q_heads, kv_heads, head_width, window } = self.heads;
+        let n_out = n_rows * q_heads * head_width;
+        let params = Params {
+            n_rows: rows.len() as u32,
+            q_heads: q_heads as u32,
+            kv_heads: kv_heads as u32,
+            head_width: head_width as u32,
+            q_stride: q_stride as u32,
+            window: window as u32,
+            scale: self.heads.shape().scale,
+        };
+        let (qkv, rows, block_table) = (upload(qkv), upload(rows), upload(&self.block_table));
+        let (kv_blocks, out) = (upload(&self.kv_blocks), poisoned(n_out + 70));
+        let bindings = Bindings {
+            qkv: qkv.whole(),
+            rows: rows.whole(),
+            block_table: block_table.whole(),
+            kv_blocks: kv_blocks.whole(),
+            out: out.whole(),
+        };
+        run(|recorder| (attention.record)(recorder, variant, params, bindings));
+        let mut words: Vec<u32> = download(out.whole());
+        (n_out..words.len()).for_each(|i| assert_untouched(attention.kernel.name, &words, i));
+        words.truncate(n_out);
+        words
+    }
+
+    fn reference(&self, (qkv, q_stride): (&[f32], usize), rows: &[Row]) -> Vec<f32> {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|row| PagedRow {
+                q: &qkv[row.row as usize * q_stride..][..self.heads.q_heads * self.heads.head_width],
+                position: row.position as usize,
+                blocks: &self.block_table[row.first_block as usize..],
+            })
+            .collect();
+        paged_attention(&self.heads.shape(), &rows, &self.kv_blocks, BLOCK_TOKENS)
+    }
+}
+
+fn floats(words: &[u32]) -> Vec<f32> {
+    words.iter().map(|word| f32::from_bits(*word)).collect()
+}
+
+/// Around blocks, one token, several blocks.
+const CONTEXTS: [usize; 7] = [1, 31, 32, 33, 64, 97, 257];
+
+/// H, G and K: groups of one to nine query heads, widths of one pair, of no power of two, of one stage and of several.
+const HEADS: [(usize, usize, usize); 8] =
+    [(1, 1, 2), (4, 4, 10), (6, 2, 32), (8, 2, 32), (5, 1, 66), (9, 1, 10), (4, 1, 128), (2, 1, 256)];
+
+pub const WINDOWS: [usize; 4] = [0, 1, 24, 33];
+
+/// The last `n` tokens of every context with all heads, windows and tunables: against the reference, and bits among variants.
+pub fn matches_reference(attention: Attention, n: usize) {
+    for (q_heads, kv_heads, head_width) in HEADS {
+        for window in WINDOWS {
+            let heads = Heads { q_heads, kv_heads, head_width, window };
+            let mut random = Random::new((q_heads * 1000 + head_width * 10 + window) as u64);
+            let sequences = Sequences::new(&mut random, heads, &CONTEXTS, n);
+            let rows = sequences.last_rows(n);
+            let (qkv, q_stride) = sequences.qkv(&mut random, rows.len());
+            let want = sequences.reference((&qkv, q_stride), &rows);
+            let mut first: Option<Vec<u32>> = None;
+            for variant in attention.kernel.variants() {
+                let what = format!("{} {heads:?} {:?}", attention.kernel.name, variant.tunables);
+                let got = sequences.attend(attention, &variant, (&qkv, q_stride), &rows, rows.len());
+                // Terms of q · k are of size 1, so a score is good to K * 2^-24 * K / sqrt(K), and exp to some 20 * 2^-24: the
+                // weights are that much off in both the sum and the total; and sums of up to 257 tokens, of values below 1.
+                let allowed = (2.0 * (head_width as f32).powf(1.5) + 300.0) * 2f32.powi(-24);
+                assert_close(&what, &floats(&got), &want, |_| allowed);
+                assert_eq!(&got, first.get_or_insert_with(|| got.clone()), "{what}: the tunable changed bits");
+            }
+        }
+    }
+}
+
+/// Each row alone, and at other rows of qkv and out, has the bits it has among others.
+pub fn rows_are_independent(attention: Attention) {
+    for window in WINDOWS {
+        let heads = Heads { q_heads: 6, kv_heads: 2, head_width: 34, window };
+        let mut random = Random::new(61);
+        let sequences = Sequences::new(&mut random, heads, &CONTEXTS, 2);
+        let rows = sequences.last_rows(2);
+        let (qkv, q_stride) = sequences.qkv(&mut random, rows.len());
+        let variant = &attention.kernel.variants()[0];
+        let together = sequences.attend(attention, variant, (&qkv, q_stride), &rows, rows.len());
+        let width = heads.q_heads * heads.head_width;
+        for row in &rows {
+            let own = &qkv[row.row as usize * q_stride..][..q_stride];
+            let alone = sequences.attend(attention, variant, (own, q_stride), &[Row { row: 0, ..*row }], 1);
+            assert_eq!(alone, together[row.row as usize * width..][..width], "{row:?}, window {window}");
+        }
+    }
+}
+
+/// Only the rows that are asked for are written.
+pub fn other_rows_stay_untouched(attention: Attention) {
+    let heads = Heads { q_heads: 4, kv_heads: 2, head_width: 10, window: 0 };
+    let mut random = Random::new(62);
+    let sequences = Sequences::new(&mut random, heads, &CONTEXTS, 1);
+    let rows = sequences.last_rows(1);
+    let (qkv, q_stride) = sequences.qkv(&mut random, rows.len());
+    let variant = &attention.kernel.variants()[0];
+    let all = sequences.attend(attention, variant, (&qkv, q_stride), &rows, rows.len());
+    for asked in [&rows[..0], &rows[2..3], &[rows[5], rows[1]]] {
+        let got = sequences.attend(attention, variant, (&qkv, q_stride), asked, rows.len());
+        for i in 0..got.len() {
+            if asked.iter().any(|row| row.row as usize == i / 40) {
+                assert_eq!(got[i], all[i], "element {i}");
+            } else {
+                assert_untouched(attention.kernel.name, &got, i);
+            }
+        }
+    }
+}
+
+/// A NaN in a visible K or V of one KV head, or in a query, reaches exactly the heads and rows that see it.
+pub fn nan_propagates(attention: Attention) {
+    let heads = Heads { q_heads: 6, kv_heads: 2, head_width: 10, window: 40 };
+    for poisoned_token in [20, 56, 57, 95, 96] {
+        for which in 0..2 {
+            let mut random = Random::new(63);
+            let mut sequences = Sequences::new(&mut random, heads, &[97, 97], 60);
+            let rows = sequences.last_rows(60);
+            let (qkv, q_stride) = sequences.qkv(&mut random, rows.len());
+            let variant = &attention.kernel.variants()[0];
+            let clean = sequences.attend(attention, variant, (&qkv, q_stride), &rows, rows.len());
+            // KV head 1 of the second sequence.
+            let table = sequences.tables[1].1 as usize;
+            let block = sequences.block_table[table + poisoned_token / BLOCK_TOKENS] as usize;
+            let line = ((block * 2 + 1) * 2 + which) * BLOCK_TOKENS + poisoned_token % BLOCK_TOKENS;
+            sequences.kv_blocks[line * 10 + 3] = f16::NAN;
+            let got = sequences.attend(attention, variant, (&qkv, q_stride), &rows, rows.len());
+            for i in 0..got.len() {
+                let (row, head, j) = (&rows[i / 60], i % 60 / 10, i % 10);
+                let sees = row.first_block as usize == table
+                    && (poisoned_token..poisoned_token + 40).contains(&(row.position as usize))
+                    && head >= 3
+                    && (which == 0 || j == 3);
+                if sees {
+                    assert!(f32::from_bits(got[i]).is_nan(), "token {poisoned_token}: element {i} is not NaN");
+                } else {
+                    assert_eq!(got[i], clean[i], "token {poisoned_token}: element {i}");
+                }
+            }
+        }
+    }
+}
+
+/// All rows of a prompt attended in chunks of `chunk` rows, each chunk with its own rows of qkv and out.
+pub fn in_chunks(attention: Attention, heads: Heads, context: usize, chunk: usize) -> Vec<u32> {
+    let mut random = Random::new(64);
+    let sequences = Sequences::new(&mut random, heads, &[context], context);
+    let rows = sequences.last_rows(context);
+    let (qkv, q_stride) = sequences.qkv(&mut random, context);
+    let variant = &attention.kernel.variants()[0];
+    let chunks = rows.chunks(chunk).zip(qkv.chunks(chunk * q_stride)).flat_map(|(rows, qkv)| {
+        let rows: Vec<Row> = (0..).zip(rows).map(|(t, row)| Row { row: t, ..*row }).collect();
+        sequences.attend(attention, variant, (qkv, q_stride), &rows, rows.len())
+    });
+    chunks.collect()
+}
