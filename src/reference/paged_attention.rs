@@ -5,9 +5,6 @@ use half::f16;
 use super::attention::attention;
 use crate::model::AttentionShape;
 
-/// Tokens of one block.
-const BLOCK_TOKENS: usize = 32;
-
 /// A row to attend.
 #[derive(Debug, Clone, Copy)]
 pub struct PagedRow<'a> {
@@ -15,12 +12,17 @@ pub struct PagedRow<'a> {
     pub q: &'a [f32],
     /// It sees the tokens of its sequence up to this one.
     pub position: usize,
-    /// `blocks[i]` holds the tokens `32 i..32 i + 32` of its sequence.
+    /// `blocks[i]` holds the tokens from `i * block_tokens` on of its sequence.
     pub blocks: &'a [u32],
 }
 
-/// `kv_blocks`: `[blocks, G, 2, 32, K]`, K then V; returns `[R, H, K]`.
-pub fn paged_attention(shape: &AttentionShape, rows: &[PagedRow<'_>], kv_blocks: &[f16]) -> Vec<f32> {
+/// `kv_blocks`: `[blocks, G, 2, block_tokens, K]`, K then V; returns `[R, H, K]`.
+pub fn paged_attention(
+    shape: &AttentionShape,
+    rows: &[PagedRow<'_>],
+    kv_blocks: &[f16],
+    block_tokens: usize,
+) -> Vec<f32> {
     let mut out = Vec::new();
     for row in rows {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -30,9 +32,9 @@ pub fn paged_attention(shape: &AttentionShape, rows: &[PagedRow<'_>], kv_blocks:
             for kv_head in 0..shape.kv_heads {
                 for (which, tensor) in [&mut keys, &mut values].into_iter().enumerate() {
                     if seen {
-                        let block = row.blocks[token / BLOCK_TOKENS] as usize;
+                        let block = row.blocks[token / block_tokens] as usize;
                         let line =
-                            ((block * shape.kv_heads + kv_head) * 2 + which) * BLOCK_TOKENS + token % BLOCK_TOKENS;
+                            ((block * shape.kv_heads + kv_head) * 2 + which) * block_tokens + token % block_tokens;
                         let line = &kv_blocks[line * shape.head_width..][..shape.head_width];
                         tensor.extend(line.iter().map(|v| v.to_f32()));
                     } else {

@@ -147,7 +147,7 @@ impl Sequences {
                 blocks: &self.block_table[row.first_block as usize..],
             })
             .collect();
-        paged_attention(&self.heads.shape(), &rows, &self.kv_blocks)
+        paged_attention(&self.heads.shape(), &rows, &self.kv_blocks, BLOCK_TOKENS)
     }
 }
 
