@@ -209,7 +209,10 @@ pub fn fit(
     let workspace_wanted = match wishes.attention {
         // Two prompts of full length side by side; short ones pack many.
         AttentionPlace::Cpu => 2 * blocks_for(max_model_len),
-        AttentionPlace::Gpu => (per_group_sequences + 1) * blocks_for(max_model_len),
+        // Every sequence of a group at full length, but no more than an eighth of the device: what does not fit waits a pass.
+        AttentionPlace::Gpu => ((per_group_sequences + 1) * blocks_for(max_model_len))
+            .min((machine.device_bytes / 8 / layer_block_bytes) as usize)
+            .max(2 * blocks_for(max_model_len)),
     };
     let most_used = kv_blocks + rows_per_group;
     let workspace_blocks = workspace_wanted.min(most_used).min(workspace_binds);

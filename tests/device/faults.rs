@@ -45,16 +45,16 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         kernel: "prompt_attention",
-        what: "the newest token unseen",
-        from: "let end = row.y + 1u;",
-        to: "let end = max(row.y, 1u);",
+        what: "heads off by one",
+        from: "let kv_head = heads / quads;",
+        to: "let kv_head = (heads / quads + 1u) % params.kv_heads;",
         attention: Cpu,
     },
     Fault {
         kernel: "decode_attention",
-        what: "scores unscaled",
-        from: "score * params.scale",
-        to: "score",
+        what: "values off by one row",
+        from: "values + token * words + word",
+        to: "values + (max(token, 1u) - 1u) * words + word",
         attention: Gpu,
     },
     Fault {
@@ -87,9 +87,9 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         kernel: "expert_combine",
-        what: "a weight unscaled",
-        from: "fma(weights[first + rank],",
-        to: "fma(1.0,",
+        what: "the first expert left out",
+        from: "var rank = 0u;",
+        to: "var rank = 1u;",
         attention: Cpu,
     },
     Fault {

@@ -109,14 +109,14 @@ fn accuracy(outputs: &BTreeMap<String, RequestOutput>, answers: &BTreeMap<String
 
 /// Requests of many kinds: the shipped tasks, sampled ones, several completions, penalties, log-probabilities.
 fn mixed_requests() -> Vec<Request> {
-    let (mut requests, _) = tasks(18);
+    let (mut requests, _) = tasks(11);
     for (index, request) in requests.iter_mut().enumerate() {
         let params = &mut request.params;
         match index % 6 {
-            1 => (params.temperature, params.seed, params.n) = (0.8, 7, 3),
-            2 => (params.temperature, params.top_p, params.ignore_eos, params.max_tokens) = (1.2, 0.9, true, Some(40)),
+            1 => (params.temperature, params.seed, params.n) = (0.8, 7, 2),
+            2 => (params.temperature, params.top_p, params.ignore_eos, params.max_tokens) = (1.2, 0.9, true, Some(24)),
             3 => (params.repetition_penalty, params.logprobs) = (1.1, Some(3)),
-            4 => (params.ignore_eos, params.max_tokens) = (true, Some(70)),
+            4 => (params.ignore_eos, params.max_tokens) = (true, Some(44)),
             _ => {}
         }
     }
@@ -144,7 +144,7 @@ fn policies_change_no_token() -> Result<(), Failed> {
         ),
         ("one thread", Wishes { threads: Some(1), ..wishes() }),
         ("a pool of 256 tokens", Wishes { kv_bytes: kv_bytes(256), ..wishes() }),
-        ("a pool of 320 tokens, five rows", Wishes { kv_bytes: kv_bytes(320), pass_rows: Some(10), ..wishes() }),
+        ("a pool of 256 tokens, chunks of 16", Wishes { kv_bytes: kv_bytes(256), prompt_chunk: Some(16), ..wishes() }),
     ];
     for (name, wishes) in variants {
         let small_pool = wishes.kv_bytes.is_some();
