@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use clap::Args;
 
+use super::print_line;
 use crate::gpu::{GpuError, list_adapters};
 use crate::units::human_bytes;
 
@@ -19,12 +20,13 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         bail!(GpuError::NoAdapter);
     }
     if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&adapters)?);
+        print_line(serde_json::to_string_pretty(&adapters)?)?;
         return Ok(super::OK);
     }
     for adapter in adapters {
-        println!("{}: {}  ({}, {}, {})", adapter.index, adapter.name, adapter.kind, adapter.backend, adapter.driver);
-        println!(
+        let (index, name, kind, backend) = (adapter.index, &adapter.name, &adapter.kind, &adapter.backend);
+        print_line(format_args!("{index}: {name}  ({kind}, {backend}, {})", adapter.driver))?;
+        print_line(format_args!(
             "   largest binding {}, largest buffer {}, workgroup memory {}, subgroups {}..{}{}",
             human_bytes(adapter.max_binding_bytes),
             human_bytes(adapter.max_buffer_bytes),
@@ -32,7 +34,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             adapter.subgroup_sizes.0,
             adapter.subgroup_sizes.1,
             if adapter.usable { "" } else { "   cannot be used: it lacks push constants" },
-        );
+        ))?;
     }
     Ok(super::OK)
 }

@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use super::Usage;
 use super::open::{EngineArguments, ModelArguments, load};
+use super::{Usage, print_line};
 use crate::engine::{Event, RunOptions};
 use crate::request::batch_file::{
     BatchLine, Body, ChatBody, CompletionsBody, OutputLine, Prompt, SamplingFields, now_seconds,
@@ -25,7 +25,7 @@ pub struct Arguments {
     #[arg(long, num_args = 0..=1, default_missing_value = "", value_name = "TEXT")]
     chat: Option<String>,
     /// System message in front of --chat
-    #[arg(long, requires = "chat", value_name = "TEXT")]
+    #[arg(long, requires = "chat", conflicts_with = "prompt", value_name = "TEXT")]
     system: Option<String>,
     #[command(flatten)]
     sampling: SamplingArguments,
@@ -103,7 +103,7 @@ impl SamplingArguments {
 fn stdin(what: &str) -> Result<String> {
     let mut stdin = std::io::stdin();
     if stdin.is_terminal() {
-        eprintln!("reading the {what} from the terminal; end it with Ctrl-D");
+        say!("reading the {what} from the terminal; end it with Ctrl-D");
     }
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).context("reading stdin")?;
@@ -115,6 +115,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     if !arguments.json && (sampling.n.is_some_and(|n| n > 1) || sampling.logprobs.is_some()) {
         bail!(Usage("several completions and log-probabilities are shown with --json only".into()));
     }
+    let text = arguments.model.open_text()?;
     let body = match (&arguments.chat, &arguments.prompt) {
         (Some(message), _) => {
             let message = if message.is_empty() { stdin("message")? } else { message.clone() };
@@ -129,16 +130,18 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         }
         (None, prompt) => Body::Completions(CompletionsBody {
             model: None,
-            prompt: Prompt::Text(prompt.clone().map_or_else(|| stdin("prompt"), Ok)?),
+            prompt: Prompt::Text(match prompt.clone().map_or_else(|| stdin("prompt"), Ok)? {
+                empty if empty.is_empty() => bail!(Usage("the prompt is empty".into())),
+                text => text,
+            }),
             echo: false,
             add_special_tokens: true,
             sampling,
         }),
     };
-    let text = arguments.model.open_text()?;
     let line = BatchLine { line_number: 1, custom_id: "generate".into(), body };
     // Refused before anything is loaded, as far as that can be known.
-    line.to_sampling(&text.defaults).map_err(|error| anyhow::anyhow!(error.message))?;
+    line.to_sampling(&text.defaults).map_err(|error| Usage(error.message))?;
     let prepared = arguments.engine.prepare(&arguments.model, &text)?;
     let vocab = prepared.checkpoint().config().shape.vocab;
     let mut request = line
@@ -173,12 +176,12 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         let model = arguments.model.served_name();
         let line =
             OutputLine::success(&line, &completions, output.prompt_tokens, &text.tokenizer, &model, now_seconds());
-        println!("{}", serde_json::to_string_pretty(&line.response.context("a success has a response")?.body)?);
+        print_line(serde_json::to_string_pretty(&line.response.context("a success has a response")?.body)?)?;
     } else {
-        println!();
+        print_line("")?;
     }
-    let seconds = summary.elapsed.as_secs_f64();
-    eprintln!(
+    let seconds = summary.elapsed.as_secs_f64().max(1e-9);
+    say!(
         "{} prompt tokens, {} generated in {seconds:.2} s ({:.1} tok/s)",
         output.prompt_tokens,
         summary.generated_tokens,

@@ -5,6 +5,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::open::ModelArguments;
+use super::print_line;
 use crate::checkpoint::Checkpoint;
 use crate::request::chat_template::ChatTemplate;
 use crate::request::tokenizer::Tokenizer;
@@ -30,17 +31,19 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         let mut value = serde_json::to_value(&summary)?;
         value["tokenizer_vocab"] = json!(tokenizer.as_ref().ok().map(Tokenizer::vocab_size));
         value["chat_template"] = json!(template.as_ref().ok().map(ChatTemplate::source));
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        print_line(serde_json::to_string_pretty(&value)?)?;
         return Ok(super::OK);
     }
-    println!("{summary}");
+    print_line(summary)?;
     match &tokenizer {
-        Ok(tokenizer) => println!("tokenizer     {} entries", tokenizer.vocab_size()),
-        Err(error) => println!("tokenizer     none: {error}"),
+        Ok(tokenizer) => print_line(format_args!("{:<12}{} entries", "tokenizer", tokenizer.vocab_size()))?,
+        Err(error) => print_line(format_args!("{:<12}none: {error}", "tokenizer"))?,
     }
     match &template {
-        Ok(template) => println!("chat template from {}:\n{}", template.origin(), template.source()),
-        Err(error) => println!("chat template none: {error}"),
+        Ok(template) => {
+            print_line(format_args!("{:<12}{}\n{}", "template", template.origin(), template.source().trim_end()))?;
+        }
+        Err(error) => print_line(format_args!("{:<12}none: {error}", "template"))?,
     }
     Ok(super::OK)
 }

@@ -3,6 +3,14 @@
 //! stdout carries data, stderr everything else. Exit codes are stable: 0 ok · 1 fatal · 2 usage · 3 finished with failed lines ·
 //! 75 interrupted or device lost, run again with `--resume`.
 
+/// A line on stderr. One that nobody can read any more (a closed pipe) does not end a run, as `eprintln!` would.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr().lock(), $($text)*);
+    }};
+}
+
 mod devices;
 mod generate;
 mod inspect;
@@ -11,9 +19,15 @@ mod progress;
 mod run_batch;
 mod score;
 
+use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
+
+use crate::engine::EngineError;
+use crate::plan::PlanError;
 
 /// Everything was done.
 pub const OK: u8 = 0;
@@ -32,9 +46,9 @@ pub const INTERRUPTED: u8 = 75;
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Log filter, as for RUST_LOG (error, warn, info, debug).
-    #[arg(long, global = true, env = "FULMEN_LOG_LEVEL", default_value = "warn")]
-    log_level: String,
+    /// Log filter: error, warn, info, debug, or as RUST_LOG has it [default: RUST_LOG, else warn]
+    #[arg(long, global = true, env = "FULMEN_LOG_LEVEL", value_name = "FILTER")]
+    log_level: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -61,12 +75,15 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { USAGE } else { OK });
         }
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .or_else(|_| tracing_subscriber::EnvFilter::try_new(&arguments.log_level));
-    match filter {
+    let (option, filter) = match (arguments.log_level, std::env::var("RUST_LOG")) {
+        (Some(filter), _) => ("--log-level", filter),
+        (None, Ok(filter)) if !filter.is_empty() => ("RUST_LOG", filter),
+        _ => ("--log-level", "warn".into()),
+    };
+    match tracing_subscriber::EnvFilter::try_new(&filter) {
         Ok(filter) => tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init(),
         Err(error) => {
-            eprintln!("error: --log-level: {error}");
+            say!("error: {option} {filter}: {error}");
             return ExitCode::from(USAGE);
         }
     }
@@ -80,17 +97,37 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("error: {error:#}");
-            let code = if error.is::<Usage>() {
-                USAGE
-            } else if error.downcast_ref::<crate::engine::EngineError>().is_some_and(|error| error.device_lost()) {
-                INTERRUPTED
-            } else {
-                FATAL
-            };
-            ExitCode::from(code)
+            say!("error: {}", with_causes(&error));
+            ExitCode::from(exit_code(&error))
         }
     }
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let engine = error.downcast_ref::<EngineError>();
+    match engine {
+        _ if error.is::<Usage>() => USAGE,
+        Some(EngineError::Plan(PlanError::Option { .. })) => USAGE,
+        Some(error) if error.device_lost() => INTERRUPTED,
+        _ => FATAL,
+    }
+}
+
+/// An error and its causes in one text. A message that tells its cause itself is not followed by the cause again.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// A line of data on stdout.
+fn print_line(line: impl fmt::Display) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "{line}").and_then(|()| stdout.flush()).context("writing to stdout")
 }
 
 /// A command line that parses and still makes no sense.

@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 
 use super::progress::LoadProgress;
 use crate::cpu::isa::Isa;
-use crate::engine::{Engine, Prepared};
+use crate::engine::{Engine, EngineError, Prepared};
 use crate::gpu::DeviceChoice;
 use crate::plan::Wishes;
 use crate::policy::AttentionPlace;
@@ -156,10 +156,15 @@ impl EngineArguments {
             builder = builder.isa(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?);
         }
         builder = builder.more_eos_tokens(&text.defaults.eos_token_ids);
-        let prepared = builder.prepare().with_context(|| format!("model {}", model.model.display()))?;
+        let prepared = builder.prepare().map_err(|error| match error {
+            EngineError::Checkpoint(_) | EngineError::MixedExperts => {
+                anyhow::Error::from(error).context(format!("model {}", model.model.display()))
+            }
+            of_the_machine => of_the_machine.into(),
+        })?;
         let adapter = prepared.gpu().summary();
-        eprintln!("adapter {} ({}, {})", adapter.name, adapter.kind, adapter.backend);
-        eprintln!("{}", prepared.plan());
+        say!("adapter {} ({}, {})", adapter.name, adapter.kind, adapter.backend);
+        say!("{}", prepared.plan());
         Ok(prepared)
     }
 }

@@ -128,20 +128,54 @@ impl Exchange<'_> {
     }
 }
 
-/// Set by Ctrl-C and SIGTERM. A second one ends the process at once.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // In this order: the first signal arms, the second finds it armed.
-        signal_hook::flag::register_conditional_shutdown(signal, super::INTERRUPTED.into(), stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
-    Ok(stop)
+/// What Ctrl-C and SIGTERM do: while a model loads they end the process, as nothing is lost; later the first one asks for a
+/// stop after the pass and the second one ends the process. Either way the exit code is [`super::INTERRUPTED`].
+struct Signals {
+    loading: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
 }
 
-/// Non-blank lines of a file that this run will take; None for stdin.
+impl Signals {
+    fn register() -> Result<Self> {
+        let signals = Signals { loading: Arc::new(AtomicBool::new(true)), stop: Arc::new(AtomicBool::new(false)) };
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            for end_at_once in [&signals.loading, &signals.stop] {
+                signal_hook::flag::register_conditional_shutdown(
+                    signal,
+                    super::INTERRUPTED.into(),
+                    end_at_once.clone(),
+                )?;
+            }
+            // Last: the first signal sets it, the second finds it set.
+            signal_hook::flag::register(signal, signals.stop.clone())?;
+        }
+        Ok(signals)
+    }
+
+    fn loaded(&self) {
+        self.loading.store(false, Relaxed);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Relaxed)
+    }
+}
+
+/// The input can be read twice: not stdin, not a pipe.
+fn is_regular(path: &Path) -> Result<bool> {
+    if path == Path::new("-") {
+        return Ok(false);
+    }
+    let metadata = std::fs::metadata(path).with_context(|| format!("--input-file {}", path.display()))?;
+    if metadata.is_dir() {
+        bail!("--input-file {}: is a folder", path.display());
+    }
+    Ok(metadata.is_file())
+}
+
+/// Non-blank lines of a file that this run will take; None where only reading them once would tell.
 fn count_lines(arguments: &Arguments) -> Result<Option<u64>> {
-    if arguments.input_file == Path::new("-") {
+    if !is_regular(&arguments.input_file)? {
         return Ok(None);
     }
     let file = File::open(&arguments.input_file)
@@ -158,9 +192,6 @@ fn count_lines(arguments: &Arguments) -> Result<Option<u64>> {
 
 /// --strict: every fault of the input, before anything is loaded.
 fn validate(arguments: &Arguments, options: &ReadOptions, text: &Text, vocab: usize) -> Result<()> {
-    if arguments.input_file == Path::new("-") {
-        bail!(Usage("--strict reads the input twice, so it cannot be stdin".into()));
-    }
     let reader = BatchReader::open(&arguments.input_file, options.clone())?;
     let validation = validate_all(reader, |line| {
         line.to_request(&text.tokenizer, text.template.as_ref(), &text.defaults, vocab).map(|_| ())
@@ -170,14 +201,17 @@ fn validate(arguments: &Arguments, options: &ReadOptions, text: &Text, vocab: us
     }
     const SHOWN: usize = 20;
     for fault in validation.faults.iter().take(SHOWN) {
-        eprintln!("{fault}");
+        say!("{fault}");
     }
     let (n, lines) = (validation.faults.len(), validation.lines);
     bail!("--strict: {n} of {lines} lines are bad{}", if n > SHOWN { " (the first 20 are shown)" } else { "" })
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
-    let stop = stop_flag()?;
+    let signals = Signals::register()?;
+    if arguments.strict && !is_regular(&arguments.input_file)? {
+        bail!(Usage("--strict reads the input twice, so it must be a file, not a pipe or stdin".into()));
+    }
     let existing = match (arguments.resume, arguments.overwrite) {
         (true, _) => Existing::Resume,
         (_, true) => Existing::Overwrite,
@@ -196,12 +230,13 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let error_file = arguments.error_file.as_deref();
     let (writer, finished) = ResultWriter::open(&arguments.output_file, error_file, &arguments.input_file, existing)?;
     if arguments.resume {
-        eprintln!("resuming: {} lines are finished already", finished.len());
+        say!("resuming: {} lines are finished already", finished.len());
     }
     let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, finished, ..ReadOptions::default() };
     let mut reader = BatchReader::open(&arguments.input_file, options)
         .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
     let mut engine = load(prepared)?;
+    signals.loaded();
 
     let exchange = RefCell::new(Exchange {
         writer,
@@ -215,10 +250,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let mut progress = RunProgress::new(total);
     let mut already = 0;
     let mut generated = 0u64;
-    let stopped = || stop.load(Relaxed);
     let already_cell = RefCell::new(&mut already);
     let mut requests = std::iter::from_fn(|| {
-        if stopped() {
+        if signals.stopped() {
             return None;
         }
         let request = exchange.borrow_mut().next_request(&mut reader, vocab);
@@ -231,11 +265,11 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             Event::Finished(output) => exchange.finished(output),
             Event::Pass(pass) => {
                 generated += pass.groups.iter().flat_map(|group| &group.rows).filter(|row| row.sampled).count() as u64;
-                progress.update(exchange.answered + **already_cell.borrow(), generated);
+                progress.update(exchange.answered, **already_cell.borrow(), generated);
             }
             Event::Text { .. } | Event::Logits { .. } => {}
         }
-        if stopped() || exchange.broken.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if signals.stopped() || exchange.broken.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     progress.finish();
     let mut exchange = exchange.into_inner();
@@ -246,8 +280,8 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         return Err(error);
     }
     report(&arguments, &summary, &exchange, already)?;
-    if stopped() {
-        eprintln!("interrupted; the same command with --resume goes on");
+    if signals.stopped() {
+        say!("interrupted; the same command with --resume goes on");
         return Ok(super::INTERRUPTED);
     }
     Ok(if exchange.failed > 0 { super::FAILED_LINES } else { super::OK })
@@ -260,11 +294,11 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
         type Seconds = std::collections::BTreeMap<&'static str, f64>;
         let busy: Seconds = summary.busy.iter().map(|(lane, busy)| (lane.name(), busy.as_secs_f64())).collect();
         let stages: Seconds = summary.busy_by_stage.iter().map(|(stage, busy)| (*stage, busy.as_secs_f64())).collect();
-        eprintln!(
+        say!(
             "{}",
             serde_json::json!({
                 "answered": exchange.answered, "failed": exchange.failed, "already_finished": already,
-                "passes": summary.passes, "prompt_tokens": summary.prompt_tokens,
+                "interrupted": summary.interrupted, "passes": summary.passes, "prompt_tokens": summary.prompt_tokens,
                 "generated_tokens": summary.generated_tokens, "elapsed_seconds": seconds,
                 "generated_tokens_per_second": rate, "busy_seconds": busy, "stage_seconds": stages, "page_bytes": summary.page_bytes,
                 "preemptions": summary.batch.preemptions, "spilled_blocks": summary.batch.spilled_blocks,
@@ -273,13 +307,16 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
         );
         return Ok(());
     }
-    eprintln!(
+    say!(
         "{} lines answered, {} of them with errors, in {seconds:.1} s: {} prompt and {} generated tokens, {rate:.1} generated tok/s",
-        exchange.answered, exchange.failed, summary.prompt_tokens, summary.generated_tokens,
+        exchange.answered,
+        exchange.failed,
+        summary.prompt_tokens,
+        summary.generated_tokens,
     );
     let share = |lane: &Lane| 100.0 * summary.busy.get(lane).map_or(0.0, |busy| busy.as_secs_f64()) / seconds.max(1e-9);
     let lanes: Vec<_> = Lane::ALL.iter().map(|lane| format!("{} {:.0}%", lane.name(), share(lane))).collect();
-    eprintln!(
+    say!(
         "{} passes of up to {} sequences, {} of expert pages, {} preemptions; busy: {}",
         summary.passes,
         summary.batch.peak_running,

@@ -9,6 +9,8 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::Value;
 
+use super::print_line;
+
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// What `run-batch` wrote
@@ -82,7 +84,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         if shown < arguments.show {
             shown += 1;
             let mark = if got == Some(answer.as_str()) { "right" } else { "wrong" };
-            eprintln!("{id:<28} {:<40} {mark}", got.unwrap_or("(no answer)"));
+            say!("{id:<28} {:<40} {mark}", got.unwrap_or("(no answer)"));
         }
     }
     if kinds.is_empty() {
@@ -93,18 +95,18 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             .iter()
             .map(|(kind, tally)| (kind, serde_json::json!({"accuracy": tally.accuracy(), "tally": tally})))
             .collect();
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        print_line(serde_json::to_string_pretty(&report)?)?;
         return Ok(super::OK);
     }
-    println!("{:<28} {:>9} {:>7} {:>7} {:>8}", "kind", "accuracy", "right", "wrong", "missing");
+    print_line(format_args!("{:<28} {:>9} {:>7} {:>7} {:>8}", "kind", "accuracy", "right", "wrong", "missing"))?;
     for (kind, tally) in &kinds {
-        println!(
+        print_line(format_args!(
             "{kind:<28} {:>8.1}% {:>7} {:>7} {:>8}",
             100.0 * tally.accuracy(),
             tally.right,
             tally.wrong,
             tally.missing
-        );
+        ))?;
     }
     Ok(super::OK)
 }
