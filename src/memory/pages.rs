@@ -170,13 +170,13 @@ impl PageTable {
         Self { slots: vec![None; plan.n_slots()], expert_bytes: 3 * plan.shape.matrix_bytes }
     }
 
-    /// A piece of an expert goes to its slot; what the slot held before is gone.
+    /// A piece of an expert goes to its slot; what the slot held before is gone. Pieces of an expert come in order: the first
+    /// one begins anew, also where a pass that was broken off left a part of the same expert.
     pub fn arrive(&mut self, slot: usize, layer: usize, piece: &Piece) {
         let bytes = piece.bytes.end - piece.bytes.start;
+        let first = piece.matrix == ExpertMatrix::Gate && piece.bytes.start == 0;
         match &mut self.slots[slot] {
-            Some(held) if (held.layer, held.expert) == (layer, piece.expert) && held.arrived < self.expert_bytes => {
-                held.arrived += bytes;
-            }
+            Some(held) if (held.layer, held.expert) == (layer, piece.expert) && !first => held.arrived += bytes,
             other => *other = Some(Holding { layer, expert: piece.expert, arrived: bytes }),
         }
     }

@@ -284,7 +284,7 @@ impl Batcher {
 
     /// The rows of `group`'s next pass. Call when the ids of its last pass are known (or it had none).
     pub fn plan_group(&mut self, group: usize) -> Result<GroupRows, KvError> {
-        let mut plan = Plan { rows: Vec::new(), workspace: self.limits.workspace_blocks };
+        let mut plan = Plan { rows: Vec::new(), workspace: self.limits.workspace_blocks, workspace_short: false };
         let members: Vec<SequenceId> =
             self.sequences.iter().filter(|(_, s)| s.group == Some(group)).map(|(id, _)| *id).collect();
         let decoding = |s: &Sequence| s.computed >= s.prompt_len;
@@ -305,6 +305,8 @@ impl Batcher {
             if plan.rows.len() >= self.limits.rows_per_group
                 || in_group >= quota
                 || running >= self.limits.max_sequences
+                // Else a stream of short sequences could keep a long one waiting for ever.
+                || plan.workspace_short
             {
                 break;
             }
@@ -332,6 +334,7 @@ impl Batcher {
         let uses_workspace = !decode || self.limits.gpu_decode;
         let workspace_rows =
             if uses_workspace { (plan.workspace * BLOCK_TOKENS).saturating_sub(sequence.computed) } else { usize::MAX };
+        plan.workspace_short |= workspace_rows == 0;
         let wanted = sequence.tokens.len() - sequence.computed;
         let n = wanted.min(left).min(self.limits.prompt_chunk).min(workspace_rows);
         if n == 0 {
@@ -387,10 +390,11 @@ impl Batcher {
         let sequence = self.sequences.get_mut(&id).expect("a victim is there");
         let Storage::Cache(table) = &mut sequence.storage else { unreachable!("victims hold blocks") };
         let table = std::mem::take(table);
-        self.counters.preemptions += 1;
-        self.counters.spilled_blocks += table.blocks().len() as u64;
+        let blocks = table.blocks().len() as u64;
         match self.kv.spill(table, &mut self.spill) {
             Ok(spilled) => {
+                self.counters.preemptions += 1;
+                self.counters.spilled_blocks += blocks;
                 sequence.group = None;
                 sequence.storage = Storage::Spilled(spilled);
                 Ok(())
@@ -453,4 +457,6 @@ struct Plan {
     rows: Vec<Row>,
     /// Workspace blocks not yet given away.
     workspace: usize,
+    /// Some sequence of the group gets no rows because its context does not fit what is left of the workspace.
+    workspace_short: bool,
 }

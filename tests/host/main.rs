@@ -1,11 +1,13 @@
 //! Everything that needs no GPU, as one binary: bytes, plans, schedules, shaders as text, CPU attention.
 
 mod attention;
+mod batcher;
 mod checkpoint;
 mod common;
 mod config;
 mod fixtures;
 mod kv_cache;
+mod pages;
 mod request_batch_file;
 mod request_chat_template;
 mod request_extract;

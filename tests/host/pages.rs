@@ -1,0 +1,178 @@
+//! Pages cover every byte once, slots are rewritten late, and the shapes of real models page well.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fulmen::memory::pages::{PagePlan, PageShape, PageTable, Piece};
+use fulmen::model::ExpertMatrix;
+use proptest::prelude::*;
+
+const MIB: u64 = 1 << 20;
+
+fn shapes() -> impl Strategy<Value = PageShape> {
+    let pages = prop_oneof![0u64..64, 64u64..5000];
+    (1usize..20, 0usize..=20, 1usize..50, 1u64..1000, pages, 1usize..5).prop_map(
+        |(experts, resident, ring, matrix_bytes, page_bytes, layers)| {
+            let resident = resident.min(experts);
+            PageShape { experts, resident, ring, matrix_bytes, page_bytes, layers }
+        },
+    )
+}
+
+/// Streamed experts in the order in which they are used, over `passes` passes.
+fn uses(shape: PageShape, passes: usize) -> impl Iterator<Item = (usize, usize)> {
+    let layers = (0..passes).flat_map(move |_| 0..shape.layers);
+    layers.flat_map(move |layer| (shape.resident..shape.experts).map(move |expert| (layer, expert)))
+}
+
+proptest! {
+    #[test]
+    fn pages_cover_every_byte_of_every_streamed_matrix_once(shape in shapes()) {
+        let plan = PagePlan::new(shape);
+        let mut covered: BTreeMap<(usize, ExpertMatrix), u64> = BTreeMap::new();
+        let mut next_expert = 0;
+        for chunk in plan.chunks() {
+            prop_assert_eq!(chunk.experts.start, next_expert, "chunks follow each other");
+            prop_assert!(!chunk.experts.is_empty());
+            next_expert = chunk.experts.end;
+            prop_assert_eq!(chunk.pages.is_empty(), chunk.experts.end <= shape.resident);
+            for page in &chunk.pages {
+                prop_assert!(!page.pieces.is_empty());
+                prop_assert!(page.bytes() <= shape.page_bytes.max(4), "{} bytes", page.bytes());
+                for piece in &page.pieces {
+                    prop_assert!(chunk.experts.contains(&piece.expert));
+                    // Copies start at whole words, and each goes on where the last one ended.
+                    prop_assert_eq!(piece.bytes.start % 4, 0);
+                    let so_far = covered.entry((piece.expert, piece.matrix)).or_default();
+                    prop_assert_eq!(piece.bytes.start, *so_far);
+                    prop_assert!(piece.bytes.end > piece.bytes.start);
+                    *so_far = piece.bytes.end;
+                }
+            }
+        }
+        prop_assert_eq!(next_expert, shape.experts);
+        let streamed = (shape.resident..shape.experts).flat_map(|expert| ExpertMatrix::ALL.map(|matrix| (expert, matrix)));
+        let wanted: BTreeMap<_, _> = streamed.map(|key| (key, shape.matrix_bytes)).collect();
+        prop_assert_eq!(&covered, &wanted);
+        let streamed = (shape.layers * (shape.experts - shape.resident)) as u64;
+        prop_assert_eq!(plan.bytes_per_pass(), 3 * streamed * shape.matrix_bytes);
+    }
+
+    #[test]
+    fn residents_own_their_slots_and_the_ring_goes_by_before_a_slot_is_used_again(shape in shapes()) {
+        let plan = PagePlan::new(shape);
+        let residents = (0..shape.layers).flat_map(|layer| (0..shape.resident).map(move |expert| (layer, expert)));
+        let slots: BTreeSet<usize> = residents.map(|(layer, expert)| plan.slot(layer, expert)).collect();
+        let n_resident = shape.layers * shape.resident;
+        prop_assert_eq!(slots, (0..n_resident).collect::<BTreeSet<_>>());
+        let streams = shape.resident < shape.experts;
+        prop_assert_eq!(plan.n_slots(), n_resident + if streams { shape.ring } else { 0 });
+
+        // Within a pass the ring is used slot by slot; from the last layer to the next pass's first one it may jump.
+        for (index, (layer, expert)) in uses(shape, 1).enumerate() {
+            prop_assert_eq!(plan.slot(layer, expert), n_resident + index % shape.ring);
+        }
+        for chunk in plan.chunks() {
+            let slots: BTreeSet<usize> = chunk.experts.clone().map(|expert| plan.slot(0, expert)).collect();
+            prop_assert_eq!(slots.len(), chunk.experts.len(), "two experts of a chunk share a slot");
+            // Half of the ring computes while the other half loads.
+            prop_assert!(chunk.pages.is_empty() || chunk.experts.len() <= (shape.ring / 2).max(1));
+        }
+    }
+
+    /// What was loaded in order is there when its chunk computes, in every pass; what has been overwritten is known to be gone.
+    #[test]
+    fn a_chunk_is_there_once_its_pages_have_come(shape in shapes()) {
+        let plan = PagePlan::new(shape);
+        let mut table = PageTable::new(&plan);
+        for (layer, chunk) in (0..2).flat_map(|_| 0..shape.layers).flat_map(|layer| plan.chunks().iter().map(move |c| (layer, c))) {
+            let n_pieces: usize = chunk.pages.iter().map(|page| page.pieces.len()).sum();
+            for piece in chunk.pages.iter().flat_map(|page| &page.pieces) {
+                let slot = plan.slot(layer, piece.expert);
+                table.arrive(slot, layer, piece);
+                let last = piece.matrix == ExpertMatrix::Down && piece.bytes.end == shape.matrix_bytes;
+                prop_assert_eq!(table.holds(slot, layer, piece.expert), last);
+            }
+            for expert in chunk.experts.clone().filter(|_| n_pieces > 0) {
+                let slot = plan.slot(layer, expert);
+                prop_assert!(table.holds(slot, layer, expert));
+                prop_assert!(!table.holds(slot, layer + 1, expert));
+                prop_assert!(!table.holds(slot, layer, expert + 1));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_expert_of_which_a_broken_off_pass_left_a_part_is_whole_after_it_comes_again() {
+    let shape = PageShape { experts: 2, resident: 0, ring: 2, matrix_bytes: 100, page_bytes: 60, layers: 1 };
+    let plan = PagePlan::new(shape);
+    let mut table = PageTable::new(&plan);
+    let pieces: Vec<&Piece> = plan.chunks()[0].pages.iter().flat_map(|page| &page.pieces).collect();
+    assert_eq!(pieces.len(), 7, "{pieces:?}");
+    for broken_off in 0..pieces.len() {
+        pieces[..broken_off].iter().for_each(|piece| table.arrive(0, 0, piece));
+        assert!(!table.holds(0, 0, 0), "after {broken_off} pieces");
+        pieces.iter().for_each(|piece| table.arrive(0, 0, piece));
+        assert!(table.holds(0, 0, 0), "after {broken_off} pieces and all of them");
+    }
+}
+
+/// L, D, E, F and bytes per element of six models; a ring of two layers, pages of 32 MiB.
+#[test]
+fn six_models_page_well() {
+    struct Model {
+        name: &'static str,
+        layers: usize,
+        d_model: u64,
+        experts: usize,
+        expert_width: u64,
+        /// Bytes of all expert weights in bf16.
+        expert_bytes: u64,
+        pages_per_layer: usize,
+    }
+    let models = [
+        // name, L, D, E, F, expert bytes, pages of a layer
+        ("Mixtral 8x7B", 32, 4096, 8, 14336, 90_194_313_216, 84),
+        ("Mixtral 8x22B", 56, 6144, 8, 16384, 270_582_939_648, 144),
+        ("DBRX", 40, 6144, 16, 10752, 253_671_505_920, 189),
+        ("Qwen3 30B-A3B", 48, 2048, 128, 768, 57_982_058_496, 36),
+        ("OLMoE 1B-7B", 16, 2048, 64, 1024, 12_884_901_888, 24),
+        ("gpt-oss 20b in bf16", 24, 2880, 32, 2880, 38_220_595_200, 48),
+    ]
+    .map(|(name, layers, d_model, experts, expert_width, expert_bytes, pages_per_layer)| Model {
+        name,
+        layers,
+        d_model,
+        experts,
+        expert_width,
+        expert_bytes,
+        pages_per_layer,
+    });
+    for model in models {
+        let Model { name, layers, experts, .. } = model;
+        let matrix_bytes = 2 * model.d_model * model.expert_width;
+        let (ring, page_bytes) = (2 * experts, 32 * MIB);
+        let plan = PagePlan::new(PageShape { experts, resident: 0, ring, matrix_bytes, page_bytes, layers });
+        assert_eq!(plan.bytes_per_pass(), model.expert_bytes, "{name}");
+        assert_eq!(plan.chunks().len(), 1, "{name}: a layer computes as one chunk");
+        let pages = &plan.chunks()[0].pages;
+        assert_eq!(pages.len(), model.pages_per_layer, "{name}");
+        let (last, full) = pages.split_last().unwrap();
+        assert!(full.iter().all(|page| page.bytes() == page_bytes), "{name}: every page but the last is full");
+        assert!(last.bytes() > 0);
+        let experts_of = |page: &fulmen::memory::pages::Page| {
+            page.pieces.iter().map(|piece| piece.expert).collect::<BTreeSet<_>>().len()
+        };
+        let most = pages.iter().map(experts_of).max().unwrap();
+        if 3 * matrix_bytes > page_bytes {
+            assert!(most <= 2, "{name}: an expert takes several pages");
+            assert!(pages.len() >= 3 * experts / 2, "{name}");
+        } else {
+            assert!(most >= 3, "{name}: experts share pages, {most} at most");
+        }
+        // A resident expert of eight streams no more.
+        let resident = experts / 8;
+        let shape = PageShape { experts, resident, ring, matrix_bytes, page_bytes, layers };
+        assert_eq!(PagePlan::new(shape).bytes_per_pass(), model.expert_bytes / 8 * 7, "{name}");
+    }
+}
