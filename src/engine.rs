@@ -331,6 +331,11 @@ impl Engine {
         &self.plan
     }
 
+    /// Device memory in live buffers: what the plan's [`MemoryUse::device`](crate::plan::MemoryUse::device) foretold.
+    pub fn device_bytes_taken(&self) -> u64 {
+        self.machine.pipelines().gpu().taken_bytes()
+    }
+
     pub fn isa(&self) -> Isa {
         self.isa
     }

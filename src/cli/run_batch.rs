@@ -232,6 +232,8 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     if arguments.resume {
         say!("resuming: {} lines are finished already", finished.len());
     }
+    // The exit code speaks of the whole file, also of what earlier runs wrote.
+    let failed_before = finished.any_error();
     let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, finished, ..ReadOptions::default() };
     let mut reader = BatchReader::open(&arguments.input_file, options)
         .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
@@ -284,7 +286,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         say!("interrupted; the same command with --resume goes on");
         return Ok(super::INTERRUPTED);
     }
-    Ok(if exchange.failed > 0 { super::FAILED_LINES } else { super::OK })
+    Ok(if failed_before || exchange.failed > 0 { super::FAILED_LINES } else { super::OK })
 }
 
 fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, already: u64) -> Result<()> {

@@ -120,7 +120,7 @@ const DEFAULT_SEQUENCES: usize = 256;
 const DEFAULT_PASS_ROWS: usize = 1024;
 const DEFAULT_GROUPS: usize = 2;
 /// Middle of the 16-128 MiB over which copies run at full rate.
-const DEFAULT_PAGE_BYTES: u64 = 32 << 20;
+pub const DEFAULT_PAGE_BYTES: u64 = 32 << 20;
 /// Longest context planned for where nobody says: a pool for more is rarely used.
 const DEFAULT_MAX_MODEL_LEN: usize = 8192;
 

@@ -7,4 +7,4 @@
 
 mod fit;
 
-pub use fit::{MachineLimits, MemoryUse, ModelBytes, Plan, PlanError, Wishes, fit};
+pub use fit::{DEFAULT_PAGE_BYTES, MachineLimits, MemoryUse, ModelBytes, Plan, PlanError, Wishes, fit};

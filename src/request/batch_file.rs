@@ -1102,6 +1102,11 @@ impl Finished {
         self.ids.contains(&id_hash(custom_id))
     }
 
+    /// Some line ended in an error.
+    pub fn any_error(&self) -> bool {
+        !self.lines.is_empty()
+    }
+
     pub fn has_error(&self, line_number: u64) -> bool {
         self.lines.contains(&line_number)
     }

@@ -7,14 +7,16 @@ use fulmen::gpu::{Buffer, DeviceChoice, Gpu, GpuError, Pipelines, Recorder, Slic
 
 pub const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
 
-/// The device that all tests share; FULMEN_DEVICE chooses it as `--device` does.
+/// The adapter of all tests: FULMEN_DEVICE chooses it as `--device` does.
+pub fn device() -> DeviceChoice {
+    std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()))
+}
+
+/// Compiled kernels on that adapter, shared by all tests of kernels.
 pub fn pipelines() -> &'static Pipelines {
     static PIPELINES: OnceLock<Pipelines> = OnceLock::new();
-    PIPELINES.get_or_init(|| {
-        let choice =
-            std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()));
-        Pipelines::new(Arc::new(Gpu::open(&choice).expect("an adapter was listed, so it opens")))
-    })
+    PIPELINES
+        .get_or_init(|| Pipelines::new(Arc::new(Gpu::open(&device()).expect("an adapter was listed, so it opens"))))
 }
 
 /// xorshift64*: the same numbers on every machine.

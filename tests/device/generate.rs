@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use fulmen::engine::{Engine, Event, RunOptions, RunSummary};
-use fulmen::gpu::{DeviceChoice, ShaderPatch};
+use fulmen::gpu::ShaderPatch;
 use fulmen::plan::Wishes;
 use fulmen::policy::AttentionPlace;
 use fulmen::request::batch_file::{BatchReader, GenerationDefaults, ReadOptions};
@@ -15,6 +15,7 @@ use fulmen::request::tokenizer::Tokenizer;
 use fulmen::request::{Completion, Request, RequestOutput};
 use libtest_mimic::{Failed, Trial};
 
+use crate::common::device;
 use crate::goldens::Golden;
 
 fn examples(file: &str) -> std::path::PathBuf {
@@ -67,9 +68,8 @@ impl From<Wishes> for Setting {
 }
 
 pub fn run(model: &Path, setting: Setting, requests: Vec<Request>) -> Recorded {
-    let choice = std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()));
     let mut builder = Engine::builder(model)
-        .device(choice)
+        .device(device())
         .wishes(setting.wishes)
         .gpu_memory(setting.gpu_memory)
         .shader_patches(setting.patches);
@@ -224,8 +224,28 @@ fn passes_mix_prompt_and_decode_rows() -> Result<(), Failed> {
     Ok(())
 }
 
+/// What the plan says is what is taken, to the byte, and a cap below it is refused with numbers.
+fn the_plan_foretells_device_memory() -> Result<(), Failed> {
+    for folder in Golden::all().into_iter().chain([examples("model")]) {
+        for wishes in [
+            Wishes::default(),
+            Wishes { resident_experts: Some(1), ring_experts: Some(3), groups: Some(3), ..Wishes::default() },
+        ] {
+            let prepared = Engine::builder(&folder).device(device()).wishes(wishes).prepare()?;
+            let foretold = prepared.plan().memory.device();
+            let engine = prepared.load(&mut |_, _| {})?;
+            assert_eq!(engine.device_bytes_taken(), foretold, "{}: {wishes:?}", folder.display());
+        }
+        let refused = Engine::builder(&folder).device(device()).gpu_memory(Some(100_000)).prepare();
+        let message = refused.err().expect("100 kB do not hold a model").to_string();
+        assert!(message.contains("97.7 KiB are allowed"), "{message}");
+    }
+    Ok(())
+}
+
 pub fn trials() -> Vec<Trial> {
     vec![
+        Trial::test("generate::the_plan_foretells_device_memory", the_plan_foretells_device_memory),
         Trial::test("generate::policies_change_no_token", policies_change_no_token),
         Trial::test(
             "generate::gpu_attention_changes_no_token_within_itself",

@@ -5,12 +5,13 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use fulmen::engine::{Engine, Event, RunOptions};
-use fulmen::gpu::DeviceChoice;
 use fulmen::plan::Wishes;
 use fulmen::policy::AttentionPlace;
 use fulmen::request::{Request, SamplingParams};
 use libtest_mimic::{Failed, Trial};
 use safetensors::SafeTensors;
+
+use crate::common::device;
 
 /// Of the row's largest |logit|. Most of it is the KV cache: K and V are stored in f16, transformers keeps f32 (its own logits
 /// move by up to 4.4e-4 when K and V are rounded so, tests/goldens/manifest.json).
@@ -68,8 +69,7 @@ pub struct Answers {
 }
 
 pub fn answer(folder: &Path, wishes: Wishes, requests: Vec<Request>) -> Answers {
-    let choice = std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()));
-    let prepared = Engine::builder(folder).device(choice).wishes(wishes).prepare().expect("golden opens");
+    let prepared = Engine::builder(folder).device(device()).wishes(wishes).prepare().expect("golden opens");
     let mut engine = prepared.load(&mut |_, _| {}).expect("golden loads");
     let mut answers = Answers { tokens: BTreeMap::new(), logits: BTreeMap::new() };
     let summary = engine
