@@ -13,6 +13,7 @@ mod request_chat_template;
 mod request_extract;
 mod request_sampler;
 mod request_tokenizer;
+mod schedule;
 mod shaders;
 mod small_tokenizers;
 mod units;
