@@ -8,6 +8,7 @@ mod config;
 mod fixtures;
 mod kv_cache;
 mod pages;
+mod plan;
 mod request_batch_file;
 mod request_chat_template;
 mod request_extract;
