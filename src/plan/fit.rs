@@ -15,6 +15,8 @@ use crate::units::human_bytes;
 pub struct ModelBytes {
     /// All that stays on the GPU: embedding, norms, projections, routers, head.
     pub dense: u64,
+    /// The largest tensor of those; each has to fit one binding.
+    pub largest_dense: u64,
     /// One expert matrix.
     pub matrix: u64,
     /// All files.
@@ -26,9 +28,11 @@ impl ModelBytes {
     pub fn of(inventory: &Inventory) -> Self {
         let expert = |tensor: &&Placed| matches!(tensor.role, Role::Expert { .. });
         let tensors = inventory.tensors();
+        // Each is padded to whole words on the device.
+        let dense = || tensors.iter().filter(|t| !expert(t)).map(|t| t.bytes().next_multiple_of(4));
         Self {
-            // Each is padded to whole words on the device.
-            dense: tensors.iter().filter(|t| !expert(t)).map(|t| t.bytes().next_multiple_of(4)).sum(),
+            dense: dense().sum(),
+            largest_dense: dense().max().unwrap_or(0),
             matrix: tensors.iter().find(expert).map_or(0, Placed::bytes),
             files: inventory.files().iter().map(|(_, bytes)| bytes).sum(),
         }
@@ -124,6 +128,7 @@ pub const DEFAULT_PAGE_BYTES: u64 = 32 << 20;
 /// Longest context planned for where nobody says: a pool for more is rarely used.
 const DEFAULT_MAX_MODEL_LEN: usize = 8192;
 
+/// A wish below 1 or above `max` is refused; a default is lowered to it.
 fn option(option: &'static str, value: Option<usize>, default: usize, max: usize) -> Result<usize, PlanError> {
     match value {
         Some(value) if value == 0 || value > max => {
@@ -134,7 +139,15 @@ fn option(option: &'static str, value: Option<usize>, default: usize, max: usize
     }
 }
 
-/// Fills in what was not wished and sees whether it fits.
+/// Refuses a wish for more than another choice leaves room for: it would have no effect.
+fn at_most(option: &'static str, wish: Option<usize>, max: usize, what: &str) -> Result<(), PlanError> {
+    match wish.filter(|wish| *wish > max) {
+        Some(value) => Err(PlanError::Option { option, value, allowed: format!("1 to {max}, {what}") }),
+        None => Ok(()),
+    }
+}
+
+/// Fills in what was not wished and sees whether it fits. A wish is obeyed or refused, also where it would have no effect.
 pub fn fit(
     config: &ModelConfig,
     bytes: &ModelBytes,
@@ -143,16 +156,19 @@ pub fn fit(
 ) -> Result<Plan, PlanError> {
     let shape = &config.shape;
     let words = |n: usize| 4 * n as u64;
-    let max_sequences = option("--max-num-seqs", wishes.max_sequences, DEFAULT_SEQUENCES, 1 << 20)?;
-    let groups = option("--groups", wishes.groups, DEFAULT_GROUPS, 64)?.min(max_sequences);
-    let pass_rows =
-        option("--max-num-batched-tokens", wishes.pass_rows, DEFAULT_PASS_ROWS.max(max_sequences), 1 << 20)?;
+    let default_rows = DEFAULT_PASS_ROWS.max(wishes.max_sequences.unwrap_or(0));
+    let pass_rows = option("--max-num-batched-tokens", wishes.pass_rows, default_rows, 1 << 20)?;
+    let max_sequences = option("--max-num-seqs", wishes.max_sequences, DEFAULT_SEQUENCES.min(pass_rows), 1 << 20)?;
+    let groups = option("--groups", wishes.groups, DEFAULT_GROUPS.min(max_sequences), 64)?;
+    at_most("--groups", wishes.groups, max_sequences, "the sequences that run at a time")?;
+    at_most("--max-num-seqs", wishes.max_sequences, pass_rows, "the rows of a pass (--max-num-batched-tokens)")?;
     let threads = option("--threads", wishes.threads, machine.threads, 1024)?;
 
     // Rows per group: what one binding of each row-wise buffer holds.
     let widest = (shape.experts_per_token * shape.expert_width.max(shape.d_model)).max(shape.qkv_width());
+    let widest = widest.max(shape.experts).max(4); // router logits; an attended row
     let rows_that_bind = (machine.binding_bytes / words(widest)) as usize;
-    let wished_rows = pass_rows.div_ceil(groups);
+    let wished_rows = pass_rows / groups;
     if wishes.pass_rows.is_some() && wished_rows > rows_that_bind || rows_that_bind == 0 {
         return Err(PlanError::Binding {
             what: "a group's expert rows",
@@ -162,31 +178,37 @@ pub fn fit(
         });
     }
     let rows_per_group = wished_rows.min(rows_that_bind);
-    let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, rows_per_group, 1 << 30)?.min(rows_per_group);
+    at_most("--max-num-seqs", wishes.max_sequences, groups * rows_per_group, "the rows of a pass that bind")?;
+    let max_sequences = max_sequences.min(groups * rows_per_group);
+    at_most("--prompt-chunk", wishes.prompt_chunk, rows_per_group, "the rows of a group in a pass")?;
+    let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, rows_per_group, rows_per_group)?;
 
     // The host side: the KV pool.
     let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
     let block_bytes = layout.bytes_per_block() as u64;
     let row_bytes = words(shape.qkv_width() + shape.q_width() + shape.kv_width());
-    let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES).max(4);
-    let staging = row_bytes * rows_per_group as u64 + page_bytes;
+    let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
+    if page_bytes < 4 {
+        let allowed = "at least 4 bytes".to_owned();
+        return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
+    }
+    let staging = (row_bytes * rows_per_group as u64).saturating_add(page_bytes);
     let host_left = machine.host_bytes.saturating_sub(staging);
     let longest = option("--max-model-len", wishes.max_model_len, DEFAULT_MAX_MODEL_LEN, config.max_positions)?;
     let blocks_for = |tokens: usize| tokens.div_ceil(BLOCK_TOKENS);
     // Half of what is free by default: the page cache needs the rest for the mapped weights.
     let pool_bytes = wishes.kv_bytes.unwrap_or_else(|| {
-        let all = max_sequences as u64 * blocks_for(longest) as u64 * block_bytes;
+        let all = (max_sequences as u64 * blocks_for(longest) as u64).saturating_mul(block_bytes);
         all.min(host_left / 2).max(block_bytes.min(host_left))
     });
-    let host_error = |what: String, needed, option| PlanError::Memory {
-        what,
-        needed,
-        side: "host",
-        allowed: machine.host_bytes,
-        option,
-    };
     if pool_bytes.saturating_add(staging) > machine.host_bytes {
-        return Err(host_error("the KV pool and the staging rows need".into(), pool_bytes + staging, "--host-memory"));
+        return Err(PlanError::Memory {
+            what: "the KV pool, staging rows and a page need".into(),
+            needed: pool_bytes.saturating_add(staging),
+            side: "host",
+            allowed: machine.host_bytes,
+            option: "--host-memory",
+        });
     }
     let kv_blocks = (pool_bytes / block_bytes) as usize;
     let needed_blocks = if wishes.max_model_len.is_some() { blocks_for(longest) } else { 1 };
@@ -200,37 +222,50 @@ pub fn fit(
             option: "--kv-memory",
         });
     }
-    let max_model_len = longest.min(kv_blocks * BLOCK_TOKENS);
-
-    // The device side.
+    // The workspace holds at least one sequence, and the rotary table every position, in one binding each.
     let layer_block_bytes = block_bytes / shape.layers as u64;
-    let per_group_sequences = max_sequences.div_ceil(groups);
     let workspace_binds = (machine.binding_bytes / layer_block_bytes) as usize;
-    let workspace_wanted = match wishes.attention {
-        // Two prompts of full length side by side; short ones pack many.
-        AttentionPlace::Cpu => 2 * blocks_for(max_model_len),
-        // Every sequence of a group at full length, but no more than an eighth of the device: what does not fit waits a pass.
-        AttentionPlace::Gpu => ((per_group_sequences + 1) * blocks_for(max_model_len))
-            .min((machine.device_bytes / 8 / layer_block_bytes) as usize)
-            .max(2 * blocks_for(max_model_len)),
-    };
-    let most_used = kv_blocks + rows_per_group;
-    let workspace_blocks = workspace_wanted.min(most_used).min(workspace_binds);
-    if workspace_blocks < blocks_for(max_model_len) {
+    let positions_that_bind = (machine.binding_bytes / words(shape.head_width)) as usize;
+    let longest_that_binds = positions_that_bind.min(workspace_binds * BLOCK_TOKENS);
+    if longest_that_binds < if wishes.max_model_len.is_some() { longest } else { 1 } {
         return Err(PlanError::Binding {
-            what: "the KV of one sequence's layer",
-            needed: blocks_for(max_model_len) as u64 * layer_block_bytes,
+            what: "the KV of one sequence's layer, or its rotary table,",
+            needed: words(longest * shape.head_width).max(blocks_for(longest) as u64 * layer_block_bytes),
             limit: machine.binding_bytes,
             option: "--max-model-len",
         });
     }
-    let vocab_rows = (machine.binding_bytes / words(shape.vocab)) as usize;
+    let max_model_len = longest.min(kv_blocks * BLOCK_TOKENS).min(longest_that_binds);
+
+    // The device side.
+    if bytes.largest_dense > machine.binding_bytes {
+        return Err(PlanError::Binding {
+            what: "the largest tensor that stays",
+            needed: bytes.largest_dense,
+            limit: machine.binding_bytes,
+            option: "(another adapter is needed)",
+        });
+    }
+    let per_group_sequences = max_sequences.div_ceil(groups);
+    let one_sequence = blocks_for(max_model_len);
+    let workspace_wanted = match wishes.attention {
+        // Two prompts of full length side by side; short ones pack many.
+        AttentionPlace::Cpu => 2 * one_sequence,
+        // All contexts of a group, in a quarter of the memory: the rest is for experts.
+        AttentionPlace::Gpu => ((per_group_sequences + 1) * one_sequence)
+            .min((machine.device_bytes / 4 / layer_block_bytes) as usize)
+            .max(one_sequence),
+    };
+    let most_used = kv_blocks + rows_per_group;
+    let workspace_blocks = workspace_wanted.min(most_used).min(workspace_binds);
+    let head_width = shape.vocab.max(shape.d_model);
+    let head_rows_that_bind = (machine.binding_bytes / words(head_width)) as usize;
     // A multiple of 64 rows keeps every portion's start aligned for a binding.
-    let head_rows = rows_per_group.next_multiple_of(64).min(256).min(vocab_rows / 64 * 64);
+    let head_rows = rows_per_group.next_multiple_of(64).min(256).min(head_rows_that_bind / 64 * 64);
     if head_rows == 0 {
         return Err(PlanError::Binding {
             what: "64 rows of logits",
-            needed: 64 * words(shape.vocab),
+            needed: 64 * words(head_width),
             limit: machine.binding_bytes,
             option: "(a smaller vocabulary is needed)",
         });
@@ -273,19 +308,30 @@ pub fn fit(
     let (resident_experts, ring_experts) = place_experts(config, slots, wishes)?;
     let streamed = shape.experts - resident_experts;
     let n_slots = shape.layers * resident_experts + if streamed == 0 { 0 } else { ring_experts };
+    if wishes.page_bytes.is_some() && streamed == 0 {
+        let allowed = "left out: all experts stay on the GPU, so nothing comes in pages".to_owned();
+        return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
+    }
     memory.expert_slots = n_slots as u64 * expert_bytes;
-    if memory.device() > machine.device_bytes || n_slots > slots_that_bind || n_slots == 0 {
-        let least = memory.device().max(fixed + expert_bytes);
+    if memory.device() <= machine.device_bytes && n_slots > slots_that_bind {
+        return Err(PlanError::Binding {
+            what: "a quarter of the expert slots",
+            needed: n_slots.div_ceil(N_SLABS) as u64 * slot_bytes,
+            limit: machine.binding_bytes,
+            option: "--resident-experts or --ring-experts",
+        });
+    }
+    if memory.device() > machine.device_bytes {
         return Err(PlanError::Memory {
             what: format!(
                 "weights that stay {}, activations {}, KV workspace {} and {} expert slots of {} need",
                 human_bytes(bytes.dense),
                 human_bytes(memory.activations + memory.logits + memory.rotary_table),
                 human_bytes(memory.kv_workspace),
-                n_slots.max(1),
+                n_slots,
                 human_bytes(expert_bytes),
             ),
-            needed: least,
+            needed: memory.device(),
             side: "device",
             allowed: machine.device_bytes,
             option: "--gpu-memory",
@@ -314,24 +360,30 @@ pub fn fit(
 }
 
 /// Residents and ring for `slots` slots: all resident if they fit, else a ring of two layers and residents from the rest.
+/// Where some stream the ring has a slot at least, whether it fits or not.
 fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<(usize, usize), PlanError> {
     let (layers, experts) = (config.shape.layers, config.shape.experts);
     if let Some(resident) = wishes.resident_experts.filter(|resident| *resident > experts) {
         let allowed = format!("0 to {experts}, the experts of a layer");
         return Err(PlanError::Option { option: "--resident-experts", value: resident, allowed });
     }
-    if let Some(0) = wishes.ring_experts {
-        return Err(PlanError::Option { option: "--ring-experts", value: 0, allowed: "at least 1".into() });
+    let most_streamed = layers * (experts - wishes.resident_experts.unwrap_or(0));
+    if let Some(ring) = wishes.ring_experts.filter(|ring| *ring == 0 || *ring > most_streamed) {
+        let allowed = match most_streamed {
+            0 => "left out: all experts stay on the GPU".to_owned(),
+            most => format!("1 to {most}, the experts that stream"),
+        };
+        return Err(PlanError::Option { option: "--ring-experts", value: ring, allowed });
     }
     let resident = wishes.resident_experts.unwrap_or_else(|| match wishes.ring_experts {
-        // A ring was asked for, so there is something to stream.
-        Some(ring) => (slots.saturating_sub(ring) / layers).min(experts - 1),
+        // A ring was asked for, so there is something to stream through all of it.
+        Some(ring) => (slots.saturating_sub(ring) / layers).min(experts - ring.div_ceil(layers)),
         None if slots >= layers * experts => experts,
         None => (slots.saturating_sub(2 * experts) / layers).min(experts - 1),
     });
     let streamed = experts - resident;
     let left = slots.saturating_sub(layers * resident);
-    let ring = wishes.ring_experts.unwrap_or(left.min(2 * streamed));
+    let ring = wishes.ring_experts.unwrap_or(left.max(1).min(2 * streamed));
     Ok((resident, ring))
 }
 

@@ -10,13 +10,22 @@ pub enum ScheduleFault {
     WaitsForLater { task: usize, work: Work, after: usize },
     #[error("{work:?} is there {count} times")]
     Count { work: Work, count: usize },
+    #[error("task {task} ({work:?}) is nothing that the pass needs")]
+    NotNeeded { task: usize, work: Work },
     #[error("task {task} ({work:?}) may start before {needed:?} has ended")]
     Unordered { task: usize, work: Work, needed: Work },
 }
 
-/// Every task that the pass needs is there once, and each is ordered after those whose results it reads or whose bytes it overwrites.
+/// Every task that the pass needs is there once and no other, and each is ordered after those whose results it reads.
+///
+/// A doubt: what it overwrites is not looked at – expert slots that an earlier chunk still reads, and the scratch buffers that
+/// groups share ([`Machine`](crate::execute::Machine)). [`serial`](super::serial) orders everything; a builder that overlaps
+/// needs a check of that as well.
 pub fn check(schedule: &Schedule, shape: &PassShape) -> Result<(), ScheduleFault> {
     let n = schedule.tasks.len();
+    if let Some((TaskId(task), body)) = schedule.ids().find(|(_, body)| !needs(shape, body.work)) {
+        return Err(ScheduleFault::NotNeeded { task, work: body.work });
+    }
     // `before[t]` = the set of tasks that have ended when t starts, as a bit row.
     let words = n.div_ceil(64);
     let mut before = vec![0u64; n * words];
@@ -89,6 +98,30 @@ pub fn check(schedule: &Schedule, shape: &PassShape) -> Result<(), ScheduleFault
             ordered(Work::Head { group }, Work::Sample { group })?;
         }
         ordered(last, Work::Sample { group })?;
+        for layer in 0..shape.layers {
+            // When its ids are known a group's sequences may end, move to the spill file or get their next rows.
+            ordered(Work::CpuAttention { layer, group }, Work::Sample { group })?;
+        }
     }
     Ok(())
+}
+
+fn needs(shape: &PassShape, work: Work) -> bool {
+    let has_layer = work.layer().is_none_or(|layer| layer < shape.layers);
+    let group = |group: usize| shape.groups.get(group);
+    has_layer
+        && match work {
+            Work::LoadPage { chunk, page, .. } => shape.chunk_pages.get(chunk).is_some_and(|pages| page < *pages),
+            Work::Experts { group, chunk, .. } => group < shape.groups.len() && chunk < shape.chunk_pages.len(),
+            Work::Embed { group: g }
+            | Work::PreAttention { group: g, .. }
+            | Work::RowsToHost { group: g, .. }
+            | Work::CpuAttention { group: g, .. }
+            | Work::PostAttention { group: g, .. }
+            | Work::Sample { group: g } => group(g).is_some(),
+            Work::KvToDevice { group: g, .. } => group(g).is_some_and(|rows| rows.kv_to_device),
+            Work::GpuAttention { group: g, .. } => group(g).is_some_and(|rows| rows.gpu_attention),
+            Work::RowsToDevice { group: g, .. } => group(g).is_some_and(|rows| rows.cpu_attention),
+            Work::Head { group: g } => group(g).is_some_and(|rows| rows.sampled),
+        }
 }

@@ -25,19 +25,15 @@ impl fmt::Display for Work {
 /// One line per task, one column per lane.
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:>4}  {:>5}", "step", "layer")?;
-        for lane in Lane::ALL {
-            write!(f, "  {:<18}", lane.name())?;
-        }
-        writeln!(f)?;
+        let mut line = |step: String, layer: String, cell: &dyn Fn(Lane) -> String| {
+            let cells: String = Lane::ALL.map(|lane| format!("  {:<18}", cell(lane))).concat();
+            writeln!(f, "{step:>4}  {layer:>5}{}", cells.trim_end())
+        };
+        line("step".into(), "layer".into(), &|lane| lane.name().to_owned())?;
         for (id, task) in self.ids() {
             let layer = task.work.layer().map_or("·".to_owned(), |layer| layer.to_string());
-            write!(f, "{:>4}  {layer:>5}", id.0)?;
-            for lane in Lane::ALL {
-                let cell = if lane == task.work.lane() { task.work.to_string() } else { "·".to_owned() };
-                write!(f, "  {cell:<18}")?;
-            }
-            writeln!(f)?;
+            let cell = |lane| if lane == task.work.lane() { task.work.to_string() } else { "·".to_owned() };
+            line(id.0.to_string(), layer, &cell)?;
         }
         Ok(())
     }
