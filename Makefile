@@ -10,7 +10,7 @@ demo: build
 	@scripts/demo $(DEMO_OUT)
 
 test: build
-	$(CARGO) test --release
+	$(CARGO) test --release --no-fail-fast
 
 lint:
 	$(CARGO) fmt --all --check

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! One pass: each group's rows are fixed ([`Batcher::plan_group`]), a [`Schedule`](crate::schedule::Schedule) is built for
-//! them, and [`execute::run`](crate::execute::run) hands its tasks to the [`PassWorker`], which does the host's part itself and
+//! them, and [`execute::run`](crate::execute::run) hands its tasks to the pass worker (`engine/pass.rs`), which does the host's part itself and
 //! leaves the device's to the [`Machine`]. When a group's ids are known its finished sequences leave, and its rows of the next
 //! pass are fixed at once.
 //!

@@ -35,7 +35,7 @@
 //! limits, chunks of prompts, ring and page sizes, preemption, sharding and resuming change no bit (`tests/device/generate.rs`).
 //! Moving decode attention to the GPU is the one choice that rounds differently.
 //!
-//! Every kernel has a reference in [`reference`] and a test that compares them; whole models are held against transformers
+//! Every kernel has a reference in [`mod@reference`] and a test that compares them; whole models are held against transformers
 //! (`tests/goldens`). Nothing that input or machine can cause is a panic.
 //!
 //! # The library

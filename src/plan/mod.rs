@@ -1,6 +1,6 @@
 //! From a model, a machine's limits and a user's wishes to a [`Policy`](crate::policy::Policy). Pure: it runs on any machine.
 //!
-//! [`fit`] takes what was wished, fills the rest with defaults, and gives expert weights all device memory that is left: a ring
+//! [`fit()`] takes what was wished, fills the rest with defaults, and gives expert weights all device memory that is left: a ring
 //! of two layers first, then residents. It answers with every buffer's bytes by name, or refuses with numbers.
 //!
 //! Given up for now: it fits, it does not optimise. Predicting time and searching for the best policy come on top of it.

@@ -1,7 +1,7 @@
 //! The work of one pass as data: tasks on lanes with dependencies. Pure; nothing here touches hardware.
 //!
 //! In: how many layers, which groups have rows of which kind, how a layer's experts are cut into chunks and pages
-//! ([`PassShape`]). Out: a [`Schedule`], which prints as a table, is checked by [`check`], and is run and timed by
+//! ([`PassShape`]). Out: a [`Schedule`], which prints as a table, is checked by [`check()`], and is run and timed by
 //! [`execute`](crate::execute). A [`Timeline`] holds when each task ran.
 //!
 //! One layer of the serial schedule, two groups, experts in two chunks of one page each:

@@ -259,7 +259,7 @@ struct Tiles {
 ///   method is to take; to weights: [heads, BLOCK_TOKENS], likewise;
 /// * `slots` ends at BLOCK_TOKENS or before.
 impl Tiles {
-    /// weights[head, slot] = scale * (q[head] · keys[slot]) for all visible slots.
+    /// `weights[head, slot] = scale * (q[head] · keys[slot])` for all visible slots.
     #[inline(always)]
     unsafe fn score<V: Lanes>(
         &self,
@@ -371,7 +371,7 @@ impl Tiles {
         }
     }
 
-    /// out[head] += sum over visible slots of weights[head, slot] * values[slot].
+    /// `out[head] += ` sum over visible slots of `weights[head, slot] * values[slot]`.
     #[inline(always)]
     unsafe fn weigh<V: Lanes>(
         &self,

@@ -96,7 +96,7 @@ impl Lanes for F32x4 {
     }
 }
 
-/// f16 to f32, exactly, without a branch: [`f16::to_f32`] asks for the CPU's features at every call.
+/// f16 to f32, exactly, without a branch: `f16::to_f32` asks for the CPU's features at every call.
 ///
 /// The exponent and mantissa bits move to their places in an f32, whose exponent is then too small by 127 - 15: a product
 /// with 2^112 mends that, and turns subnormal f16 into normal f32 on the way. Infinity and NaN come out as 2^16 and more,
