@@ -46,8 +46,8 @@ const FAULTS: &[Fault] = &[
     Fault {
         kernel: "prompt_attention",
         what: "heads off by one",
-        from: "let kv_head = heads / quads;",
-        to: "let kv_head = (heads / quads + 1u) % params.kv_heads;",
+        from: "block_table[row.z + block] * params.kv_heads + kv_head)",
+        to: "block_table[row.z + block] * params.kv_heads + (kv_head + 1u) % params.kv_heads)",
         attention: Cpu,
     },
     Fault {
@@ -73,9 +73,9 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         kernel: "expert_gate_up",
-        what: "an expert dropped",
-        from: "place.x == ABSENT);",
-        to: "place.x == ABSENT || expert == 1u);",
+        what: "weight rows of gate off by one",
+        from: "gate_quad(tile.place, feature * params.d_model",
+        to: "gate_quad(tile.place, (max(feature, 1u) - 1u) * params.d_model",
         attention: Cpu,
     },
     Fault {

@@ -116,7 +116,7 @@ fn mixed_requests() -> Vec<Request> {
             1 => (params.temperature, params.seed, params.n) = (0.8, 7, 2),
             2 => (params.temperature, params.top_p, params.ignore_eos, params.max_tokens) = (1.2, 0.9, true, Some(24)),
             3 => (params.repetition_penalty, params.logprobs) = (1.1, Some(3)),
-            4 => (params.ignore_eos, params.max_tokens) = (true, Some(44)),
+            4 => (params.ignore_eos, params.max_tokens) = (true, Some(40)),
             _ => {}
         }
     }
@@ -126,14 +126,10 @@ fn mixed_requests() -> Vec<Request> {
 fn policies_change_no_token() -> Result<(), Failed> {
     let model = examples("model");
     let base = run(&model, Wishes::default().into(), mixed_requests());
-    let kv_bytes = |tokens: u64| Some(tokens * 4 * 2 * 2 * 32 * 2); // L · G · 2 · K · 2 bytes
     let wishes = Wishes::default;
     let variants: Vec<(&str, Wishes)> = vec![
-        ("one sequence at a time", Wishes { max_sequences: Some(1), ..wishes() }),
         ("three sequences", Wishes { max_sequences: Some(3), ..wishes() }),
-        ("sixty-four sequences", Wishes { max_sequences: Some(64), ..wishes() }),
         ("chunks of 7", Wishes { prompt_chunk: Some(7), ..wishes() }),
-        ("chunks of 64", Wishes { prompt_chunk: Some(64), ..wishes() }),
         ("passes of 5 rows", Wishes { pass_rows: Some(5), groups: Some(1), ..wishes() }),
         ("five groups", Wishes { groups: Some(5), ..wishes() }),
         ("a ring of three experts", Wishes { resident_experts: Some(0), ring_experts: Some(3), ..wishes() }),
@@ -143,21 +139,41 @@ fn policies_change_no_token() -> Result<(), Failed> {
             Wishes { resident_experts: Some(3), ring_experts: Some(4), page_bytes: Some(10_000), ..wishes() },
         ),
         ("one thread", Wishes { threads: Some(1), ..wishes() }),
-        ("a pool of 256 tokens", Wishes { kv_bytes: kv_bytes(256), ..wishes() }),
-        ("a pool of 256 tokens, chunks of 16", Wishes { kv_bytes: kv_bytes(256), prompt_chunk: Some(16), ..wishes() }),
     ];
     for (name, wishes) in variants {
-        let small_pool = wishes.kv_bytes.is_some();
         let streams = wishes.ring_experts.is_some();
         let other = run(&model, wishes.into(), mixed_requests());
-        if small_pool {
-            assert!(other.summary.batch.preemptions > 0, "{name}: sequences are preempted");
-        }
         assert_eq!(other.summary.page_bytes > 0, streams, "{name}: experts stream where they should");
         for (id, output) in &base.outputs {
             assert_eq!(other.outputs[id], *output, "{name}: {id}");
         }
         assert_eq!(other.outputs.len(), base.outputs.len(), "{name}: every request is answered");
+    }
+    Ok(())
+}
+
+/// A pool of six blocks, and four sequences that come to need three each: some are preempted, spilled and restored.
+fn preemption_changes_no_token() -> Result<(), Failed> {
+    let model = examples("model");
+    let requests = || -> Vec<Request> {
+        let mut short: Vec<Request> =
+            tasks(120).0.into_iter().filter(|request| request.prompt.len() < 26).take(4).collect();
+        assert_eq!(short.len(), 4, "the shipped tasks have short prompts too");
+        for request in &mut short {
+            (request.params.ignore_eos, request.params.max_tokens) = (true, Some(66));
+        }
+        short
+    };
+    let pool = Some(6 * 32 * 1024); // six blocks of 32 tokens, 1 KiB each: L · G · 2 · K · 2 bytes
+    let base = run(&model, Wishes::default().into(), requests());
+    assert_eq!(base.summary.batch.preemptions, 0);
+    for wishes in [
+        Wishes { kv_bytes: pool, ..Wishes::default() },
+        Wishes { kv_bytes: pool, groups: Some(1), prompt_chunk: Some(7), ..Wishes::default() },
+    ] {
+        let other = run(&model, wishes.into(), requests());
+        assert!(other.summary.batch.preemptions > 0, "{wishes:?}: sequences are preempted");
+        assert_eq!(other.outputs, base.outputs, "{wishes:?}");
     }
     Ok(())
 }
@@ -247,6 +263,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         Trial::test("generate::the_plan_foretells_device_memory", the_plan_foretells_device_memory),
         Trial::test("generate::policies_change_no_token", policies_change_no_token),
+        Trial::test("generate::preemption_changes_no_token", preemption_changes_no_token),
         Trial::test(
             "generate::gpu_attention_changes_no_token_within_itself",
             gpu_attention_changes_no_token_within_itself,
