@@ -283,7 +283,7 @@ pub struct RunSummary {
     pub requests: u64,
     pub failed: u64,
     pub passes: u64,
-    /// Prompt rows computed; a shared prompt counts once.
+    /// Prompt rows computed. Completions that share a prompt compute only its last few tokens again.
     pub prompt_tokens: u64,
     pub generated_tokens: u64,
     pub elapsed: Duration,
@@ -341,7 +341,8 @@ impl Engine {
     }
 
     /// Answers every request. They are taken from the iterator as there is room, and their events come in the order in which
-    /// things happen; `on` ends the run early by breaking off.
+    /// things happen; `on` ends the run early by breaking off. Requests that are under way then, or when a fault of the device or the
+    /// disk ends the run with an error, have no [`Event::Finished`].
     pub fn run(
         &mut self,
         requests: &mut dyn Iterator<Item = Request>,
@@ -350,12 +351,11 @@ impl Engine {
     ) -> Result<RunSummary, EngineError> {
         let started = Instant::now();
         let mut summary = RunSummary::default();
-        let before = self.batcher.counters();
         let result = self.run_passes(requests, options, on, &mut summary);
         // An interrupted or failed run leaves sequences behind.
         self.batcher.clear();
         summary.elapsed = started.elapsed();
-        summary.batch = self.batcher.counters().since(before);
+        summary.batch = self.batcher.take_counters();
         result.map(|()| summary)
     }
 

@@ -207,7 +207,8 @@ impl PassWorker<'_, '_> {
             if let (Some(logits), true) = (logits, self.every_logit) {
                 self.answers.tell_logits(row.sequence, row.position, logits);
             }
-            if row.sampled {
+            // A sibling of a completion that failed in this very pass is gone already.
+            if row.sampled && self.batcher.contains(row.sequence) {
                 let wanted = logits.filter(|_| self.answers.needs_logits(row.sequence));
                 let row_head = RowHead { sample: *sample, logits: wanted, position: row.position };
                 self.answers.sampled(row.sequence, row_head, self.batcher);

@@ -88,17 +88,6 @@ pub struct BatchCounters {
     pub peak_running: usize,
 }
 
-impl BatchCounters {
-    /// What was counted after `before`.
-    pub fn since(self, before: BatchCounters) -> BatchCounters {
-        BatchCounters {
-            preemptions: self.preemptions - before.preemptions,
-            spilled_blocks: self.spilled_blocks - before.spilled_blocks,
-            peak_running: self.peak_running,
-        }
-    }
-}
-
 /// Where a sequence's keys and values are.
 enum Storage {
     Cache(BlockTable),
@@ -154,6 +143,11 @@ impl Batcher {
 
     pub fn counters(&self) -> BatchCounters {
         self.counters
+    }
+
+    /// The counters since they were last taken.
+    pub fn take_counters(&mut self) -> BatchCounters {
+        std::mem::take(&mut self.counters)
     }
 
     /// Sequences that have not finished.

@@ -240,6 +240,40 @@ fn passes_mix_prompt_and_decode_rows() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Token 7 embeds as NaN and is what every completion begins with: the request fails as soon as the first of its three
+/// completions meets it, with the others on their way in the same pass, and disturbs nobody.
+fn a_failing_completion_ends_its_request_alone() -> Result<(), Failed> {
+    let (mut requests, answers) = tasks(6);
+    let doomed = requests[2].custom_id.clone();
+    let params = &mut requests[2].params;
+    (params.n, params.temperature, params.logit_bias) = (3, 1.0, vec![(7, 100.0)]);
+    let read = "weight_from_word(table[weight_word_index(element)], element)";
+    // Only in the embedding, 450 x 128 bf16 values in words: the same kernel also gathers residual rows for the LM head.
+    let patch = ShaderPatch {
+        kernel: "embed".to_owned(),
+        from: read.to_owned(),
+        to: format!(
+            "bitcast<f32>(select(bitcast<u32>({read}), 0x7fc00000u, ids[row] == 7u && arrayLength(&table) == 28800u))"
+        ),
+    };
+    for groups in [1, 2] {
+        let wishes = Wishes { groups: Some(groups), ..Wishes::default() };
+        let setting = Setting { wishes, gpu_memory: None, patches: vec![patch.clone()] };
+        let recorded = run(&examples("model"), setting, requests.clone());
+        assert_eq!((recorded.outputs.len(), recorded.summary.failed), (6, 1));
+        for (id, output) in &recorded.outputs {
+            match &output.result {
+                Ok(completions) => assert_eq!(completions[0].text.trim(), answers[id.as_str()]),
+                Err(error) => {
+                    assert_eq!(*id, doomed);
+                    assert!(error.to_string().contains("NaN"), "{error}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What the plan says is what is taken, to the byte, and a cap below it is refused with numbers.
 fn the_plan_foretells_device_memory() -> Result<(), Failed> {
     for folder in Golden::all().into_iter().chain([examples("model")]) {
@@ -262,6 +296,10 @@ fn the_plan_foretells_device_memory() -> Result<(), Failed> {
 pub fn trials() -> Vec<Trial> {
     vec![
         Trial::test("generate::the_plan_foretells_device_memory", the_plan_foretells_device_memory),
+        Trial::test(
+            "generate::a_failing_completion_ends_its_request_alone",
+            a_failing_completion_ends_its_request_alone,
+        ),
         Trial::test("generate::policies_change_no_token", policies_change_no_token),
         Trial::test("generate::preemption_changes_no_token", preemption_changes_no_token),
         Trial::test(
