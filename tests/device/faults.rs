@@ -6,7 +6,7 @@ use libtest_mimic::{Failed, Trial};
 
 use crate::generate::accuracy_with;
 
-const N_TASKS: u64 = 48;
+const N_TASKS: u64 = 32;
 /// Untouched, the model answers nearly all of them.
 const RIGHT: f64 = 0.95;
 /// With a fault it does not.
