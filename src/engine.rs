@@ -434,6 +434,14 @@ impl Engine {
                 *summary.busy_by_stage.entry(span.work.name()).or_default() += span.end - span.start;
             }
             let queued = self.batcher.queued();
+            tracing::debug!(
+                pass = summary.passes,
+                decode_rows = decode,
+                prompt_rows = all - decode,
+                queued,
+                milliseconds = timeline.duration().as_millis() as u64,
+                "pass has run"
+            );
             answers.tell(Event::Pass(PassReport { groups: &rows, timeline: &timeline, queued }));
         }
     }

@@ -387,6 +387,12 @@ impl Batcher {
         let blocks = table.blocks().len() as u64;
         match self.kv.spill(table, &mut self.spill) {
             Ok(spilled) => {
+                tracing::info!(
+                    request = id.request,
+                    choice = id.choice,
+                    blocks,
+                    "out of KV blocks: sequence preempted"
+                );
                 self.counters.preemptions += 1;
                 self.counters.spilled_blocks += blocks;
                 sequence.group = None;
