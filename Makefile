@@ -4,7 +4,7 @@
 CARGO ?= cargo
 DEMO_OUT ?= target/demo
 
-.PHONY: demo test lint bench build clean-demo
+.PHONY: demo test lint bench build
 
 demo: build
 	@scripts/demo $(DEMO_OUT)
@@ -20,6 +20,6 @@ lint:
 bench:
 	$(CARGO) bench
 
-build: 
+build:
 	@scripts/ensure-vulkan
 	$(CARGO) build --release
