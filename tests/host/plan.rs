@@ -3,7 +3,7 @@
 use fulmen::kernels::slabs::N_SLABS;
 use fulmen::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use fulmen::memory::pages::{PagePlan, PageShape};
-use fulmen::model::{Family, ModelConfig, Role, Shape, tensors};
+use fulmen::model::{Family, Forward, ModelConfig, Role, Shape, tensors};
 use fulmen::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use fulmen::policy::AttentionPlace;
 use proptest::prelude::*;
@@ -15,6 +15,7 @@ fn config(shape: Shape, max_positions: usize) -> ModelConfig {
     ModelConfig {
         family: Family::Mixtral,
         shape,
+        forward: Forward::default(),
         norm_eps: 1e-5,
         rope_theta: 1e6,
         sliding_window: None,
