@@ -12,7 +12,7 @@
 //!
 //! Guarantees of a [`Checkpoint`]:
 //! * every tensor that the family needs is there once, with the shape that config.json implies, as bf16, f16 or f32
-//!   (types may differ from tensor to tensor);
+//!   (types may differ from tensor to tensor), or as the bytes of MXFP4 where config.json says so;
 //! * no tensor is there that the family does not know, except those known to hold nothing (`rotary_emb.inv_freq`);
 //! * every view lies inside its file, overlaps no other, and is exactly as long as its shape and type say;
 //! * what the index says is true: its shards exist, are plain names within the folder, and hold the tensors it puts there;
@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 
 pub use dtype::Dtype;
 pub use fault::{CheckpointError, Fault, Faults};
-pub use inventory::{Inventory, Placed};
+pub use inventory::{Inventory, Placed, SlotSource};
 pub use summary::Summary;
 
 use crate::model::{ModelConfig, Role};
@@ -114,6 +114,11 @@ impl Checkpoint {
         Some(TensorView { dtype: tensor.dtype, shape: &tensor.shape, bytes, path: &shard.path, range })
     }
 
+    /// Bytes `range` of file `file`, which an [`Inventory`] named.
+    pub fn bytes(&self, file: usize, range: Range<u64>) -> &[u8] {
+        &self.shards[file].map[range.start as usize..range.end as usize]
+    }
+
     /// The tensor that plays `role`.
     ///
     /// # Panics
@@ -127,7 +132,7 @@ impl Checkpoint {
 impl TensorView<'_> {
     /// Number of elements.
     pub fn elements(&self) -> usize {
-        self.bytes.len() / self.dtype.size_bytes()
+        self.shape.iter().product()
     }
 }
 

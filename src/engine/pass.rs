@@ -110,7 +110,7 @@ impl PassWorker<'_, '_> {
             let on_gpu = !first.decode || self.attention == AttentionPlace::Gpu;
             let blocks_at = out.block_table.len();
             if on_gpu {
-                let window = self.config.sliding_window.unwrap_or(usize::MAX);
+                let window = self.config.widest_window().unwrap_or(usize::MAX);
                 let first_visible = (first.position + 1).saturating_sub(window) / BLOCK_TOKENS;
                 for block in 0..=last.position / BLOCK_TOKENS {
                     if block < first_visible {
@@ -164,7 +164,7 @@ impl PassWorker<'_, '_> {
             q_heads: shape.q_heads,
             kv_heads: shape.kv_heads,
             head_width: shape.head_width,
-            window: self.config.sliding_window,
+            window: self.config.window(layer),
             scale: attention_scale(self.config),
         };
         let width = shape.q_width();
@@ -181,7 +181,8 @@ impl PassWorker<'_, '_> {
                 table: self.batcher.table(row.sequence),
             })
             .collect();
-        attend(self.isa, self.batcher.kv(), layer, &attention, &mut decode, self.threads);
+        let sinks = self.machine.sinks(layer);
+        attend(self.isa, self.batcher.kv(), layer, &attention, sinks, &mut decode, self.threads);
     }
 
     fn head(&mut self, group: usize) -> Result<(), WorkError> {
@@ -237,7 +238,7 @@ impl Worker for PassWorker<'_, '_> {
                 self.fetched = Fetched { kv, queries };
             }
             Work::CpuAttention { layer, group } => self.cpu_attention(layer, group),
-            Work::GpuAttention { group, .. } => self.machine.gpu_attention(group)?,
+            Work::GpuAttention { layer, group } => self.machine.gpu_attention(layer, group)?,
             Work::RowsToDevice { .. } => self.machine.write_attention(&self.attended),
             Work::PostAttention { layer, group } => self.machine.post_attention(layer, group)?,
             Work::LoadPage { layer, chunk, page } => {

@@ -205,6 +205,12 @@ impl<'a> Fields<'a> {
         self.axis_value(field, value)
     }
 
+    /// The extent of an axis that has several names; the first one that is there counts.
+    pub fn axis_of(&mut self, names: &[&str]) -> Option<usize> {
+        let given = names.iter().find(|name| self.get(name).is_some());
+        self.axis(given.unwrap_or(&names[0]))
+    }
+
     /// Like [`Fields::axis`]; absent is `Some(None)`.
     pub fn optional_axis(&mut self, field: &str) -> Option<Option<usize>> {
         match self.get(field) {

@@ -5,7 +5,8 @@ use super::{ExpertMatrix, Family, Forward, ModelConfig, QkNorm, Role, Shape, Ten
 
 /// Fields of config.json that are spelt differently.
 pub(super) struct Names {
-    pub experts: &'static str,
+    /// The first one that is there.
+    pub experts: &'static [&'static str],
     pub expert_width: &'static str,
     /// Without `num_key_value_heads` there are as many as query heads.
     pub kv_heads_optional: bool,
@@ -29,7 +30,7 @@ pub(super) fn read_config(
         false => fields.axis("num_key_value_heads"),
     };
     let head_width = fields.head_width("head_dim", d_model, q_heads);
-    let experts = fields.axis(names.experts);
+    let experts = fields.axis_of(names.experts);
     let experts_per_token = fields.axis("num_experts_per_tok");
     let expert_width = fields.axis(names.expert_width);
     let vocab = fields.axis("vocab_size");

@@ -3,6 +3,8 @@
 //! The default is Mixtral's. A family's own file sets what differs and nothing else; a new kind of difference is a field here, its
 //! meaning in `execute::machine`, and nothing anywhere else.
 
+use std::fmt;
+
 use super::ExpertLayout;
 
 /// Switches of the forward pass.
@@ -42,6 +44,38 @@ impl Default for Forward {
             activation: Activation::SwiGlu,
             experts: ExpertLayout::Separate,
         }
+    }
+}
+
+/// What differs from the default, for people: nothing where nothing does. Windows are told where their width is.
+impl fmt::Display for Forward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut told = Vec::new();
+        let mut tell = |differs: bool, text: String| told.extend(differs.then_some(text));
+        tell(self.norm == Norm::Layer, "layer norms".into());
+        tell(self.fused_qkv, "fused QKV".into());
+        if let Some(norm) = self.qk_norm {
+            let of = if norm == QkNorm::PerHead { "each head" } else { "all heads together" };
+            tell(true, format!("norm of q and k over {of}"));
+        }
+        tell(self.qkv_clip.is_some(), format!("q, k and v clipped to ±{}", self.qkv_clip.unwrap_or_default()));
+        tell(self.biases, "biases".into());
+        tell(self.sinks, "attention sinks".into());
+        if let Some(yarn) = self.yarn {
+            tell(true, format!("YaRN x{} from {} positions", yarn.factor, yarn.original_positions));
+        }
+        tell(!self.renormalise, "expert weights not renormalised".into());
+        if let Activation::ClampedSwiGlu { limit } = self.activation {
+            tell(true, format!("SwiGLU clamped at {limit}"));
+        }
+        let layout = match self.experts {
+            ExpertLayout::Separate => "",
+            ExpertLayout::Stacked => "experts of a layer stacked",
+            ExpertLayout::Interleaved => "gate and up interleaved",
+            ExpertLayout::Mxfp4 => "gate and up interleaved, experts in MXFP4",
+        };
+        tell(!layout.is_empty(), layout.into());
+        f.write_str(&told.join(", "))
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) fn read_config(fields: &mut Fields) -> Option<ModelConfig> {
         fields.multiple_of("intermediate_size", MXFP4_BLOCK);
     }
     let names =
-        decoder::Names { experts: "num_local_experts", expert_width: "intermediate_size", kv_heads_optional: true };
+        decoder::Names { experts: &["num_local_experts"], expert_width: "intermediate_size", kv_heads_optional: true };
     decoder::read_config(fields, Family::GptOss, names, rope.map(|(theta, _)| theta), sliding_window, forward)
 }
 

@@ -13,7 +13,7 @@ pub(super) fn read_config(fields: &mut Fields) -> Option<ModelConfig> {
     let rope_theta = fields.rope_theta();
     let sliding_window = fields.optional_axis("sliding_window");
     let names =
-        decoder::Names { experts: "num_local_experts", expert_width: "intermediate_size", kv_heads_optional: false };
+        decoder::Names { experts: &["num_local_experts"], expert_width: "intermediate_size", kv_heads_optional: false };
     decoder::read_config(fields, Family::Mixtral, names, rope_theta, sliding_window, Some(Forward::default()))
 }
 

@@ -20,7 +20,8 @@ pub(super) fn read_config(fields: &mut Fields) -> Option<ModelConfig> {
         renormalise,
         ..Forward::default()
     });
-    let names = decoder::Names { experts: "num_experts", expert_width: "intermediate_size", kv_heads_optional: true };
+    let names =
+        decoder::Names { experts: &["num_experts"], expert_width: "intermediate_size", kv_heads_optional: true };
     decoder::read_config(fields, Family::Olmoe, names, rope_theta, Some(None), forward)
 }
 

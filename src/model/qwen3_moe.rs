@@ -6,6 +6,9 @@ use super::{Family, Forward, ModelConfig, QkNorm, TensorSpec, decoder};
 /// What `architectures` of config.json says.
 pub const ARCHITECTURE: &str = "Qwen3MoeForCausalLM";
 
+/// transformers 4 writes the first, transformers 5.17 the second.
+const EXPERTS: &[&str] = &["num_experts", "num_local_experts"];
+
 /// Reads config.json as `Qwen3MoeConfig` writes it. `intermediate_size` is that of dense layers, of which there must be none.
 pub(super) fn read_config(fields: &mut Fields) -> Option<ModelConfig> {
     fields.refuse_quantised_weights();
@@ -18,8 +21,7 @@ pub(super) fn read_config(fields: &mut Fields) -> Option<ModelConfig> {
     let renormalise = fields.flag("norm_topk_prob", false);
     let forward =
         renormalise.map(|renormalise| Forward { qk_norm: Some(QkNorm::PerHead), renormalise, ..Forward::default() });
-    let names =
-        decoder::Names { experts: "num_experts", expert_width: "moe_intermediate_size", kv_heads_optional: false };
+    let names = decoder::Names { experts: EXPERTS, expert_width: "moe_intermediate_size", kv_heads_optional: false };
     decoder::read_config(fields, Family::Qwen3Moe, names, rope_theta, Some(None), forward)
 }
 

@@ -13,7 +13,7 @@ fn shapes() -> impl Strategy<Value = PageShape> {
     (1usize..20, 0usize..=20, 1usize..50, 1u64..1000, pages, 1usize..5).prop_map(
         |(experts, resident, ring, matrix_bytes, page_bytes, layers)| {
             let resident = resident.min(experts);
-            PageShape { experts, resident, ring, matrix_bytes, page_bytes, layers }
+            PageShape { experts, resident, ring, matrix_bytes: [matrix_bytes; 3], page_bytes, layers }
         },
     )
 }
@@ -51,10 +51,10 @@ proptest! {
         }
         prop_assert_eq!(next_expert, shape.experts);
         let streamed = (shape.resident..shape.experts).flat_map(|expert| ExpertMatrix::ALL.map(|matrix| (expert, matrix)));
-        let wanted: BTreeMap<_, _> = streamed.map(|key| (key, shape.matrix_bytes)).collect();
+        let wanted: BTreeMap<_, _> = streamed.map(|key| (key, shape.matrix_bytes[key.1 as usize])).collect();
         prop_assert_eq!(&covered, &wanted);
         let streamed = (shape.layers * (shape.experts - shape.resident)) as u64;
-        prop_assert_eq!(plan.bytes_per_pass(), 3 * streamed * shape.matrix_bytes);
+        prop_assert_eq!(plan.bytes_per_pass(), streamed * shape.matrix_bytes.iter().sum::<u64>());
     }
 
     #[test]
@@ -89,7 +89,7 @@ proptest! {
             for piece in chunk.pages.iter().flat_map(|page| &page.pieces) {
                 let slot = plan.slot(layer, piece.expert);
                 table.arrive(slot, layer, piece);
-                let last = piece.matrix == ExpertMatrix::Down && piece.bytes.end == shape.matrix_bytes;
+                let last = piece.matrix == ExpertMatrix::Down && piece.bytes.end == shape.matrix_bytes[2];
                 prop_assert_eq!(table.holds(slot, layer, piece.expert), last);
             }
             for expert in chunk.experts.clone().filter(|_| n_pieces > 0) {
@@ -104,7 +104,7 @@ proptest! {
 
 #[test]
 fn an_expert_of_which_a_broken_off_pass_left_a_part_is_whole_after_it_comes_again() {
-    let shape = PageShape { experts: 2, resident: 0, ring: 2, matrix_bytes: 100, page_bytes: 60, layers: 1 };
+    let shape = PageShape { experts: 2, resident: 0, ring: 2, matrix_bytes: [100; 3], page_bytes: 60, layers: 1 };
     let plan = PagePlan::new(shape);
     let mut table = PageTable::new(&plan);
     let pieces: Vec<&Piece> = plan.chunks()[0].pages.iter().flat_map(|page| &page.pieces).collect();
@@ -150,7 +150,7 @@ fn six_models_page_well() {
     });
     for model in models {
         let Model { name, layers, experts, .. } = model;
-        let matrix_bytes = 2 * model.d_model * model.expert_width;
+        let matrix_bytes = [2 * model.d_model * model.expert_width; 3];
         let (ring, page_bytes) = (2 * experts, 32 * MIB);
         let plan = PagePlan::new(PageShape { experts, resident: 0, ring, matrix_bytes, page_bytes, layers });
         assert_eq!(plan.bytes_per_pass(), model.expert_bytes, "{name}");
@@ -164,7 +164,7 @@ fn six_models_page_well() {
             page.pieces.iter().map(|piece| piece.expert).collect::<BTreeSet<_>>().len()
         };
         let most = pages.iter().map(experts_of).max().unwrap();
-        if 3 * matrix_bytes > page_bytes {
+        if matrix_bytes.iter().sum::<u64>() > page_bytes {
             assert!(most <= 2, "{name}: an expert takes several pages");
             assert!(pages.len() >= 3 * experts / 2, "{name}");
         } else {

@@ -3,7 +3,7 @@
 use fulmen::kernels::slabs::N_SLABS;
 use fulmen::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use fulmen::memory::pages::{PagePlan, PageShape};
-use fulmen::model::{Family, Forward, ModelConfig, Role, Shape, tensors};
+use fulmen::model::{Family, Forward, ModelConfig, Shape, tensors};
 use fulmen::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use fulmen::policy::AttentionPlace;
 use proptest::prelude::*;
@@ -45,10 +45,10 @@ fn mixtral_8x7b() -> ModelConfig {
 /// Of a checkpoint in bf16.
 fn bytes(config: &ModelConfig) -> ModelBytes {
     let dense = || {
-        let tensors = tensors(config).into_iter().filter(|tensor| !matches!(tensor.role, Role::Expert { .. }));
+        let tensors = tensors(config).into_iter().filter(|tensor| !tensor.role.in_slots());
         tensors.map(|tensor| (2 * tensor.elements()).next_multiple_of(4))
     };
-    let matrix = 2 * config.shape.expert_matrix_elements() as u64;
+    let matrix = [2 * config.shape.expert_matrix_elements() as u64; 3];
     let files = 2 * tensors(config).iter().map(|tensor| tensor.elements()).sum::<u64>();
     ModelBytes { dense: dense().sum(), largest_dense: dense().max().expect("an embedding"), matrix, files }
 }
@@ -88,12 +88,13 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
         ("router logits", words(rows * shape.experts)),
         ("expert hidden rows", words(assignments * shape.expert_width)),
         ("expert places", words(2 * shape.experts)),
+        ("expert places of down", words(2 * shape.experts)),
         ("sampled residual rows", words(policy.head_rows * shape.d_model)),
         ("normed sampled rows", words(policy.head_rows * shape.d_model)),
         ("logits", words(policy.head_rows * shape.vocab)),
         ("greedy ids", words(4 * policy.head_rows)),
     ]);
-    let slot_bytes = PageShape::slot_bytes(bytes.matrix);
+    let slot_bytes = PageShape::slot_bytes(bytes.matrix[0]);
     let slots_per_slab = (binding / slot_bytes) as usize;
     for slab in ["gate slab", "up slab", "down slab"] {
         let mut left = pages(config, bytes, plan).n_slots();
@@ -261,7 +262,7 @@ fn machine(device_bytes: u64) -> MachineLimits {
 fn mixtral_8x7b_runs_on_small_cards() {
     let config = mixtral_8x7b();
     let bytes = bytes(&config);
-    assert_eq!((bytes.dense, bytes.matrix), (3_211_272_192, 112 << 20));
+    assert_eq!((bytes.dense, bytes.matrix), (3_211_272_192, [112 << 20; 3]));
     // GiB, residents of each layer, slots of the ring
     for (device, resident, ring) in [(24, 1, 14), (16, 0, 16), (8, 0, 14), (6, 0, 8), (4, 0, 2)] {
         let machine = machine(device * GIB);
