@@ -1,8 +1,14 @@
 //! Any limits and wishes give a plan that fits them or an error with numbers, and the plan's bytes are those that are allocated.
 
+use fulmen::checkpoint::Inventory;
+use fulmen::kernels::MAX_EXPERTS;
+use fulmen::kernels::paged_attention::MAX_HEAD_WIDTH;
+use fulmen::kernels::router_topk::MAX_CHOSEN;
 use fulmen::kernels::slabs::N_SLABS;
 use fulmen::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use fulmen::memory::pages::{PagePlan, PageShape};
+use fulmen::model::expert_layout::Packing;
+use fulmen::model::presets;
 use fulmen::model::{Family, Forward, ModelConfig, Shape, tensors};
 use fulmen::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use fulmen::policy::AttentionPlace;
@@ -94,11 +100,11 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
         ("logits", words(policy.head_rows * shape.vocab)),
         ("greedy ids", words(4 * policy.head_rows)),
     ]);
-    let slot_bytes = PageShape::slot_bytes(bytes.matrix[0]);
-    let slots_per_slab = (binding / slot_bytes) as usize;
-    for slab in ["gate slab", "up slab", "down slab"] {
+    let slot_bytes = bytes.matrix.map(PageShape::slot_bytes);
+    let slots_per_slab = (binding / slot_bytes.iter().max().unwrap()) as usize;
+    for (slab, slot_bytes) in ["gate slab", "up slab", "down slab"].into_iter().zip(slot_bytes) {
         let mut left = pages(config, bytes, plan).n_slots();
-        while left > 0 {
+        while left > 0 && slot_bytes > 0 {
             let n = left.min(slots_per_slab);
             buffers.push((slab, n as u64 * slot_bytes));
             left -= n;
@@ -256,6 +262,56 @@ proptest! {
 fn machine(device_bytes: u64) -> MachineLimits {
     // The largest storage binding of NVIDIA's driver.
     MachineLimits { device_bytes, host_bytes: 64 * GIB, binding_bytes: (1 << 31) - 4, threads: 8 }
+}
+
+/// The inventory that a published checkpoint of `config` has: bf16, and bytes where MXFP4 is.
+fn inventory(config: &ModelConfig) -> Inventory {
+    let specs = tensors(config);
+    let list = specs.iter().map(|spec| {
+        let floats = config.forward.experts.packing(spec.role) == Packing::Floats;
+        let dtype = if floats { safetensors::Dtype::BF16 } else { safetensors::Dtype::U8 };
+        (spec.name.as_str(), dtype, &spec.shape[..])
+    });
+    Inventory::from_list(config.clone(), list).unwrap()
+}
+
+/// A layer of experts fits one slab for each kind, and a plan for a T4 and for a large card binds all that it allocates.
+#[test]
+fn the_six_published_shapes_stay_within_bindings() {
+    // Bytes of an expert's gate, up and down slots.
+    let slots = [
+        ("mixtral-8x7b", [117_440_512; 3]),
+        ("mixtral-8x22b", [201_326_592; 3]),
+        ("dbrx", [132_120_576; 3]),
+        ("qwen3-30b-a3b", [3_145_728; 3]),
+        ("olmoe-1b-7b", [4_194_304; 3]),
+        ("gpt-oss-20b", [8_812_800, 0, 4_406_400]),
+    ];
+    assert_eq!(slots.map(|(name, _)| name), presets::NAMES);
+    for (name, matrix) in slots {
+        let config = presets::preset(name).unwrap();
+        assert_eq!(config.shape.faults(), Vec::<String>::new(), "{name}");
+        let bytes = ModelBytes::of(&inventory(&config));
+        assert_eq!(bytes.matrix, matrix, "{name}");
+        assert_eq!(config.forward.experts.slot_bytes(&config.shape, 2), matrix, "{name}");
+        let layer = config.shape.experts as u64 * bytes.largest_slot();
+        assert!(layer <= machine(0).binding_bytes, "{name}: a layer of {layer} bytes");
+        assert!(config.shape.experts <= MAX_EXPERTS as usize && config.shape.head_width <= MAX_HEAD_WIDTH as usize);
+        assert!(config.shape.experts_per_token <= MAX_CHOSEN as usize);
+        // A T4 has 15 GiB for programs; the default takes nine tenths of them. An H200 has 139 GiB.
+        for device_bytes in [15 * GIB / 10 * 9, 139 * GIB / 10 * 9] {
+            let machine = machine(device_bytes);
+            let plan = fit(&config, &bytes, &machine, &Wishes::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
+            hold(&config, &bytes, &machine, &Wishes::default(), &plan);
+            let streamed = config.shape.experts - plan.policy.resident_experts;
+            assert!(streamed == 0 || plan.policy.ring_experts >= 4, "{name}: a ring of {}", plan.policy.ring_experts);
+        }
+        // lavapipe binds 128 MiB.
+        let small = MachineLimits { binding_bytes: 128 << 20, ..machine(139 * GIB) };
+        let error = fit(&config, &bytes, &small, &Wishes::default()).unwrap_err();
+        assert!(matches!(error, PlanError::Binding { needed, limit, .. } if needed > limit), "{name}: {error}");
+    }
+    assert_eq!(presets::preset("mixtral-8x7B"), None);
 }
 
 #[test]
