@@ -46,12 +46,12 @@ impl Placed {
     }
 }
 
-/// Bytes of a file that belong in an expert's slot.
+/// Bytes of a tensor that belong in an expert's slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SlotSource {
-    /// Index into [`Inventory::files`].
-    pub file: usize,
-    /// From the start of the file.
+    /// The tensor.
+    pub role: Role,
+    /// From the start of the tensor.
     pub range: Range<u64>,
     /// Where in the slot they go: the first of its bytes.
     pub at: u64,
@@ -184,7 +184,7 @@ impl Inventory {
         Some(self.config.forward.experts.slot_bytes(&self.config.shape, element_bytes))
     }
 
-    /// Where `slot`, a range of the bytes of one expert's slot of `matrix`, lies in the files, in order.
+    /// Where `slot`, a range of the bytes of one expert's slot of `matrix`, lies in the tensors, in order.
     ///
     /// # Panics
     ///
@@ -192,11 +192,11 @@ impl Inventory {
     pub fn slot_sources(&self, layer: usize, expert: usize, matrix: ExpertMatrix, slot: Range<u64>) -> Vec<SlotSource> {
         let mut sources = Vec::new();
         let mut at = 0; // of the slot, where the next source begins
-        for (file, whole) in self.slot_parts(layer, expert, matrix) {
+        for (role, whole) in self.slot_parts(layer, expert, matrix) {
             let end_of_part = at + (whole.end - whole.start);
             let (start, end) = (slot.start.max(at), slot.end.min(end_of_part));
             if start < end {
-                sources.push(SlotSource { file, range: whole.start + start - at..whole.start + end - at, at: start });
+                sources.push(SlotSource { role, range: whole.start + start - at..whole.start + end - at, at: start });
             }
             at = end_of_part;
         }
@@ -204,24 +204,23 @@ impl Inventory {
         sources
     }
 
-    /// The ranges of files that fill one expert's slot of `matrix`, in order.
+    /// The ranges of tensors that fill one expert's slot of `matrix`, in order.
     pub(super) fn slot_parts(
         &self,
         layer: usize,
         expert: usize,
         matrix: ExpertMatrix,
-    ) -> impl Iterator<Item = (usize, Range<u64>)> {
+    ) -> impl Iterator<Item = (Role, Range<u64>)> {
         self.config.forward.experts.sources(layer, expert, matrix).into_iter().map(|Source { role, share }| {
             let tensor = self.find(role).unwrap_or_else(|| panic!("{role:?} is no role of this model"));
             let range = match share {
-                None => tensor.range.clone(),
+                None => 0..tensor.bytes(),
                 Some(expert) => {
                     let bytes = tensor.bytes() / self.config.shape.experts as u64;
-                    let start = tensor.range.start + expert as u64 * bytes;
-                    start..start + bytes
+                    expert as u64 * bytes..(expert as u64 + 1) * bytes
                 }
             };
-            (tensor.file, range)
+            (role, range)
         })
     }
 

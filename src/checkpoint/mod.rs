@@ -114,11 +114,6 @@ impl Checkpoint {
         Some(TensorView { dtype: tensor.dtype, shape: &tensor.shape, bytes, path: &shard.path, range })
     }
 
-    /// Bytes `range` of file `file`, which an [`Inventory`] named.
-    pub fn bytes(&self, file: usize, range: Range<u64>) -> &[u8] {
-        &self.shards[file].map[range.start as usize..range.end as usize]
-    }
-
     /// The tensor that plays `role`.
     ///
     /// # Panics

@@ -614,7 +614,8 @@ impl Machine {
         };
         let first = self.place(slot, piece.matrix).offset_words as u64 * 4;
         for source in checkpoint.inventory().slot_sources(layer, piece.expert, piece.matrix, piece.bytes.clone()) {
-            let bytes = checkpoint.bytes(source.file, source.range);
+            let tensor = checkpoint.tensor(source.role);
+            let bytes = &tensor.bytes[source.range.start as usize..source.range.end as usize];
             self.pipelines.gpu().write(&slabs.buffers[slot / self.slots_per_slab], first + source.at, bytes);
         }
         self.table.arrive(slot, layer, piece);

@@ -244,7 +244,9 @@ fn opens_as_a_file(data: &Path, published: &Published) -> Result<(), Failed> {
     let slots = checkpoint.inventory().slot_bytes().ok_or("experts of one type")?;
     for (matrix, bytes) in ExpertMatrix::ALL.into_iter().zip(slots) {
         let sources = checkpoint.inventory().slot_sources(last_layer, last_expert, matrix, 0..bytes);
-        let there = sources.into_iter().map(|source| checkpoint.bytes(source.file, source.range).len() as u64);
+        let there = sources.into_iter().map(|source| {
+            checkpoint.tensor(source.role).bytes[source.range.start as usize..source.range.end as usize].len() as u64
+        });
         assert_eq!(there.sum::<u64>(), bytes, "{matrix:?}");
     }
     let printed = checkpoint.summary().to_string();

@@ -1,6 +1,6 @@
 //! What each family reads from config.json, its tensors, and where the bytes of its experts lie.
 
-use fulmen::checkpoint::{Dtype, Inventory};
+use fulmen::checkpoint::{Dtype, Inventory, SlotSource};
 use fulmen::model::expert_layout::Packing;
 use fulmen::model::{
     Activation, ExpertLayout, ExpertMatrix, ExpertPart, Family, Forward, ModelConfig, Norm, QkNorm, Role, Yarn, tensors,
@@ -281,8 +281,9 @@ fn slots_take_every_byte_of_the_experts_once() {
                     for source in inventory.slot_sources(layer, expert, matrix, portion) {
                         assert_eq!(source.at, next, "{layout:?} {matrix:?}: the next byte of the slot");
                         next += source.range.end - source.range.start;
+                        let start = inventory.find(source.role).unwrap().range.start;
                         for byte in source.range {
-                            claimed[byte as usize] += 1;
+                            claimed[(start + byte) as usize] += 1;
                         }
                     }
                 }
@@ -302,15 +303,18 @@ fn slots_take_every_byte_of_the_experts_once() {
 fn an_expert_has_its_share_of_a_stacked_tensor() {
     let config = parse(&config(Family::GptOss));
     let inventory = inventory(&config, &list(&config)).unwrap();
-    let at = |part| inventory.find(Role::Experts { layer: 1, part }).unwrap().range.start;
     let (blocks, scales) = (64 * 64 / 2, 64 * 64 / 32);
     let sources = inventory.slot_sources(1, 4, ExpertMatrix::Gate, 0..blocks + scales);
-    let found: Vec<_> = sources.iter().map(|source| (source.at, source.range.clone())).collect();
-    let (first, second) = (at(ExpertPart::GateUp) + 4 * blocks, at(ExpertPart::GateUpScales) + 4 * scales);
-    assert_eq!(found, [(0, first..first + blocks), (blocks, second..second + scales)]);
+    let found = |sources: &[SlotSource]| -> Vec<_> {
+        sources.iter().map(|source| (source.at, source.role, source.range.clone())).collect()
+    };
+    let [codes, exponents] =
+        [ExpertPart::GateUp, ExpertPart::GateUpScales].map(|part| Role::Experts { layer: 1, part });
+    let (first, second) = (4 * blocks, 4 * scales);
+    assert_eq!(found(&sources), [(0, codes, first..first + blocks), (blocks, exponents, second..second + scales)]);
     let middle = inventory.slot_sources(1, 4, ExpertMatrix::Gate, blocks - 8..blocks + 4);
-    let found: Vec<_> = middle.iter().map(|source| (source.at, source.range.clone())).collect();
-    assert_eq!(found, [(blocks - 8, first + blocks - 8..first + blocks), (blocks, second..second + 4)]);
+    let expected = [(blocks - 8, codes, first + blocks - 8..first + blocks), (blocks, exponents, second..second + 4)];
+    assert_eq!(found(&middle), expected);
     assert_eq!(inventory.slot_sources(1, 4, ExpertMatrix::Up, 0..0), []);
     assert_eq!(inventory.expert_dtype(), Some(Dtype::Mxfp4));
 }
