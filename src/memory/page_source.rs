@@ -97,10 +97,6 @@ fn lay_out(page: &Page) -> (Vec<u64>, u64) {
     (offsets, end)
 }
 
-fn role(layer: usize, piece: &Piece) -> Role {
-    Role::Expert { layer, expert: piece.expert, matrix: piece.matrix }
-}
-
 /// All pages of a layer, in order of use.
 fn layer_pages(plan: &PagePlan) -> Vec<&Page> {
     plan.chunks().iter().flat_map(|chunk| &chunk.pages).collect()
@@ -152,17 +148,22 @@ struct Portion {
     to: Memory,
 }
 
-fn portions(layer: usize, page: &Page, start: *mut u8) -> Vec<Portion> {
+/// What fills a page that starts at `start`: the bytes of tensors that its pieces are made of.
+fn portions(weights: &Weights, layer: usize, page: &Page, start: *mut u8) -> Vec<Portion> {
     let (offsets, _) = lay_out(page);
     let mut out = Vec::new();
     for (piece, offset) in page.pieces.iter().zip(offsets) {
-        let mut from = piece.bytes.start;
-        while from < piece.bytes.end {
-            let to = (from + PORTION_BYTES).min(piece.bytes.end);
-            // SAFETY: the page's place in memory is as long as `lay_out` says.
-            let at = unsafe { start.add((offset + from - piece.bytes.start) as usize) };
-            out.push(Portion { role: role(layer, piece), range: from..to, to: Memory(at) });
-            from = to;
+        let inventory = weights.inventory();
+        for source in inventory.slot_sources(layer, piece.expert, piece.matrix, piece.bytes.clone()) {
+            let first = offset + source.at - piece.bytes.start;
+            let mut from = source.range.start;
+            while from < source.range.end {
+                let to = (from + PORTION_BYTES).min(source.range.end);
+                // SAFETY: the page's place in memory is as long as `lay_out` says, and sources lie within their piece.
+                let at = unsafe { start.add((first + from - source.range.start) as usize) };
+                out.push(Portion { role: source.role, range: from..to, to: Memory(at) });
+                from = to;
+            }
         }
     }
     out
@@ -298,7 +299,7 @@ impl PageSource {
             for (number, page) in pages.iter().enumerate() {
                 let (arena, offset) = at[layer * pages.len() + number];
                 // SAFETY: `cut_arenas` placed the page within its arena.
-                work.extend(portions(layer, page, unsafe { starts[arena].0.add(offset as usize) }));
+                work.extend(portions(request.weights, layer, page, unsafe { starts[arena].0.add(offset as usize) }));
                 done += page.bytes();
             }
             read_all(request.weights, &reader, request.threads, work)?;
@@ -369,16 +370,20 @@ impl PageSource {
                 let checkpoint = weights.files().expect("the mapping is of files");
                 let mut copies = Vec::new();
                 for piece in &page.pieces {
-                    let view = checkpoint.tensor(role(layer, piece));
-                    let arenas = &files[view.path];
-                    let (mut from, end) = (view.range.start + piece.bytes.start, view.range.start + piece.bytes.end);
                     let to = target(piece);
-                    let mut done = 0;
-                    while from < end {
-                        let (arena, offset) = ((from / ARENA_BYTES) as usize, from % ARENA_BYTES);
-                        let bytes = (end - from).min(ARENA_BYTES - offset);
-                        copies.push(CopyRange::new(arenas[arena].at(offset), to.plus(done), bytes));
-                        (from, done) = (from + bytes, done + bytes);
+                    let inventory = weights.inventory();
+                    for source in inventory.slot_sources(layer, piece.expert, piece.matrix, piece.bytes.clone()) {
+                        let tensor = checkpoint.tensor(source.role);
+                        let arenas = &files[tensor.path];
+                        let (mut from, end) =
+                            (tensor.range.start + source.range.start, tensor.range.start + source.range.end);
+                        let mut done = source.at - piece.bytes.start;
+                        while from < end {
+                            let (arena, offset) = ((from / ARENA_BYTES) as usize, from % ARENA_BYTES);
+                            let bytes = (end - from).min(ARENA_BYTES - offset);
+                            copies.push(CopyRange::new(arenas[arena].at(offset), to.plus(done), bytes));
+                            (from, done) = (from + bytes, done + bytes);
+                        }
                     }
                 }
                 Ok(gpu.copy(Line::ToDevice, &by_ends(copies), after)?)
@@ -393,7 +398,7 @@ impl PageSource {
                 }
                 // SAFETY: the buffer's last copy has run, and this lock keeps others out.
                 let start = unsafe { buffer.slice_mut::<u8>(0..bytes) }.as_mut_ptr();
-                read_all(weights, reader, threads, portions(layer, page, start))?;
+                read_all(weights, reader, threads, portions(weights, layer, page, start))?;
                 let ticket = from_buffer(buffer, 0)?;
                 *busy = Some(ticket);
                 Ok(ticket)

@@ -7,7 +7,7 @@ use crate::execute::machine::{Extents, host_row_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::PageShape;
-use crate::model::{ModelConfig, Role};
+use crate::model::ModelConfig;
 use crate::memory::page_source::STAGING_BUFFERS;
 use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
@@ -19,8 +19,8 @@ pub struct ModelBytes {
     pub dense: u64,
     /// The largest tensor of those; each has to fit one binding.
     pub largest_dense: u64,
-    /// One expert matrix.
-    pub matrix: u64,
+    /// One expert's slots, by `ExpertMatrix::ALL`.
+    pub matrix: [u64; 3],
     /// All files.
     pub files: u64,
 }
@@ -28,16 +28,32 @@ pub struct ModelBytes {
 impl ModelBytes {
     /// Of a checkpoint whose experts have one type.
     pub fn of(inventory: &Inventory) -> Self {
-        let expert = |tensor: &&Placed| matches!(tensor.role, Role::Expert { .. });
-        let tensors = inventory.tensors();
-        // Each is padded to whole words on the device.
-        let dense = || tensors.iter().filter(|t| !expert(t)).map(|t| t.bytes().next_multiple_of(4));
+        let bytes = |tensor: &Placed| match tensor.role.kept_as_f32() {
+            true => 4 * tensor.shape.iter().product::<usize>() as u64,
+            false => tensor.bytes().next_multiple_of(4), // padded to whole words on the device
+        };
+        let dense = || inventory.tensors().iter().filter(|tensor| !tensor.role.in_slots()).map(bytes);
         Self {
             dense: dense().sum(),
             largest_dense: dense().max().unwrap_or(0),
-            matrix: tensors.iter().find(expert).map_or(0, Placed::bytes),
+            matrix: inventory.slot_bytes().unwrap_or_default(),
             files: inventory.files().iter().map(|(_, bytes)| bytes).sum(),
         }
+    }
+
+    /// Bytes of one expert, without the padding of its slots.
+    pub fn expert(&self) -> u64 {
+        self.matrix.iter().sum()
+    }
+
+    /// Bytes that one expert takes on the device.
+    pub fn expert_slots(&self) -> u64 {
+        self.matrix.iter().map(|bytes| PageShape::slot_bytes(*bytes)).sum()
+    }
+
+    /// The largest slot: all kinds have as many slots in a slab as its kind has.
+    pub fn largest_slot(&self) -> u64 {
+        self.matrix.iter().map(|bytes| PageShape::slot_bytes(*bytes)).max().expect("three kinds")
     }
 }
 
@@ -234,7 +250,7 @@ pub fn fit(
         let allowed = "at least 4 bytes".to_owned();
         return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
     }
-    let expert_weights = 3 * bytes.matrix;
+    let expert_weights = bytes.expert();
     let all_experts = (shape.layers * shape.experts) as u64 * expert_weights;
     let in_flight = page_bytes.min(all_experts).saturating_mul(STAGING_BUFFERS as u64);
     let staging = (row_bytes * micro_batches as u64).saturating_add(in_flight);
@@ -348,7 +364,7 @@ pub fn fit(
         + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
-        + words(2 * shape.experts);
+        + words(4 * shape.experts);
     let kv_workspace = (workspaces * workspace_blocks) as u64 * layer_block_bytes;
     let mut memory = MemoryUse {
         dense_weights: bytes.dense,
@@ -363,8 +379,8 @@ pub fn fit(
         mapped_weights: bytes.files,
     };
     let fixed = memory.device();
-    let slot_bytes = PageShape::slot_bytes(bytes.matrix);
-    let expert_bytes = 3 * slot_bytes;
+    let slot_bytes = bytes.largest_slot();
+    let expert_bytes = bytes.expert_slots();
     let slots_that_bind = N_SLABS * (machine.binding_bytes / slot_bytes) as usize;
     if slots_that_bind == 0 {
         return Err(PlanError::Binding {
@@ -437,7 +453,7 @@ pub fn fit(
             head_rows,
         },
         memory,
-        streamed_bytes_per_pass: (shape.layers * streamed) as u64 * 3 * bytes.matrix,
+        streamed_bytes_per_pass: (shape.layers * streamed) as u64 * bytes.expert(),
         experts_per_layer: shape.experts,
     })
 }
