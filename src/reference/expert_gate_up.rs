@@ -3,7 +3,20 @@
 
 use crate::model::Activation;
 
-/// `x`: `[T, D]`; `gate[e]`, `up[e]`: `[F, D]`; `bias`: `[E, F, 2]`, of gate and of up. Assignment a is of row `a / n_chosen`; `offsets` and `permutation` are from
+/// What comes after the two products.
+#[derive(Debug, Clone, Copy)]
+pub struct Finish<'a> {
+    /// `[E, F, 2]`, of gate and of up.
+    pub bias: Option<&'a [f32]>,
+    pub activation: Activation,
+}
+
+impl Finish<'_> {
+    /// SwiGLU without biases.
+    pub const PLAIN: Finish<'static> = Finish { bias: None, activation: Activation::SwiGlu };
+}
+
+/// `x`: `[T, D]`; `gate[e]`, `up[e]`: `[F, D]`. Assignment a is of row `a / n_chosen`; `offsets` and `permutation` are from
 /// [`expert_sort`](super::expert_sort::expert_sort). Returns `[T * A, F]` by sorted position.
 pub fn expert_gate_up(
     x: &[f32],
@@ -11,10 +24,8 @@ pub fn expert_gate_up(
     n_chosen: usize,
     offsets: &[u32],
     permutation: &[u32],
-    gate: &[Vec<f32>],
-    up: &[Vec<f32>],
-    bias: Option<&[f32]>,
-    activation: Activation,
+    [gate, up]: [&[Vec<f32>]; 2],
+    Finish { bias, activation }: Finish<'_>,
 ) -> Vec<f32> {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
     let mut h = Vec::new();

@@ -174,7 +174,7 @@ fn harmony_renderings(data: &Path) -> Result<(), Failed> {
             let n = ids.iter().filter(|found| **found == id).count();
             assert_eq!(n, text.matches(mark).count(), "{}: {mark}", path.display());
         }
-        assert!(ids.iter().any(|id| *id == 200008), "{}: no message", path.display());
+        assert!(ids.contains(&200008), "{}: no message", path.display());
     }
     assert!(texts >= 15 && lists >= 1, "{texts} texts, {lists} lists of ids");
     Ok(())
@@ -200,7 +200,7 @@ fn harmony_conversations(data: &Path) -> Result<(), Failed> {
     let system = |effort: &str, channels: &str| {
         Message::new(
             "system",
-            &format!(
+            format!(
                 "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n\nReasoning: \
                  {effort}\n\n# Valid channels: {channels}. Channel must be included for every message."
             ),

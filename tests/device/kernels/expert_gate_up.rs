@@ -2,8 +2,7 @@ use fulmen::checkpoint::Dtype;
 use fulmen::gpu::Variant;
 use fulmen::kernels::expert_gate_up::{Bindings, EXPERT_GATE_UP, Params, record};
 use fulmen::kernels::slabs::Place;
-use fulmen::model::Activation;
-use fulmen::reference::expert_gate_up::expert_gate_up;
+use fulmen::reference::expert_gate_up::{Finish, expert_gate_up};
 use fulmen::reference::matmul::matmul;
 use libtest_mimic::Trial;
 
@@ -79,17 +78,8 @@ pub fn trials() -> Vec<Trial> {
                     let (kinds, places) = matrices(&mut random, dtype, n_experts, expert_width * d_model, 2, &[]);
                     let (gate, up) = (&kinds[0], &kinds[1]);
                     let (offsets, permutation) = (&routing.offsets, &routing.permutation);
-                    let want = expert_gate_up(
-                        &x,
-                        d_model,
-                        n_chosen,
-                        offsets,
-                        permutation,
-                        &gate.values,
-                        &up.values,
-                        None,
-                        Activation::SwiGlu,
-                    );
+                    let matrices = [&gate.values[..], &up.values];
+                    let want = expert_gate_up(&x, d_model, n_chosen, offsets, permutation, matrices, Finish::PLAIN);
                     let allowed = tolerances(&x, d_model, &routing, gate, up);
                     let mut first: Option<Vec<u32>> = None;
                     for variant in EXPERT_GATE_UP.variants().iter().filter(|variant| variant.weights == dtype) {

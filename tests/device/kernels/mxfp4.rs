@@ -9,7 +9,7 @@ use fulmen::kernels::slabs::{Layout, N_SLABS, Place};
 use fulmen::model::expert_layout::MXFP4_BLOCK;
 use fulmen::model::{Activation, ExpertLayout, Shape};
 use fulmen::reference::expert_down::expert_down;
-use fulmen::reference::expert_gate_up::expert_gate_up;
+use fulmen::reference::expert_gate_up::{Finish, expert_gate_up};
 use fulmen::reference::mxfp4::{mxfp4, mxfp4_value};
 use libtest_mimic::Trial;
 
@@ -221,10 +221,8 @@ fn layouts_agree(layout: ExpertLayout, dtype: Dtype) {
                 n_chosen,
                 offsets,
                 permutation,
-                &values(0),
-                &values(1),
-                Some(&gate_up_bias),
-                activation,
+                [&values(0), &values(1)],
+                Finish { bias: Some(&gate_up_bias), activation },
             );
             // The plain layout is held to its own bounds elsewhere; here biases and activation must be the reference's. Sums of
             // D terms of size 24 at most (6 * 2^2), times the other factor.
