@@ -183,6 +183,35 @@ pub fn fit(
     machine: &MachineLimits,
     wishes: &Wishes,
 ) -> Result<Plan, PlanError> {
+    let mut most_pool = u64::MAX;
+    loop {
+        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool)?;
+        let (needed, allowed) = (plan.memory.host(), machine.host_bytes);
+        if needed <= allowed {
+            return Ok(plan);
+        }
+        // What the workspaces take on the host depends on the pool, so only now it is known to be too large.
+        if wishes.kv_bytes.is_some() || plan.memory.kv_pool < needed - allowed {
+            return Err(PlanError::Memory {
+                what: "the KV pool, weights kept, rows, context and pages on their way need".into(),
+                needed,
+                side: "host",
+                allowed,
+                option: "--host-memory",
+            });
+        }
+        most_pool = plan.memory.kv_pool - (needed - allowed);
+    }
+}
+
+/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has.
+fn fit_with_pool(
+    config: &ModelConfig,
+    bytes: &ModelBytes,
+    machine: &MachineLimits,
+    wishes: &Wishes,
+    most_pool: u64,
+) -> Result<Plan, PlanError> {
     let shape = &config.shape;
     let words = |n: usize| 4 * n as u64;
     let default_rows = DEFAULT_PASS_ROWS.max(wishes.max_sequences.unwrap_or(0));
@@ -223,12 +252,13 @@ pub fn fit(
     let widest = widest.max(shape.experts).max(4); // router logits; an attended row
     let rows_that_bind = (machine.binding_bytes / words(widest)) as usize / group_size;
     // Regions of a group's buffers are padded.
+    let padded = |rows: usize| if group_size > 1 { rows.next_multiple_of(64) } else { rows };
     let rows_that_bind = if group_size > 1 { rows_that_bind / 64 * 64 } else { rows_that_bind };
     let wished_rows = pass_rows / micro_batches;
     if wishes.pass_rows.is_some() && wished_rows > rows_that_bind || rows_that_bind == 0 {
         return Err(PlanError::Binding {
             what: "a group's expert rows",
-            needed: words(widest) * (wished_rows * group_size) as u64,
+            needed: words(widest) * (padded(wished_rows.max(1)) * group_size) as u64,
             limit: machine.binding_bytes,
             option: "--max-num-batched-tokens (or raise --expert-groups)",
         });
@@ -269,7 +299,7 @@ pub fn fit(
     let pool_bytes = wishes.kv_bytes.unwrap_or_else(|| {
         let all = (max_sequences as u64 * blocks_for(longest) as u64).saturating_mul(block_bytes);
         let share = if keep { host_left } else { host_left / 2 };
-        all.min(share).max(block_bytes.min(host_left))
+        all.min(share).max(block_bytes.min(host_left)).min(most_pool)
     });
     if pool_bytes > host_left {
         return Err(PlanError::Memory {

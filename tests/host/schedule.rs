@@ -346,9 +346,6 @@ fn broken_schedules_are_refused_by_name() {
     let reader = Work::Experts { layer: 0, group: 2, chunk: 1 };
     case("SlotRewritten", loosened(ScheduleKind::Grouped, &shape, load, reader));
 
-    let (experts, page) = (Work::Experts { layer: 1, group: 0, chunk: 1 }, Work::LoadPage { layer: 1, chunk: 1, page: 1 });
-    case("PageNotThere", loosened(ScheduleKind::Grouped, &shape, experts, page));
-
     // Two pages change places on their lane.
     let mut broken = base.clone();
     let first = position(&broken, Work::LoadPage { layer: 0, chunk: 1, page: 0 });
@@ -391,6 +388,12 @@ fn broken_schedules_are_refused_by_name() {
         (Work::KvToDevice { layer: 0, micro_batch: b1 }, Work::GpuAttention { layer: 0, micro_batch: b0 });
     cases.push(("WorkspaceOverwritten", loosened(ScheduleKind::Grouped, &one, upload, attends), one.clone()));
 
+    // Nothing but pages on the copy lane, so that no other copy orders them by the way.
+    let decode = PassShape { micro_batches: vec![DECODE; 3], ..shape.clone() };
+    let (experts, page) =
+        (Work::Experts { layer: 1, group: 0, chunk: 1 }, Work::LoadPage { layer: 1, chunk: 1, page: 1 });
+    cases.push(("PageNotThere", loosened(ScheduleKind::Grouped, &decode, experts, page), decode));
+
     // FlexGen's barrier: something is launched behind it that does not wait.
     let mut broken = build(ScheduleKind::FlexGen, &prompts);
     let barrier = position(&broken, Work::Barrier { number: 0 });
@@ -404,6 +407,7 @@ fn broken_schedules_are_refused_by_name() {
 
     assert!(cases.len() >= 14);
     for (wanted, schedule, shape) in cases {
+        assert!(check(&schedule, &shape).is_err(), "{wanted} goes unnoticed:\n{schedule}");
         assert_eq!(name(&schedule, &shape), wanted, "\n{schedule}");
     }
 }
