@@ -11,6 +11,7 @@ macro_rules! say {
     }};
 }
 
+mod bench;
 mod devices;
 mod generate;
 mod inspect;
@@ -61,6 +62,8 @@ enum Command {
     Inspect(inspect::Arguments),
     /// List the graphics adapters.
     Devices(devices::Arguments),
+    /// Measure this machine.
+    Bench(bench::Arguments),
     /// Score a results file against known answers.
     Score(score::Arguments),
 }
@@ -92,6 +95,7 @@ pub fn main() -> ExitCode {
         Command::RunBatch(arguments) => run_batch::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),
+        Command::Bench(arguments) => bench::run(arguments),
         Command::Score(arguments) => score::run(arguments),
     };
     match result {

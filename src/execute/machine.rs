@@ -476,6 +476,11 @@ impl Machine {
         self.source.as_ref()
     }
 
+    /// Gives the device back and keeps the source.
+    pub fn into_source(self) -> Option<PageSource> {
+        self.source
+    }
+
     pub fn set_source(&mut self, source: PageSource) {
         self.source = Some(source);
     }

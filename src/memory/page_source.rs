@@ -79,7 +79,7 @@ enum Bytes {
     /// Each file's mapping, cut into arenas.
     Mapped { files: HashMap<std::path::PathBuf, Vec<HostBuffer>> },
     Staged { buffers: Mutex<Vec<(HostBuffer, Option<Ticket>)>>, reader: Reader },
-    Relay { arenas: Vec<memmap2::MmapMut>, at: Vec<At>, fresh: Mutex<HashMap<usize, HostBuffer>> },
+    Relay { arenas: Vec<HostBuffer>, at: Vec<At>, fresh: Mutex<HashMap<usize, HostBuffer>> },
 }
 
 /// Offset of each piece within its page, and the page's size.
@@ -232,6 +232,7 @@ impl PageSource {
                 let mut arenas = sizes.iter().map(|bytes| anonymous(*bytes)).collect::<Result<Vec<_>, _>>()?;
                 let starts: Vec<Memory> = arenas.iter_mut().map(|arena| Memory(arena.as_mut_ptr())).collect();
                 Self::fill_arenas(request, &starts, &at, progress)?;
+                let arenas = arenas.into_iter().map(HostBuffer::of).collect();
                 Ok(Bytes::Relay { arenas, at, fresh: Mutex::default() })
             }
         }
@@ -334,6 +335,24 @@ impl PageSource {
         self.kind
     }
 
+    /// The same bytes used in another way: memory that was lent or pinned can be relayed, and the other way round.
+    pub fn used_as(self, kind: SourceKind) -> Result<PageSource, PageError> {
+        use SourceKind::{Imported, Pinned, Relay};
+        let bytes = match (self.bytes, kind) {
+            (bytes, kind) if kind == self.kind => bytes,
+            (Bytes::Resident { arenas, at }, Relay) => Bytes::Relay { arenas, at, fresh: Mutex::default() },
+            // What was never lent has no name for copies.
+            (Bytes::Relay { arenas, at, .. }, Imported | Pinned) if arenas.iter().all(HostBuffer::reached_by_copies) => {
+                Bytes::Resident { arenas, at }
+            }
+            _ => {
+                let cause = format!("the weights are {} and would have to be loaded again", self.kind);
+                return Err(PageError::Unavailable { wanted: kind, cause });
+            }
+        };
+        Ok(PageSource { kind, why: self.why, bytes })
+    }
+
     /// Why each better source was not taken.
     pub fn why(&self) -> &[String] {
         &self.why
@@ -420,9 +439,10 @@ impl PageSource {
         let (_, bytes) = lay_out(pages[request.number]);
         let buffer = request.gpu.pinned("a relayed page", bytes)?;
         let (arena, offset) = at[key];
-        // SAFETY: nobody else knows of this buffer yet.
-        let into = unsafe { buffer.slice_mut::<u8>(0..bytes) };
-        into.copy_from_slice(&arenas[arena][offset as usize..][..bytes as usize]);
+        // SAFETY: nobody else knows of this buffer yet, and nobody writes what was filled.
+        let (into, from) =
+            unsafe { (buffer.slice_mut::<u8>(0..bytes), arenas[arena].slice::<u8>(offset..offset + bytes)) };
+        into.copy_from_slice(from);
         fresh.lock().expect("relay lock").insert(key, buffer);
         Ok(())
     }

@@ -46,6 +46,12 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// The same model with its first `layers` layers only.
+    pub fn keep_layers(&mut self, layers: usize) {
+        self.shape.layers = layers.min(self.shape.layers);
+        self.forward.windowed_layers.truncate(layers);
+    }
+
     /// Reads `config.json` in `dir`.
     pub fn open(dir: &Path) -> Result<ModelConfig, ConfigError> {
         let path = dir.join("config.json");

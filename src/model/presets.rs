@@ -21,6 +21,22 @@ pub fn preset(name: &str) -> Option<ModelConfig> {
     }
 }
 
+/// Mixtral's proportions in small: for tests and for machines without a GPU.
+pub fn mixtral_tiny() -> ModelConfig {
+    let large = mixtral_8x7b();
+    let shape = Shape {
+        layers: 6,
+        d_model: 128,
+        q_heads: 4,
+        kv_heads: 2,
+        head_width: 32,
+        expert_width: 256,
+        vocab: 500,
+        ..large.shape
+    };
+    ModelConfig { shape, max_positions: 2048, ..large }
+}
+
 /// mistralai/Mixtral-8x7B-v0.1
 fn mixtral_8x7b() -> ModelConfig {
     ModelConfig {

@@ -206,6 +206,27 @@ impl Batcher {
         self.sequences.insert(child, sequence);
     }
 
+    /// Makes every queued sequence one that has been decoding: all its tokens but the last have made-up keys and values, which
+    /// depend on the sequence and the position alone.
+    pub fn warm_up(&mut self, threads: &rayon::ThreadPool) -> Result<(), KvError> {
+        let mut tables = Vec::new();
+        for (id, sequence) in &mut self.sequences {
+            let Storage::Cache(table) = &mut sequence.storage else { unreachable!("nothing was spilled yet") };
+            let stored = sequence.tokens.len() - 1;
+            (sequence.computed, sequence.prompt_len) = (stored, stored);
+            self.kv.reserve(table, stored).map_err(KvError::Warm)?;
+            tables.push((id.request, &*table));
+        }
+        self.kv.make_up(&tables, threads);
+        Ok(())
+    }
+
+    /// Ends the batcher and keeps its cache.
+    pub fn into_cache(mut self) -> KvCache {
+        self.clear();
+        self.kv
+    }
+
     /// The sequence has not ended.
     pub fn contains(&self, id: SequenceId) -> bool {
         self.sequences.contains_key(&id)
