@@ -266,7 +266,13 @@ impl Prepared {
 
     fn load_once(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, EngineError> {
         let Prepared { builder, weights, gpu, limits, plan } = self;
-        let opened = Opened { builder: builder.clone(), weights: weights.clone(), gpu: gpu.clone(), limits: *limits };
+        let opened = Opened {
+            builder: builder.clone(),
+            weights: weights.clone(),
+            gpu: gpu.clone(),
+            pipelines: Arc::new(Pipelines::with_patches(gpu.clone(), builder.patches.clone())),
+            limits: *limits,
+        };
         opened.assemble(*plan, None, progress)
     }
 }
@@ -276,6 +282,8 @@ struct Opened {
     builder: EngineBuilder,
     weights: Arc<Weights>,
     gpu: Arc<Gpu>,
+    /// Compiled once, whatever the policy.
+    pipelines: Arc<Pipelines>,
     limits: MachineLimits,
 }
 
@@ -326,7 +334,7 @@ impl Opened {
             head_rows: policy.head_rows,
             rows: policy.rows,
         };
-        let pipelines = Pipelines::with_patches(gpu.clone(), builder.patches.clone());
+        let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
         let mut machine = Machine::open(pipelines, weights, page_plan, extents, lent, progress)?;
         if let Some(source) = source {
@@ -662,11 +670,8 @@ impl Engine {
         let schedule = build(policy.schedule, &shape);
         check(&schedule, &shape)?;
         let (start, bytes, _keep) = self.batcher.kv().memory();
-        let pool = KvPool {
-            pointer: start,
-            layer_bytes: bytes / self.config.shape.layers as u64,
-            arenas: &self.kv_arenas,
-        };
+        let pool =
+            KvPool { pointer: start, layer_bytes: bytes / self.config.shape.layers as u64, arenas: &self.kv_arenas };
         let pass = Pass {
             weights: &self.opened.weights,
             config: &self.config,

@@ -34,6 +34,8 @@ pub struct Arguments {
     json: bool,
     #[command(flatten)]
     engine: EngineArguments,
+    #[command(flatten)]
+    trace: super::trace::Arguments,
 }
 
 /// Fields of the request. What is not said comes from the checkpoint's generation_config.json, else it is vLLM's default.
@@ -150,6 +152,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     if arguments.sampling.max_tokens.is_none() && text.defaults.max_new_tokens.is_none() {
         request.params.max_tokens = None;
     }
+    let mut trace = arguments.trace.open()?;
     let mut engine = load(prepared)?;
     let mut output = None;
     let mut broken: Option<std::io::Error> = None;
@@ -163,6 +166,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
                 }
             }
             Event::Finished(finished) => output = Some(finished),
+            Event::Pass(pass) => trace.pass(&pass),
             _ => {}
         }
         ControlFlow::Continue(())
@@ -187,5 +191,6 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         summary.generated_tokens,
         summary.generated_tokens as f64 / seconds
     );
+    trace.finish(&super::open::heading(&engine))?;
     Ok(super::OK)
 }

@@ -19,6 +19,8 @@ mod open;
 mod progress;
 mod run_batch;
 mod score;
+mod synthesize;
+mod trace;
 
 use std::fmt;
 use std::io::Write;
@@ -64,6 +66,8 @@ enum Command {
     Devices(devices::Arguments),
     /// Measure this machine.
     Bench(bench::Arguments),
+    /// Write a checkpoint of made-up weights.
+    Synthesize(synthesize::Arguments),
     /// Score a results file against known answers.
     Score(score::Arguments),
 }
@@ -96,6 +100,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),
+        Command::Synthesize(arguments) => synthesize::run(arguments),
         Command::Score(arguments) => score::run(arguments),
     };
     match result {

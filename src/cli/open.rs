@@ -163,8 +163,7 @@ impl EngineArguments {
 
     /// Adds all that these flags say to a builder.
     pub fn apply(&self, builder: EngineBuilder) -> Result<EngineBuilder> {
-        let mut builder =
-            builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);
+        let mut builder = builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);
         if let Some(device) = &self.device {
             builder = builder.device(DeviceChoice::from(device.as_str()));
         }
@@ -205,8 +204,27 @@ const TEST_FAULTS: &str = "FULMEN_TEST_FAULTS";
 /// The adapter, and the plan.
 pub fn say_prepared(prepared: &Prepared) {
     let adapter = prepared.gpu().summary();
-    say!("adapter {} ({}, {}); copies on {}", adapter.name, adapter.kind, adapter.backend, prepared.gpu().transfer_words());
+    say!(
+        "adapter {} ({}, {}); copies on {}",
+        adapter.name,
+        adapter.kind,
+        adapter.backend,
+        prepared.gpu().transfer_words()
+    );
     say!("{}", prepared.plan());
+}
+
+/// What a picture of a run says above it.
+pub fn heading(engine: &Engine) -> String {
+    let policy = engine.plan().policy;
+    format!(
+        "{}: {} sequences in {} micro-batches and {} expert groups, on {}",
+        policy.schedule,
+        policy.max_sequences,
+        policy.micro_batches,
+        policy.expert_groups,
+        engine.gpu().summary().name,
+    )
 }
 
 /// Loads with progress.
@@ -220,7 +238,11 @@ pub fn load(prepared: Prepared) -> Result<Engine> {
     }
     if let Some(source) = engine.page_source() {
         let why = source.why().join("; ");
-        say!("pages   from {} memory{}", source.kind(), if why.is_empty() { String::new() } else { format!(" ({why})") });
+        say!(
+            "pages   from {} memory{}",
+            source.kind(),
+            if why.is_empty() { String::new() } else { format!(" ({why})") }
+        );
     }
     Ok(engine)
 }

@@ -10,8 +10,9 @@ use crate::units::human_bytes;
 /// Between two lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// Bytes brought to the GPU at open. Quiet for loads shorter than a line's interval.
+/// Bytes loaded at open (or written). Quiet for what takes less than a line's interval.
 pub struct LoadProgress {
+    what: &'static str,
     bar: Option<ProgressBar>,
     started: Instant,
     last_line: Instant,
@@ -19,12 +20,13 @@ pub struct LoadProgress {
 
 impl LoadProgress {
     pub fn new() -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            ProgressBar::new(0).with_style(
-                ProgressStyle::with_template("loading {wide_bar} {bytes}/{total_bytes} {eta}").expect("valid"),
-            )
-        });
-        Self { bar, started: Instant::now(), last_line: Instant::now() }
+        Self::named("loading")
+    }
+
+    pub fn named(what: &'static str) -> Self {
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}").expect("valid");
+        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(0).with_style(style).with_message(what));
+        Self { what, bar, started: Instant::now(), last_line: Instant::now() }
     }
 
     pub fn update(&mut self, done: u64, total: u64) {
@@ -33,7 +35,7 @@ impl LoadProgress {
             bar.set_position(done);
         } else if self.last_line.elapsed() > LINE_EVERY {
             self.last_line = Instant::now();
-            say!("loading: {} of {}", human_bytes(done), human_bytes(total));
+            say!("{}: {} of {}", self.what, human_bytes(done), human_bytes(total));
         }
     }
 
@@ -42,7 +44,7 @@ impl LoadProgress {
             bar.finish_and_clear();
         }
         if self.started.elapsed() > LINE_EVERY {
-            say!("loaded in {}", HumanDuration(self.started.elapsed()));
+            say!("{} took {}", self.what, HumanDuration(self.started.elapsed()));
         }
     }
 }

@@ -63,6 +63,8 @@ pub struct Arguments {
     json_summary: bool,
     #[command(flatten)]
     engine: EngineArguments,
+    #[command(flatten)]
+    trace: super::trace::Arguments,
 }
 
 /// Lines between being read and being answered, and where their answers go.
@@ -237,6 +239,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, finished, ..ReadOptions::default() };
     let mut reader = BatchReader::open(&arguments.input_file, options)
         .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
+    let mut trace = arguments.trace.open()?;
     let mut engine = load(prepared)?;
     signals.loaded();
 
@@ -266,6 +269,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         match event {
             Event::Finished(output) => exchange.finished(output),
             Event::Pass(pass) => {
+                trace.pass(&pass);
                 generated += pass.micro_batches.iter().flat_map(|of| &of.rows).filter(|row| row.sampled).count() as u64;
                 progress.update(exchange.answered, **already_cell.borrow(), generated);
             }
@@ -282,6 +286,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         return Err(error);
     }
     report(&arguments, &summary, &exchange, already)?;
+    trace.finish(&super::open::heading(&engine))?;
     if signals.stopped() {
         say!("interrupted; the same command with --resume goes on");
         return Ok(super::INTERRUPTED);
@@ -303,6 +308,8 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
                 "interrupted": summary.interrupted, "passes": summary.passes, "prompt_tokens": summary.prompt_tokens,
                 "generated_tokens": summary.generated_tokens, "elapsed_seconds": seconds,
                 "generated_tokens_per_second": rate, "busy_seconds": busy, "stage_seconds": stages, "page_bytes": summary.page_bytes,
+                "lane_bytes": summary.lane_bytes.iter().map(|(lane, bytes)| (lane.name(), *bytes)).collect::<std::collections::BTreeMap<_, _>>(),
+                "any_busy_seconds": summary.busy_any.as_secs_f64(),
                 "preemptions": summary.batch.preemptions, "spilled_blocks": summary.batch.spilled_blocks,
                 "peak_sequences": summary.batch.peak_running,
             })
@@ -316,8 +323,12 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
         summary.prompt_tokens,
         summary.generated_tokens,
     );
-    let share = |lane: &Lane| 100.0 * summary.busy.get(lane).map_or(0.0, |busy| busy.as_secs_f64()) / seconds.max(1e-9);
-    let lanes: Vec<_> = Lane::ALL.iter().map(|lane| format!("{} {:.0}%", lane.name(), share(lane))).collect();
+    let wall = seconds.max(1e-9);
+    let share = |busy: std::time::Duration| 100.0 * busy.as_secs_f64() / wall;
+    let lanes: Vec<_> = Lane::ALL
+        .iter()
+        .map(|lane| format!("{} {:.0}%", lane.name(), share(summary.busy.get(lane).copied().unwrap_or_default())))
+        .collect();
     say!(
         "{} passes of up to {} sequences, {} of expert pages, {} preemptions; busy: {}",
         summary.passes,
@@ -325,6 +336,13 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
         human_bytes(summary.page_bytes),
         summary.batch.preemptions,
         lanes.join(", "),
+    );
+    let crossed: u64 = summary.lane_bytes.values().sum();
+    say!(
+        "across the link: {} a generated token, pages at {:.2} GB/s over the whole run; no lane busy {:.0}% of the time",
+        human_bytes(crossed / summary.generated_tokens.max(1)),
+        summary.page_bytes as f64 / wall / 1e9,
+        100.0 - share(summary.busy_any),
     );
     Ok(())
 }

@@ -18,14 +18,12 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use half::f16;
 
 use crate::checkpoint::{Dtype, Reader, Weights};
-use crate::gpu::{
-    Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant,
-};
+use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
 use crate::kernels::lm_head_sample::Sample;
 use crate::kernels::{
     add_bias, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, layer_norm,
@@ -190,7 +188,7 @@ pub struct Heads {
 
 /// See the module's text.
 pub struct Machine {
-    pipelines: Pipelines,
+    pipelines: Arc<Pipelines>,
     config: ModelConfig,
     extents: Extents,
     dense: HashMap<Role, Dense>,
@@ -273,7 +271,7 @@ impl Machine {
     /// Allocates everything, uploads the dense weights and the resident experts. `progress(done, total)` in bytes.
     /// `lend_kv`: uploads of context read the pool itself, so nothing is staged.
     pub fn open(
-        pipelines: Pipelines,
+        pipelines: Arc<Pipelines>,
         weights: &Weights,
         plan: PagePlan,
         extents: Extents,

@@ -156,12 +156,7 @@ impl HostBuffer {
 impl Buffer {
     /// Where copies of a transfer start or end.
     pub fn at(&self, offset: u64) -> Place<'_> {
-        Place {
-            handle: self.handle.unwrap_or_default(),
-            keep: self.keep.as_ref(),
-            end: End::Device(&self.raw),
-            offset,
-        }
+        Place { handle: self.handle.unwrap_or_default(), keep: self.keep.as_ref(), end: End::Device(&self.raw), offset }
     }
 }
 

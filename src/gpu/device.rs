@@ -124,7 +124,7 @@ impl Faults {
 /// Faults that a test plants where the hardware would have to break. None by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TestFaults {
-    /// Host memory of the driver is refused.
+    /// Host memory of the driver for pages is refused.
     pub pinned_refused: bool,
     /// Importing host memory is refused.
     pub import_refused: bool,
@@ -279,10 +279,9 @@ impl Gpu {
                     memory_hints: wgpu::MemoryHints::MemoryUsage,
                     ..Default::default()
                 };
-                let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
-                    .map_err(|error| open(error.to_string()))?;
-                let transfer =
-                    PlainTransfer::new(device.clone(), queue.clone(), faults.clone(), options.test_faults);
+                let (device, queue) =
+                    pollster::block_on(adapter.request_device(&descriptor)).map_err(|error| open(error.to_string()))?;
+                let transfer = PlainTransfer::new(device.clone(), queue.clone(), faults.clone(), options.test_faults);
                 (device, queue, Arc::new(transfer) as Arc<dyn Transfer>)
             }
         };

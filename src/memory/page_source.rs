@@ -75,11 +75,23 @@ type At = (usize, u64);
 
 enum Bytes {
     /// Each page's pieces one after the other. By number of the page, layer by layer.
-    Resident { arenas: Vec<HostBuffer>, at: Vec<At> },
+    Resident {
+        arenas: Vec<HostBuffer>,
+        at: Vec<At>,
+    },
     /// Each file's mapping, cut into arenas.
-    Mapped { files: HashMap<std::path::PathBuf, Vec<HostBuffer>> },
-    Staged { buffers: Mutex<Vec<(HostBuffer, Option<Ticket>)>>, reader: Reader },
-    Relay { arenas: Vec<HostBuffer>, at: Vec<At>, fresh: Mutex<HashMap<usize, HostBuffer>> },
+    Mapped {
+        files: HashMap<std::path::PathBuf, Vec<HostBuffer>>,
+    },
+    Staged {
+        buffers: Mutex<Vec<(HostBuffer, Option<Ticket>)>>,
+        reader: Reader,
+    },
+    Relay {
+        arenas: Vec<HostBuffer>,
+        at: Vec<At>,
+        fresh: Mutex<HashMap<usize, HostBuffer>>,
+    },
 }
 
 /// Offset of each piece within its page, and the page's size.
@@ -240,7 +252,8 @@ impl PageSource {
 
     /// Weights in memory must leave the system alive.
     fn enough_memory(request: &SourceRequest<'_>) -> Result<(), PageError> {
-        let needed: u64 = cut_arenas(request.plan, request.layers).0.iter().sum();
+        // Padding of pieces and arenas is a few parts in a million, and not counted.
+        let needed = request.plan.bytes_per_pass();
         let there = request.host_bytes.min(host_memory::available_bytes().unwrap_or(u64::MAX));
         if needed > there {
             let cause = format!("{} are left for weights (--host-memory sets it)", human_bytes(there));
@@ -310,8 +323,7 @@ impl PageSource {
     }
 
     fn map(request: &SourceRequest<'_>) -> Result<Bytes, PageError> {
-        let unavailable =
-            |cause: &str| PageError::Unavailable { wanted: SourceKind::Mapped, cause: cause.to_owned() };
+        let unavailable = |cause: &str| PageError::Unavailable { wanted: SourceKind::Mapped, cause: cause.to_owned() };
         let checkpoint = request.weights.files().ok_or_else(|| unavailable("made-up weights lie in no file"))?;
         let mut files = HashMap::new();
         for (path, map) in checkpoint.mappings() {
@@ -342,7 +354,9 @@ impl PageSource {
             (bytes, kind) if kind == self.kind => bytes,
             (Bytes::Resident { arenas, at }, Relay) => Bytes::Relay { arenas, at, fresh: Mutex::default() },
             // What was never lent has no name for copies.
-            (Bytes::Relay { arenas, at, .. }, Imported | Pinned) if arenas.iter().all(HostBuffer::reached_by_copies) => {
+            (Bytes::Relay { arenas, at, .. }, Imported | Pinned)
+                if arenas.iter().all(HostBuffer::reached_by_copies) =>
+            {
                 Bytes::Resident { arenas, at }
             }
             _ => {

@@ -6,9 +6,9 @@ use crate::checkpoint::{Inventory, Placed};
 use crate::execute::machine::{Extents, host_row_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
 use crate::model::ModelConfig;
-use crate::memory::page_source::STAGING_BUFFERS;
 use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
@@ -220,7 +220,8 @@ fn fit_with_pool(
     let schedule = wishes.schedule.unwrap_or(ScheduleKind::Grouped);
     let attention = match (schedule.attention(), wishes.attention) {
         (Some(place), Some(wish)) if place != wish => {
-            let (value, with) = (wish.name().to_owned(), format!("--schedule {schedule}, which attends on the {}", place.name()));
+            let (value, with) =
+                (wish.name().to_owned(), format!("--schedule {schedule}, which attends on the {}", place.name()));
             return Err(PlanError::Conflict { option: "--attention", value, with });
         }
         (place, wish) => place.or(wish).unwrap_or_default(),
@@ -560,7 +561,13 @@ impl fmt::Display for Plan {
         write!(
             f,
             "batch   up to {} sequences in {} micro-batches of {} rows a pass, {} expert groups, prompts in pieces of up to {}, contexts up to {} tokens, decode attention on the {attention}, schedule {}",
-            p.max_sequences, p.micro_batches, p.rows_per_micro_batch, p.expert_groups, p.prompt_chunk, p.max_model_len, p.schedule,
+            p.max_sequences,
+            p.micro_batches,
+            p.rows_per_micro_batch,
+            p.expert_groups,
+            p.prompt_chunk,
+            p.max_model_len,
+            p.schedule,
         )
     }
 }

@@ -125,7 +125,12 @@ const FIRST_EXPECTED_TOKENS: usize = 32;
 
 impl Batcher {
     pub fn new(limits: BatchLimits, kv: KvCache, spill: SpillFile) -> Self {
-        assert!(limits.micro_batches > 0 && limits.rows_per_micro_batch > 0 && limits.prompt_chunk > 0 && limits.max_sequences > 0);
+        assert!(
+            limits.micro_batches > 0
+                && limits.rows_per_micro_batch > 0
+                && limits.prompt_chunk > 0
+                && limits.max_sequences > 0
+        );
         Self {
             limits,
             kv,
@@ -441,8 +446,12 @@ impl Batcher {
             Storage::Cache(table) => table.blocks().len(),
             Storage::Spilled(_) => 0,
         };
-        let growth: usize =
-            self.sequences.values().filter(|s| s.micro_batch.is_some()).map(|s| expected(s).saturating_sub(held(s))).sum();
+        let growth: usize = self
+            .sequences
+            .values()
+            .filter(|s| s.micro_batch.is_some())
+            .map(|s| expected(s).saturating_sub(held(s)))
+            .sum();
         let sequence = &self.sequences[&id];
         let fits = growth + expected(sequence).saturating_sub(held(sequence)) <= self.kv.free_blocks();
         // The oldest of all may always come in: whoever runs is younger and can be pushed out.

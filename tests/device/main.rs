@@ -6,6 +6,7 @@ mod faults;
 mod generate;
 mod goldens;
 mod kernels;
+mod pipeline;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -13,6 +14,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(kernels::trials());
+    trials.extend(pipeline::trials());
     trials.extend(goldens::trials());
     trials.extend(generate::trials());
     trials.extend(families::trials());

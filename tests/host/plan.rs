@@ -64,7 +64,8 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
     let (shape, policy) = (config.shape, plan.policy);
     let words = |n: usize| 4 * n as u64;
     let group_size = policy.micro_batches.div_ceil(policy.expert_groups);
-    let region = if group_size == 1 { policy.rows_per_micro_batch } else { policy.rows_per_micro_batch.next_multiple_of(64) };
+    let region =
+        if group_size == 1 { policy.rows_per_micro_batch } else { policy.rows_per_micro_batch.next_multiple_of(64) };
     let assignments = group_size * region * shape.experts_per_token;
     let mut buffers = Vec::new();
     for _ in 0..policy.expert_groups {
@@ -158,7 +159,10 @@ fn hold(config: &ModelConfig, bytes: &ModelBytes, machine: &MachineLimits, wishe
     assert!(policy.kv_blocks >= longest, "the pool holds the longest sequence");
     assert!(policy.workspace_blocks >= longest, "the workspace holds the longest sequence");
     assert!(policy.micro_batches >= 1 && policy.micro_batches <= policy.max_sequences);
-    assert!(policy.rows_per_micro_batch >= policy.max_sequences.div_ceil(policy.micro_batches), "each sequence can have a row");
+    assert!(
+        policy.rows_per_micro_batch >= policy.max_sequences.div_ceil(policy.micro_batches),
+        "each sequence can have a row"
+    );
     assert!((1..=policy.rows_per_micro_batch).contains(&policy.prompt_chunk));
     assert!(policy.head_rows > 0 && policy.head_rows.is_multiple_of(64));
     assert!(policy.threads >= 1 && policy.page_bytes >= 4);
@@ -281,7 +285,13 @@ proptest! {
 
 fn machine(device_bytes: u64) -> MachineLimits {
     // The largest storage binding of NVIDIA's driver.
-    MachineLimits { device_bytes, host_bytes: 64 * GIB, binding_bytes: (1 << 31) - 4, threads: 8, kernels_reach_host: true }
+    MachineLimits {
+        device_bytes,
+        host_bytes: 64 * GIB,
+        binding_bytes: (1 << 31) - 4,
+        threads: 8,
+        kernels_reach_host: true,
+    }
 }
 
 /// The inventory that a published checkpoint of `config` has: bf16, and bytes where MXFP4 is.

@@ -37,7 +37,13 @@ fn chunks(residents: bool, streamed: usize, ring: usize) -> Vec<ChunkShape> {
     chunks
 }
 
-fn shape(layers: usize, micro_batches: Vec<MicroBatchShape>, group_size: usize, streamed: usize, ring: usize) -> PassShape {
+fn shape(
+    layers: usize,
+    micro_batches: Vec<MicroBatchShape>,
+    group_size: usize,
+    streamed: usize,
+    ring: usize,
+) -> PassShape {
     let n = micro_batches.len();
     PassShape {
         layers,
@@ -205,7 +211,9 @@ impl<'s> Model<'s> {
     }
 
     fn set(&mut self, name: &'static str, at: usize, parts: &[u64]) {
-        let value = parts.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, part| (h ^ part).wrapping_mul(0x100_0000_01b3).rotate_left(23));
+        let value = parts
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325u64, |h, part| (h ^ part).wrapping_mul(0x100_0000_01b3).rotate_left(23));
         self.cells.insert((name, at), value);
     }
 
@@ -233,7 +241,8 @@ impl<'s> Model<'s> {
                 if self.shape.micro_batches[b].gpu_attention {
                     let workspace = b % self.shape.workspaces;
                     // Without an upload the workspace begins anew.
-                    let before = if self.shape.micro_batches[b].kv_to_device { self.get("workspace", workspace) } else { 7 };
+                    let before =
+                        if self.shape.micro_batches[b].kv_to_device { self.get("workspace", workspace) } else { 7 };
                     let qkv = self.get("qkv", b);
                     self.set("workspace", workspace, &[before, qkv]);
                 }
@@ -270,7 +279,8 @@ impl<'s> Model<'s> {
                 for page in &self.shape.chunks[chunk].pages {
                     for expert in page.clone() {
                         let held = self.ring[(layer * self.shape.streamed + expert) % self.shape.ring];
-                        weights = weights.wrapping_mul(1_000_003) ^ (held.0 as u64) << 40 ^ (held.1 as u64) << 20 ^ held.2;
+                        weights =
+                            weights.wrapping_mul(1_000_003) ^ (held.0 as u64) << 40 ^ (held.1 as u64) << 20 ^ held.2;
                     }
                 }
                 for b in self.shape.groups[group].clone() {
@@ -366,12 +376,14 @@ fn broken_schedules_are_refused_by_name() {
 
     // A prompt without decode rows: nothing but the rule keeps its rows from being overwritten.
     let prompt = MicroBatchShape { gpu_attention: true, cpu_attention: false, kv_to_device: true, sampled: true };
-    let mut prompts = PassShape { micro_batches: vec![prompt; 2], rows: RowPath::Copies, workspaces: 2, ..shape.clone() };
+    let mut prompts =
+        PassShape { micro_batches: vec![prompt; 2], rows: RowPath::Copies, workspaces: 2, ..shape.clone() };
     prompts.groups = vec![0..1, 1..2];
     let mut case = |name, schedule| cases.push((name, schedule, prompts.clone()));
     let (pre, out) = (Work::PreAttention { layer: 1, micro_batch: b0 }, Work::RowsToHost { layer: 0, micro_batch: b0 });
     case("DeviceRowsOverwritten", loosened(ScheduleKind::Grouped, &prompts, pre, out));
-    let (out, store) = (Work::RowsToHost { layer: 1, micro_batch: b0 }, Work::CpuAttention { layer: 0, micro_batch: b0 });
+    let (out, store) =
+        (Work::RowsToHost { layer: 1, micro_batch: b0 }, Work::CpuAttention { layer: 0, micro_batch: b0 });
     case("HostRowsOverwritten", loosened(ScheduleKind::Grouped, &prompts, out, store));
     // In the last layer nothing else waits for what is stored.
     let (sample, store) = (Work::Sample { micro_batch: b1 }, Work::CpuAttention { layer: 2, micro_batch: b1 });

@@ -9,8 +9,11 @@
 //! in real models ([`routing`]). What such a model says means nothing; what it costs is what a real one costs.
 
 pub mod routing;
+mod write;
 
 use std::ops::Range;
+
+pub use write::WriteError;
 
 use super::{Dtype, Inventory};
 use crate::model::expert_layout::Packing;

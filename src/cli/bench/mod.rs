@@ -2,6 +2,8 @@
 
 mod pipeline;
 
+pub use pipeline::shape;
+
 use anyhow::Result;
 use clap::{Args, Subcommand};
 

@@ -76,10 +76,10 @@ impl Transfer for PlainTransfer {
         &self,
         what: &str,
         bytes: u64,
-        _view: bool,
+        view: bool,
     ) -> Result<(HostMemory, Option<wgpu::Buffer>), HostMemoryRefused> {
         let refused = |cause: String| HostMemoryRefused { what: what.to_owned(), needed: bytes, cause };
-        if self.test_faults.pinned_refused {
+        if self.test_faults.pinned_refused && !view {
             return Err(refused("refused".into()));
         }
         let map = memmap2::MmapMut::map_anon(bytes.max(1) as usize).map_err(|error| refused(error.to_string()))?;
