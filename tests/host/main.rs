@@ -9,6 +9,7 @@ mod fixtures;
 mod kv_cache;
 mod pages;
 mod plan;
+mod plan_paper;
 mod request_batch_file;
 mod request_chat_template;
 mod request_extract;
