@@ -1,6 +1,6 @@
 //! `fulmen plan`: the policy for a model, a machine and a workload, before any of them is there.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 use super::{Usage, print_line};
 use crate::model::{ModelConfig, Shape};
 use crate::plan::hrm::{
-    Work, human_seconds, policy_bound, rows_at_intensity, turning_point_p1, turning_point_p2,
+    Work, human_seconds, rows_at_intensity, steady_state_bound, turning_point_p1, turning_point_p2,
 };
-use crate::plan::paper::{DEVICE_SHARE, HOST_SHARE, PaperPlan, Setting};
+use crate::plan::paper::{DEVICE_SHARE, HOST_SHARE, LayerSeconds, PaperPlan, Setting};
 use crate::plan::plot::roofline_svg;
 use crate::plan::presets::{HARDWARE, HardwarePreset, SHAPES, hardware, shape};
 use crate::plan::published;
@@ -28,7 +28,7 @@ pub struct Arguments {
     #[arg(long, value_name = "NAME", value_parser = SHAPES.map(|(name, _)| name), ignore_case = true, conflicts_with = "published")]
     shape: Option<String>,
     /// A machine by name
-    #[arg(long, env = "FULMEN_HARDWARE", value_name = "NAME", value_parser = HARDWARE.map(|preset| preset.name), ignore_case = true)]
+    #[arg(long, value_name = "NAME", value_parser = HARDWARE.map(|preset| preset.name), ignore_case = true, conflicts_with = "published")]
     hardware: Option<String>,
     /// Tokens of a prompt: the mean, or the longest where prompts are padded
     #[arg(long, value_name = "TOKENS", conflicts_with = "published")]
@@ -64,7 +64,8 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let (name, shape) = arguments.shape()?;
     let names = || HARDWARE.map(|preset| preset.name).join(", ");
     let missing = |option: &str, why: &str| Usage(format!("--paper needs {option}{why}"));
-    let machine = arguments.hardware.as_deref().ok_or_else(|| missing("--hardware", &format!(", one of {}", names())))?;
+    let machine =
+        arguments.hardware.as_deref().ok_or_else(|| missing("--hardware", &format!(", one of {}", names())))?;
     let machine = *hardware(machine).expect("clap takes known names only");
     let prompt_tokens = arguments.prompt_len.ok_or_else(|| missing("--prompt-len", ""))?;
     let generated_tokens = arguments.gen_len.ok_or_else(|| missing("--gen-len", ""))?;
@@ -97,7 +98,8 @@ impl Arguments {
         };
         let config = ModelConfig::open(folder)?;
         let path = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-        let name = path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
+        let name =
+            path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
         Ok((name, config.shape))
     }
 }
@@ -119,6 +121,9 @@ fn object(name: &str, setting: &Setting, plan: &PaperPlan) -> Result<Value> {
     fields.insert("binding".into(), json!(plan.binding().to_string()));
     fields.insert("turning_points".into(), json!({ "p1": points.p1, "p2": points.p2 }));
     fields.insert("expert_intensity".into(), json!({ "host": points.at_host, "device": points.at_device }));
+    let bound = setting.steady_state().filter(|_| plan.attention == AttentionPlace::Cpu);
+    let bound = bound.map(|state| steady_state_bound(&setting.hardware.hierarchy(), &state));
+    fields.insert("steady_state_bound".into(), serde_json::to_value(bound)?);
     fields.insert("machine".into(), serde_json::to_value(setting.hardware)?);
     fields.insert("shape".into(), serde_json::to_value(setting.shape)?);
     Ok(value)
@@ -138,7 +143,7 @@ impl Points {
         let machine = setting.hardware.hierarchy();
         let at_device = Work::experts(&setting.shape, plan.micro_batch as f64, 2.0).intensity();
         let flops = Work::experts(&setting.shape, plan.sequences as f64, 2.0).flops * setting.shape.layers as f64;
-        let at_host = (plan.host.experts > 0.0).then(|| flops / plan.host.experts);
+        let at_host = (plan.host_memory.experts > 0.0).then(|| flops / plan.host_memory.experts);
         Points {
             p1: turning_point_p1(&machine, at_host.unwrap_or(f64::INFINITY)),
             p2: turning_point_p2(&machine, at_device),
@@ -152,131 +157,116 @@ fn bytes(bytes: f64) -> String {
     human_bytes(bytes as u64)
 }
 
+/// Lines that a person reads, under labels at their left.
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, label: &str, line: impl fmt::Display) {
+        let _ = writeln!(self.0, "{label:<10}{line}");
+    }
+
+    /// Memory of one side: in all, then by purpose. What is nothing is left out.
+    fn memory(&mut self, label: &str, total: f64, allowed: f64, of: fmt::Arguments<'_>, parts: &[(&str, f64)]) {
+        self.add(label, format_args!("{} of {} ({of})", bytes(total), bytes(allowed)));
+        for (what, size) in parts.iter().filter(|(_, size)| *size >= 1.0) {
+            self.add("", format_args!("{:>10}  {what}", bytes(*size)));
+        }
+    }
+}
+
 fn table(name: &str, setting: &Setting, plan: &PaperPlan) -> String {
     let HardwarePreset { title, source, .. } = setting.hardware;
-    let (device, host) = (&plan.device, &plan.host);
-    let mut text = String::new();
-    let mut row = |label: &str, line: String| {
-        let _ = writeln!(text, "{label:<10}{line}");
-    };
-    row("model", format!("{name}, every weight, key and value in 2 bytes"));
-    row("machine", title.to_owned());
-    row("", format!("({source})"));
-    row("workload", format!("{} prompt tokens, {} generated", setting.prompt_tokens, setting.generated_tokens));
+    let mut lines = Lines(String::new());
+    lines.add("model", format_args!("{name}, every weight, key and value in 2 bytes"));
+    lines.add("machine", title);
+    lines.add("", format_args!("({source})"));
+    lines.add(
+        "workload",
+        format_args!("{} prompt tokens, {} generated", setting.prompt_tokens, setting.generated_tokens),
+    );
 
+    let PaperPlan { micro_batch, micro_batches, sequences, plateau: (first, last), .. } = plan;
+    lines.add("policy", format_args!("{sequences} sequences in {micro_batches} micro-batches of {micro_batch}"));
+    if last > first {
+        lines.add(
+            "",
+            format_args!("({first} to {last} micro-batches are predicted exactly equal; the fewest are taken)"),
+        );
+    }
+    let attention = match plan.attention {
+        AttentionPlace::Cpu => "CPU".to_owned(),
+        AttentionPlace::Gpu => format!("GPU, where {:.2} % of keys and values stay", 100.0 * plan.resident_kv),
+    };
+    lines.add("", format_args!("experts on the GPU, decode attention on the {attention}"));
     let experts = setting.shape.experts;
     let whole = (experts as f64 * plan.resident_weights + 1e-9) as usize;
-    row(
-        "policy",
-        format!("{} sequences in {} micro-batches of {}", plan.sequences, plan.micro_batches, plan.micro_batch),
-    );
-    let (first, last) = plan.plateau;
-    if last > first {
-        row("", format!("({first} to {last} micro-batches are predicted exactly equal; the fewest are taken)"));
-    }
-    row("", match plan.attention {
-        AttentionPlace::Cpu => "decode attention on the CPU, experts on the GPU".into(),
-        AttentionPlace::Gpu => {
-            format!("decode attention on the GPU, {:.2} % of K and V stay there; experts on the GPU", 100.0 * plan.resident_kv)
-        }
-    });
-    row(
-        "",
-        format!(
-            "{:.2} % of the experts stay on the GPU ({whole} whole {} of {experts} a layer)",
-            100.0 * plan.resident_weights,
-            if whole == 1 { "expert" } else { "experts" }
-        ),
-    );
-    row(
-        "device",
-        format!(
-            "{} of {} ({:.0} % of {})",
-            bytes(device.total()),
-            bytes(device.allowed),
-            100.0 * DEVICE_SHARE,
-            bytes(setting.hardware.all_device_bytes())
-        ),
-    );
-    let mut parts = |parts: &[(&str, f64)]| {
-        for (what, size) in parts.iter().filter(|(_, size)| *size >= 1.0) {
-            row("", format!("{:>10}  {what}", bytes(*size)));
-        }
-    };
-    parts(&[
-        ("attention projections", device.projections),
-        ("experts that stay", device.resident_experts),
-        ("two layers of experts that stream", device.expert_buffers),
-        ("keys and values that stay", device.resident_kv),
-        ("rows", device.rows),
-        ("scratch of the experts in prefill", device.expert_scratch),
-    ]);
-    row(
-        "host",
-        format!(
-            "{} of {} ({:.0} % of {} that are free)",
-            bytes(host.total()),
-            bytes(host.allowed),
-            100.0 * HOST_SHARE,
-            bytes(setting.hardware.host_bytes)
-        ),
-    );
-    let mut parts = |parts: &[(&str, f64)]| {
-        for (what, size) in parts.iter().filter(|(_, size)| *size >= 1.0) {
-            row("", format!("{:>10}  {what}", bytes(*size)));
-        }
-    };
-    parts(&[
-        ("experts", host.experts),
-        ("two layers of experts, pinned", host.staging),
-        ("keys and values", host.kv),
-        ("rows of prefill", host.rows),
-    ]);
+    let share = 100.0 * plan.resident_weights;
+    lines
+        .add("", format_args!("{share:.2} % of the experts stay on the GPU: {whole} whole of {experts} in each layer"));
 
-    row(
-        "predicted",
-        format!(
-            "{:.1} tok/s in decode, {} a step; {:.1} tok/s with {} of prefill",
-            plan.tokens_per_second,
-            human_seconds(plan.step_seconds),
-            plan.run_tokens_per_second,
-            human_seconds(plan.prefill_seconds)
-        ),
+    let (device, host) = (&plan.device_memory, &plan.host_memory);
+    let (of_device, of_host) = (bytes(setting.hardware.all_device_bytes()), bytes(setting.hardware.host_bytes));
+    lines.memory(
+        "device",
+        device.total(),
+        device.allowed,
+        format_args!("{:.0} % of {of_device}", 100.0 * DEVICE_SHARE),
+        &[
+            ("attention projections", device.projections),
+            ("experts that stay", device.resident_experts),
+            ("two layers of experts that stream", device.expert_buffers),
+            ("keys and values that stay", device.resident_kv),
+            ("rows", device.rows),
+            ("scratch of the experts in prefill", device.expert_scratch),
+        ],
     );
+    lines.memory(
+        "host",
+        host.total(),
+        host.allowed,
+        format_args!("{:.0} % of {of_host} that are free", 100.0 * HOST_SHARE),
+        &[
+            ("experts", host.experts),
+            ("two layers of experts, pinned", host.staging),
+            ("keys and values", host.kv),
+            ("rows of prefill", host.rows),
+        ],
+    );
+
     let layers = setting.shape.layers as f64;
-    let seconds = plan.layer_seconds;
-    let [link, gpu, cpu] = [seconds.link, seconds.device, seconds.host].map(|seconds| human_seconds(seconds * layers));
-    row("", format!("a step is link {link}, GPU {gpu}, CPU {cpu}, side by side"));
-    row("roof", plan.binding().to_string());
+    let LayerSeconds { link, device, host } = plan.layer_seconds;
+    let [link, gpu, cpu] = [link, device, host].map(|seconds| human_seconds(seconds * layers));
+    let (step, prefill) = (human_seconds(plan.step_seconds), human_seconds(plan.prefill_seconds));
+    let (decode, run) = (plan.tokens_per_second, plan.run_tokens_per_second);
+    lines.add("predicted", format_args!("{decode:.1} tok/s in decode, {run:.1} tok/s with {prefill} of prefill"));
+    lines.add("", format_args!("{step} a step: link {link}, GPU {gpu}, CPU {cpu}, side by side"));
+    lines.add("", plan.binding());
     let points = Points::of(setting, plan);
     let rows = |intensity: f64| match rows_at_intensity(&setting.shape, intensity, 2.0) {
-        Some(rows) => format!("{} rows", rows.ceil()),
-        None => "no number of rows".into(),
+        Some(rows) => format!("from {} rows on", rows.ceil()),
+        None => "with no number of rows".into(),
     };
-    row(
+    let (moves, gpu_bound) = (rows(points.p1), rows(points.p2));
+    lines.add("roofline", format_args!("experts pay their way over the link {moves} (P1, {:.1} FLOP/B)", points.p1));
+    let p2 = points.p2;
+    lines.add(
         "",
-        format!(
-            "experts pay the way from {} on (P1, {:.1} FLOP/B), and the GPU is the limit from {} on (P2 at µ = {}, {:.0} FLOP/B)",
-            rows(points.p1),
-            points.p1,
-            rows(points.p2),
-            plan.micro_batch,
-            points.p2
-        ),
+        format_args!("the GPU is the limit, not the link, {gpu_bound} (P2, {p2:.0} FLOP/B at µ = {micro_batch})"),
     );
-    let bound = policy_bound(&setting.hardware.hierarchy(), &setting.shape, &plan.point(setting));
-    row("", format!("no schedule of this policy beats {:.1} tok/s: {}", bound.tokens_per_second, bound.binding()));
+    if let Some(state) = setting.steady_state().filter(|_| plan.attention == AttentionPlace::Cpu) {
+        let bound = steady_state_bound(&setting.hardware.hierarchy(), &state);
+        let (best, roof) = (bound.tokens_per_second, bound.binding());
+        lines.add("", format_args!("no policy whatever beats {best:.0} tok/s with its prefill: {roof}"));
+    }
     for (index, (what, richer)) in setting.with_more().iter().enumerate() {
-        let label = if index == 0 { "gains" } else { "" };
         let gain = match richer.search() {
             Ok(richer) => {
-                let gain = 100.0 * (richer.tokens_per_second / plan.tokens_per_second - 1.0);
-                let (micro_batch, micro_batches) = (richer.micro_batch, richer.micro_batches);
-                format!("{gain:+.1} % ({micro_batch} x {micro_batches})")
+                let gain = 100.0 * (richer.tokens_per_second / decode - 1.0);
+                format!("{gain:+.1} %, {} x {}", richer.micro_batches, richer.micro_batch)
             }
-            Err(error) => error.to_string(), // cannot be: more never fits less
+            Err(error) => error.to_string(), // cannot be: what fits still fits where there is more
         };
-        row(label, format!("{what}: {gain}"));
+        lines.add(if index == 0 { "gains" } else { "" }, format_args!("{what}: {gain}"));
     }
-    text
+    lines.0
 }

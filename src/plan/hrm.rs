@@ -339,7 +339,8 @@ impl SteadyState {
 /// The steady-state bound `T = max(W / B_link, n (1 + s/g) F_tok / P_eff, C_KV / B_attn)`, tokens per second `n / T`.
 ///
 /// Each running request adds one decode row to a pass and `s/g` prompt rows (a new prompt every g passes), and all of K and V is
-/// read. `hierarchy` holds attainable rates here rather than peaks: the link's, the device's FLOP/s on matmuls of many rows,
+/// read. (A prompt's pass gives its first token, so g - 1 decode rows would do: for answers of a few tokens this is no bound.)
+/// `hierarchy` holds attainable rates here rather than peaks: the link's, the device's FLOP/s on matmuls of many rows,
 /// the host's bytes/s in attention.
 pub fn steady_state_bound(hierarchy: &Hierarchy, state: &SteadyState) -> Bound {
     let rows = state.requests() * (1.0 + state.prompt_tokens / state.generated_tokens);

@@ -14,7 +14,8 @@ impl HalfPlane {
 
     /// Within rounding: a corner lies on its two lines only up to the last bits.
     fn holds(&self, x: [f64; 2]) -> bool {
-        let (terms, scale) = ([self.a[0] * x[0], self.a[1] * x[1]], self.a[0].abs() + self.a[1].abs() + self.bound.abs());
+        let (terms, scale) =
+            ([self.a[0] * x[0], self.a[1] * x[1]], self.a[0].abs() + self.a[1].abs() + self.bound.abs());
         terms[0] + terms[1] - self.bound <= 1e-12 * scale
     }
 
@@ -72,7 +73,8 @@ mod tests {
             let cost = [random(), random()];
             let found = minimise(cost, &planes);
             let grid = (0..=60).flat_map(|i| (0..=60).map(move |j| [i as f64 / 60.0, j as f64 / 60.0]));
-            let feasible = grid.filter(|x| planes.iter().all(|plane| plane.a[0] * x[0] + plane.a[1] * x[1] <= plane.bound));
+            let feasible =
+                grid.filter(|x| planes.iter().all(|plane| plane.a[0] * x[0] + plane.a[1] * x[1] <= plane.bound));
             for x in feasible {
                 let best = found.unwrap_or_else(|| panic!("{x:?} satisfies {planes:?}"));
                 assert!(cost[0] * best[0] + cost[1] * best[1] <= cost[0] * x[0] + cost[1] * x[1] + 1e-12, "{planes:?}");

@@ -43,8 +43,8 @@
 //! # The search
 //!
 //! µ over 1, 2, 3, 4, 36, 68, 100, … until one micro-batch does not fit; for each, n_ub from 1 until it does not fit or predicted
-//! throughput drops; inside, a linear program over (r_w, r_c) ([`linear`](super::linear)). Predicted throughput is
-//! `N n / (T (n - 1) L)`.
+//! throughput drops (found by doubling and bisection); inside, a linear program over (r_w, r_c)
+//! ([`linear`](super::linear)). Predicted throughput is `N n / (T (n - 1) L)`.
 //!
 //! Where device or host bind, throughput does not depend on n_ub: a **plateau** of policies that are exactly equal. The
 //! artifact's pick there is an accident of its solver's last digits (HELM reasoning on a T4: 26 of 19 to 41). Here the fewest
@@ -57,7 +57,9 @@
 //! host memory rate 100 on the T4 machines and 76 on the L4 machine; with t devices m_g, b_g and p_g are t-fold while b_cg, b_c
 //! and m_c are not.
 
-use super::hrm::{Load, PolicyPoint, Roof, Work, layer_expert_elements};
+use std::cmp::Ordering;
+
+use super::hrm::{Load, PolicyPoint, Roof, SteadyState, Work, layer_expert_elements};
 use super::linear::{HalfPlane, minimise};
 use super::presets::HardwarePreset;
 use crate::model::Shape;
@@ -165,8 +167,8 @@ pub struct PaperPlan {
     pub run_tokens_per_second: f64,
     /// What each roof carries in a decode step.
     pub loads: Vec<Load>,
-    pub device: DeviceBytes,
-    pub host: HostBytes,
+    pub device_memory: DeviceBytes,
+    pub host_memory: HostBytes,
 }
 
 impl PaperPlan {
@@ -312,15 +314,15 @@ impl Setting {
                 ),
             ],
         )?;
-        // A corner on the box's edge may be off by the last bits.
-        let (resident_weights, resident_kv) = (x.clamp(0.0, 1.0), y.clamp(0.0, 1.0));
+        // A corner on the box's edge may be off by the last bits, or be -0.
+        let [resident_weights, resident_kv] = [x, y].map(|share| share.clamp(0.0, 1.0) + 0.0);
         let streamed = 1.0 - resident_weights;
 
         let decode_rows = size.decode_rows + decode_moving * (1.0 - resident_kv);
         let prefill_rows = size.prefill_rows + size.moving_prompt_kv * (1.0 - resident_kv);
         let (decode_kv, prefill_kv) = (size.kv * resident_kv, size.prompt_kv * resident_kv);
         let decode_is_more = decode_rows + decode_kv >= prefill_rows + prefill_kv;
-        let device = DeviceBytes {
+        let device_memory = DeviceBytes {
             projections: size.projections,
             resident_experts: w * layers * resident_weights,
             expert_buffers: 2.0 * w * streamed,
@@ -329,7 +331,7 @@ impl Setting {
             expert_scratch: size.scratch,
             allowed: device_allowed,
         };
-        let host = HostBytes {
+        let host_memory = HostBytes {
             experts: w * layers * streamed,
             staging: 2.0 * w * streamed,
             kv: size.kv * (1.0 - resident_kv),
@@ -354,8 +356,8 @@ impl Setting {
             prefill_seconds,
             run_tokens_per_second: rows * n / (prefill_seconds + layer * (n - 1.0) * layers),
             loads,
-            device,
-            host,
+            device_memory,
+            host_memory,
         })
     }
 
@@ -383,10 +385,7 @@ impl Setting {
         // (14): a task is as slow as the slower of its two roofs.
         let slower = |work: Work, memory: Roof, compute: Roof| {
             let level = if memory == Roof::DeviceMemory { hierarchy.device } else { hierarchy.host };
-            Load::binding(&[
-                load(memory, work.bytes, level.bytes_per_s),
-                load(compute, work.flops, level.flops_per_s),
-            ])
+            Load::binding(&[load(memory, work.bytes, level.bytes_per_s), load(compute, work.flops, level.flops_per_s)])
         };
         let ffn = slower(experts, Roof::DeviceMemory, Roof::DeviceCompute);
         let attend = match attention {
@@ -395,17 +394,21 @@ impl Setting {
         };
         let link = load(Roof::Link, on_link, hierarchy.link_bytes_per_s);
         let seconds = match attention {
-            AttentionPlace::Cpu => {
-                LayerSeconds { link: link.seconds(), device: ffn.seconds(), host: attend.seconds() }
-            }
+            AttentionPlace::Cpu => LayerSeconds { link: link.seconds(), device: ffn.seconds(), host: attend.seconds() },
             // (13): tasks of one resource follow each other.
             AttentionPlace::Gpu => {
                 LayerSeconds { link: link.seconds(), device: ffn.seconds() + attend.seconds(), host: 0.0 }
             }
         };
-        let layers = self.shape.layers as f64;
-        let loads = [link, ffn, attend].map(|one| Load { amount: one.amount * layers, ..one });
-        (loads.to_vec(), seconds)
+        let mut loads = vec![link, ffn];
+        match loads.iter_mut().find(|one| one.roof == attend.roof) {
+            Some(same) => same.amount += attend.amount,
+            None => loads.push(attend),
+        }
+        for one in &mut loads {
+            one.amount *= self.shape.layers as f64;
+        }
+        (loads, seconds)
     }
 
     /// The artifact's own prefill model: everything on the device, weights and hidden states over the link.
@@ -417,8 +420,8 @@ impl Setting {
         let seconds = |work: Work| {
             times * (work.flops / hierarchy.device.flops_per_s).max(work.bytes / hierarchy.device.bytes_per_s)
         };
-        let device = seconds(Work::experts(&self.shape, micro * s, 2.0))
-            + seconds(attention_work(&self.shape, micro, s, s));
+        let device =
+            seconds(Work::experts(&self.shape, micro * s, 2.0)) + seconds(attention_work(&self.shape, micro, s, s));
         ((weights + rows_bytes) / hierarchy.link_bytes_per_s).max(device)
     }
 
@@ -430,10 +433,10 @@ impl Setting {
             let sizes = (1..=4).chain((36..).step_by(32));
             for found in sizes.map_while(|micro_batch| self.best_micro_batches(micro_batch, attention)) {
                 let better = best.as_ref().is_none_or(|best| match compare(&found, best) {
-                    std::cmp::Ordering::Greater => true,
-                    std::cmp::Ordering::Less => false,
+                    Ordering::Greater => true,
+                    Ordering::Less => false,
                     // A tie between places goes to the host, where the artifact has it.
-                    std::cmp::Ordering::Equal => found.attention == best.attention && found.sequences <= best.sequences,
+                    Ordering::Equal => found.attention == best.attention && found.sequences <= best.sequences,
                 });
                 if better {
                     best = Some(found);
@@ -446,15 +449,16 @@ impl Setting {
     /// The fewest micro-batches of this size with the highest throughput, and the plateau they are on. None where one micro-batch
     /// does not fit.
     fn best_micro_batches(&self, micro_batch: usize, attention: AttentionPlace) -> Option<PaperPlan> {
-        let mut best = self.evaluate(micro_batch, 1, attention)?;
-        for micro_batches in 2.. {
-            let Some(plan) = self.evaluate(micro_batch, micro_batches, attention) else { break };
-            match compare(&plan, &best) {
-                std::cmp::Ordering::Greater => best = plan,
-                std::cmp::Ordering::Equal => best.plateau.1 = micro_batches,
-                std::cmp::Ordering::Less => break,
-            }
-        }
+        let at = |micro_batches| self.evaluate(micro_batch, micro_batches, attention);
+        at(1)?;
+        // Throughput over n_ub rises, is level, falls, and ends where memory does (a test scans for exceptions), so both ends of
+        // the level part are found by doubling and bisection.
+        let rises =
+            |n: usize| at(n).zip(at(n + 1)).is_some_and(|(this, next)| compare(&next, &this) == Ordering::Greater);
+        let first = first_without(1, rises);
+        let mut best = at(first)?;
+        let level = |n: usize| at(n).is_some_and(|plan| compare(&plan, &best) == Ordering::Equal);
+        best.plateau.1 = first_without(first, level) - 1;
         Some(best)
     }
 
@@ -499,6 +503,26 @@ impl Setting {
         PaperError::Memory { hardware, tokens, side: "host", what, needed, allowed, memory, percent }
     }
 
+    /// What bounds every policy with decode attention on the host, whatever its schedule: all of device memory that the projections
+    /// leave holds experts, all of host memory that the other experts leave holds K and V, and prefill rides on decode's weights.
+    /// As everywhere in this model only the experts' FLOP are counted. For
+    /// [`steady_state_bound`](super::hrm::steady_state_bound). None where the experts alone do not fit.
+    pub fn steady_state(&self) -> Option<SteadyState> {
+        let layers = self.shape.layers as f64;
+        let size = self.sizes(1, 1);
+        let on_device = DEVICE_SHARE * self.hardware.all_device_bytes() - size.projections;
+        let streamed = (size.layer_experts * layers - on_device.max(0.0)).max(0.0);
+        let kv_memory_bytes = HOST_SHARE * self.hardware.host_bytes - streamed;
+        (on_device > 0.0 && kv_memory_bytes > 0.0).then(|| SteadyState {
+            weight_bytes: streamed,
+            kv_bytes_per_token: 2.0 * self.shape.kv_elements_per_token() as f64,
+            kv_memory_bytes,
+            flops_per_token: layers * Work::experts(&self.shape, 1.0, 2.0).flops,
+            prompt_tokens: self.prompt_tokens as f64,
+            generated_tokens: self.generated_tokens as f64,
+        })
+    }
+
     /// What a little more of each resource would buy: the best plan with it. Steps of µ and whole micro-batches make the gain
     /// jump, and it may be nothing.
     pub fn with_more(&self) -> [(&'static str, Setting); 4] {
@@ -512,21 +536,38 @@ impl Setting {
             ("1 GiB more device memory", more(&|hardware| hardware.device_bytes += GIB / hardware.devices as f64)),
             ("10 GiB more host memory", more(&|hardware| hardware.host_bytes += 10.0 * GIB)),
             ("1 GiB/s more over the link", more(&|hardware| hardware.link_bytes_per_s += GIB)),
-            ("10 GiB/s more device memory rate", more(&|hardware| {
-                hardware.device.bytes_per_s += 10.0 * GIB / hardware.devices as f64;
-            })),
+            (
+                "10 GiB/s more device memory rate",
+                more(&|hardware| {
+                    hardware.device.bytes_per_s += 10.0 * GIB / hardware.devices as f64;
+                }),
+            ),
         ]
     }
 }
 
-/// Higher throughput is greater; equal within rounding.
-fn compare(one: &PaperPlan, other: &PaperPlan) -> std::cmp::Ordering {
-    let (one, other) = (one.tokens_per_second, other.tokens_per_second);
-    if (one - other).abs() <= SAME * other {
-        std::cmp::Ordering::Equal
-    } else {
-        one.total_cmp(&other)
+/// The first number from `start` on that does not have a property which all before it have.
+fn first_without(start: usize, has: impl Fn(usize) -> bool) -> usize {
+    if !has(start) {
+        return start;
     }
+    let (mut with, mut step) = (start, 1);
+    while has(with + step) {
+        with += step;
+        step *= 2;
+    }
+    let mut without = with + step;
+    while without - with > 1 {
+        let middle = with + (without - with) / 2;
+        if has(middle) { with = middle } else { without = middle }
+    }
+    without
+}
+
+/// Higher throughput is greater; equal within rounding.
+fn compare(one: &PaperPlan, other: &PaperPlan) -> Ordering {
+    let (one, other) = (one.tokens_per_second, other.tokens_per_second);
+    if (one - other).abs() <= SAME * other { Ordering::Equal } else { one.total_cmp(&other) }
 }
 
 /// The artifact's attention over `queries` rows of each of `sequences`: scores and softmax, not the sum over V; queries, K, V and

@@ -64,16 +64,13 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
     let at_device = Work::experts(shape, plan.micro_batch as f64, 2.0).intensity();
     let kernel = attainable(&machine.device, at_device);
     let flops = Work::experts(shape, rows, 2.0).flops * shape.layers as f64;
-    let streamed = plan.host.experts;
+    let streamed = plan.host_memory.experts;
     // Where all experts stay on the device nothing crosses, and its own roof is the only one.
     let at_host = if streamed > 0.0 { flops / streamed } else { at_device };
-    let (roof, reached) = if streamed > 0.0 {
-        attainable_on_device(&machine, at_device, at_host)
-    } else {
-        (Roof::DeviceMemory, kernel)
-    };
+    let (roof, reached) =
+        if streamed > 0.0 { attainable_on_device(&machine, at_device, at_host) } else { (Roof::DeviceMemory, kernel) };
     let experts = Point {
-        label: format!("experts, N = {}", plan.sequences),
+        label: format!("experts, N = {}{}", plan.sequences, if streamed > 0.0 { "" } else { ", all on the GPU" }),
         detail: format!("{} FLOP/B, {}/s, {} roof", three(at_host), human_flops(reached), roof.name()),
         intensity: at_host,
         flops_per_s: reached,
@@ -83,7 +80,9 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
     let attend = Work::decode_attention(shape, rows, context, 2.0).intensity();
     let (place, reached, colour) = match plan.attention {
         AttentionPlace::Cpu => ("host", attainable(&machine.host, attend), HOST),
-        AttentionPlace::Gpu if plan.resident_kv < 1.0 => ("device", attainable_on_device(&machine, attend, attend).1, LINK),
+        AttentionPlace::Gpu if plan.resident_kv < 1.0 => {
+            ("device", attainable_on_device(&machine, attend, attend).1, LINK)
+        }
         AttentionPlace::Gpu => ("device", attainable(&machine.device, attend), DEVICE),
     };
     let attention = Point {
@@ -104,7 +103,7 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
     };
     let mut svg = Svg::new();
     svg.text(LEFT, 34.0, title, &format!("font-size='19' font-weight='600' fill='{INK}'"));
-    let subtitle = format!("{} · {:.1} tokens/s of decode", plan.binding(), plan.tokens_per_second);
+    let subtitle = format!("{} · {} tokens/s of decode", plan.binding(), three(plan.tokens_per_second));
     svg.text(LEFT, 57.0, &subtitle, &format!("font-size='13.5' fill='{FAINT}'"));
 
     svg.regions(&axes, p1, p2);
@@ -131,20 +130,20 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
     // Names: along the slopes, and over the flat parts.
     let memory = |name: &str, rate: f64| format!("{name} {}/s", human_bytes(rate as u64));
     let slopes = [
-        (memory("GPU memory", machine.device.bytes_per_s), machine.device.bytes_per_s, DEVICE, 0.62),
-        (memory("host memory", machine.host.bytes_per_s), machine.host.bytes_per_s, HOST, 0.20),
-        (memory("link", machine.link_bytes_per_s), machine.link_bytes_per_s, LINK, 0.62),
+        (memory("GPU memory", machine.device.bytes_per_s), machine.device.bytes_per_s, DEVICE, -7.0),
+        (memory("host memory", machine.host.bytes_per_s), machine.host.bytes_per_s, HOST, 17.0),
+        (memory("link", machine.link_bytes_per_s), machine.link_bytes_per_s, LINK, 17.0),
     ];
-    for (text, rate, colour, along) in slopes {
-        // At a part of the way up to the roof's end, counted in decades from where the line enters the picture.
+    for (text, rate, colour, below) in slopes {
+        // In the middle between where the line enters the picture and the first thing that happens to it.
         let enters = x_low.max(10f64.powf(axes.y.0) / rate).log10();
         let ends = match colour {
             HOST => ridge_intensity(&machine.host),
             DEVICE => ridge_intensity(&machine.device),
-            _ => p2.min(link_ends[1]),
+            _ => p1,
         };
-        let x = 10f64.powf(enters + along * (ends.log10() - enters));
-        svg.rotated(axes.px(x), axes.py(rate * x), -axes.slope_degrees(), &text, colour);
+        let x = 10f64.powf((enters + ends.log10()) / 2.0);
+        svg.rotated((axes.px(x), axes.py(rate * x)), -axes.slope_degrees(), below, &text, colour);
     }
     let host_peak = format!("host {}/s", human_flops(machine.host.flops_per_s));
     svg.label(RIGHT - 8.0, axes.py(machine.host.flops_per_s) - 7.0, &host_peak, HOST, "text-anchor='end'");
@@ -154,17 +153,27 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
     for (name, x, y) in [("P1", p1, attainable(&machine.host, p1)), ("P2", p2, kernel)] {
         svg.line(&[(axes.px(x), TOP), (axes.px(x), BOTTOM)], FAINT, "stroke-width='1' stroke-dasharray='5 4'");
         let (px, py) = (axes.px(x), axes.py(y));
-        svg.line(&[(px, py - 5.0), (px + 5.0, py), (px, py + 5.0), (px - 5.0, py), (px, py - 5.0)], INK, "stroke-width='1.6'");
+        svg.line(
+            &[(px, py - 5.0), (px + 5.0, py), (px, py + 5.0), (px - 5.0, py), (px, py - 5.0)],
+            INK,
+            "stroke-width='1.6'",
+        );
         svg.label(px + 6.0, BOTTOM - 8.0, &format!("{name} {}", three(x)), INK, "");
     }
     for point in [&attention, &experts] {
         let (px, py) = (axes.px(point.intensity), axes.py(point.flops_per_s));
+        // Below and to the right, where roofs that rise to the right leave room. Under the host's roof runs the link, and room
+        // is only below both: a thin line leads there.
+        let (mut x, mut y) = (px + 14.0, py + 20.0);
+        if point.colour == HOST {
+            (x, y) = (px + 8.0, BOTTOM - 48.0);
+            svg.line(&[(px, py), (px, y + 16.0)], FAINT, "stroke-width='0.8'");
+        }
         svg.dot(px, py, point.colour);
-        // Below and to the right, where roofs that rise to the right leave room.
-        let end = px + 14.0 + 230.0 > RIGHT;
-        let (x, anchor) = if end { (px - 14.0, "text-anchor='end'") } else { (px + 14.0, "") };
-        svg.label(x, py + 20.0, &point.label, INK, &format!("font-weight='600' {anchor}"));
-        svg.label(x, py + 36.0, &point.detail, FAINT, anchor);
+        let anchor = if x + 250.0 > RIGHT { "text-anchor='end'" } else { "" };
+        x = if anchor.is_empty() { x } else { px - 14.0 };
+        svg.label(x, y, &point.label, INK, &format!("font-weight='600' {anchor}"));
+        svg.label(x, y + 16.0, &point.detail, FAINT, anchor);
     }
     svg.end()
 }
@@ -203,9 +212,9 @@ impl Svg {
         self.text(x, y, text, &format!("font-size='12.5' fill='{colour}' {edge} {style}"));
     }
 
-    /// A label along a line, just above it.
-    fn rotated(&mut self, x: f64, y: f64, degrees: f64, text: &str, colour: &str) {
-        let style = format!("text-anchor='middle' transform='rotate({degrees:.1} {x:.1} {y:.1}) translate(0 -7)'");
+    /// A label along a line, so far below it.
+    fn rotated(&mut self, (x, y): (f64, f64), degrees: f64, below: f64, text: &str, colour: &str) {
+        let style = format!("text-anchor='middle' transform='rotate({degrees:.1} {x:.1} {y:.1}) translate(0 {below})'");
         self.label(x, y, text, colour, &style);
     }
 
@@ -236,7 +245,7 @@ impl Svg {
     /// What to do with data of an intensity: three bands between the turning points.
     fn regions(&mut self, axes: &Axes, p1: f64, p2: f64) {
         let edges = [LEFT, axes.px(p1).clamp(LEFT, RIGHT), axes.px(p2).clamp(LEFT, RIGHT), RIGHT];
-        let bands = [("compute on the host", HOST), ("move it: link-bound", LINK), ("move it: GPU-bound", DEVICE)];
+        let bands = [("compute on the host", HOST), ("link-bound", LINK), ("GPU-bound", DEVICE)];
         for (ends, (text, colour)) in edges.windows(2).zip(bands) {
             let width = ends[1] - ends[0];
             if width <= 0.0 {
@@ -283,6 +292,7 @@ impl Svg {
 /// `1,000`
 fn thousands(value: u64) -> String {
     let digits = value.to_string();
-    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().map(|group| std::str::from_utf8(group).expect("digits")).collect();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().map(|group| std::str::from_utf8(group).expect("digits")).collect();
     groups.join(",")
 }

@@ -187,7 +187,13 @@ pub fn page() -> Result<String, PaperError> {
          * r_w: share of the experts that stays on the GPU. step: one decode step of all N. decode: N n / ((n - 1) step), what the\n\
          \u{20} optimizer maximises. whole run: the same tokens over prefill, by the same roofs, and decode.\n\
          * published: generated tokens over prefill and decode time, one batch of N requests.\n\
-         * reached: published / whole run.\n",
+         * reached: published / whole run.\n\
+         \n\
+         ![The roofline of S1, padded, 128 generated tokens](roofline.svg)\n\
+         \n\
+         The roofline of S1, padded, 128 generated tokens: attention belongs to the host, below P1; the experts of all 504 sequences\n\
+         lie between P1 and P2, so the link sets the pace. `fulmen plan --paper --shape mixtral-8x7b --hardware t4 --prompt-len 418\n\
+         --gen-len 128 --svg roofline.svg` draws it.\n",
     );
     let parts: [(&str, fn(&PublishedRuns) -> bool); 3] = [
         ("MTBench, prompts as they are (mean length)", |runs| !runs.padded),
@@ -248,7 +254,7 @@ pub fn page() -> Result<String, PaperError> {
             let share = 1.0 / runs.runs.len() as f64;
             model_prefill += share * (plan.sequences * runs.prompt_tokens) as f64 / plan.prefill_seconds;
             model_step += share * plan.step_seconds;
-            streamed += share * plan.host.experts;
+            streamed += share * plan.host_memory.experts;
         }
         let _ = writeln!(
             page,
