@@ -195,14 +195,16 @@ pub fn page() -> Result<String, PaperError> {
          lie between P1 and P2, so the link sets the pace. `fulmen plan --paper --shape mixtral-8x7b --hardware t4 --prompt-len 418\n\
          --gen-len 128 --svg roofline.svg` draws it.\n",
     );
-    let parts: [(&str, fn(&PublishedRuns) -> bool); 3] = [
-        ("MTBench, prompts as they are (mean length)", |runs| !runs.padded),
-        ("MTBench, prompts padded to the longest", |runs| runs.padded && runs.workload == "MTBench"),
-        ("HELM, prompts padded to the longest (table 4)", |runs| runs.workload != "MTBench"),
+    let of =
+        |of_this_part: &dyn Fn(&PublishedRuns) -> bool| PUBLISHED.iter().filter(|runs| of_this_part(runs)).collect();
+    let parts: [(&str, Vec<&PublishedRuns>); 3] = [
+        ("MTBench, prompts as they are (mean length)", of(&|runs| !runs.padded)),
+        ("MTBench, prompts padded to the longest", of(&|runs| runs.padded && runs.workload == "MTBench")),
+        ("HELM, prompts padded to the longest (table 4)", of(&|runs| runs.workload != "MTBench")),
     ];
-    for (title, of_this_part) in parts {
+    for (title, settings) in parts {
         let _ = write!(page, "\n## {title}\n");
-        for runs in PUBLISHED.iter().filter(|runs| of_this_part(runs)) {
+        for runs in settings {
             let machine = presets::hardware(runs.hardware).expect("a known machine").title;
             let workload = if runs.workload == "MTBench" { "" } else { &format!(" {}", runs.workload) };
             let title = format!("{}{workload}: {}, {machine}", runs.name, runs.shape);
