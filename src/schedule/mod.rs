@@ -2,7 +2,7 @@
 //!
 //! In: how many layers, which groups have rows of which kind, how a layer's experts are cut into chunks and pages
 //! ([`PassShape`]). Out: a [`Schedule`], which prints as a table, is checked by [`check()`], and is run and timed by
-//! [`execute`](crate::execute). A [`Timeline`] holds when each task ran.
+//! [`execute`](crate::execute). A [`Timeline`] holds when each task ran, or, given what each takes, will run ([`simulate()`]).
 //!
 //! One layer of the serial schedule, two groups, experts in two chunks of one page each:
 //!
@@ -19,10 +19,12 @@
 mod build;
 mod check;
 mod render;
+mod simulate;
 mod task;
 mod timeline;
 
 pub use build::{GroupShape, PassShape, serial};
 pub use check::{ScheduleFault, check};
+pub use simulate::{Cost, Resource, simulate};
 pub use task::{Lane, Schedule, Task, TaskId, Work};
 pub use timeline::{Span, Timeline};

@@ -17,5 +17,6 @@ mod request_sampler;
 mod request_tokenizer;
 mod schedule;
 mod shaders;
+mod simulate;
 mod small_tokenizers;
 mod units;
