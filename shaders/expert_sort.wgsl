@@ -1,6 +1,7 @@
 // Assignments sorted by expert, stable: a counting sort by one workgroup.
 // WG_SIZE assignments at a time, each sets a bit of its expert's mask; the bits below it count the equal ones before it.
 // Atomic adds and ors of integers commute, so the result does not depend on the order in which lanes run.
+// An id that is no expert's marks a row that is not there: it goes nowhere.
 // Reference: src/reference/expert_sort.rs
 struct Params { n_assignments: u32, n_experts: u32 }
 var<immediate> params: Params;
@@ -21,7 +22,9 @@ fn main(@builtin(local_invocation_index) lane: u32) {
     for (var e = lane; e < params.n_experts; e += WG_SIZE) { atomicStore(&counts[e], 0u); }
     for (var i = lane; i < MASK_WORDS * params.n_experts; i += WG_SIZE) { atomicStore(&masks[i], 0u); }
     workgroupBarrier();
-    for (var a = lane; a < params.n_assignments; a += WG_SIZE) { atomicAdd(&counts[ids[a]], 1u); }
+    for (var a = lane; a < params.n_assignments; a += WG_SIZE) {
+        if ids[a] < params.n_experts { atomicAdd(&counts[ids[a]], 1u); }
+    }
     workgroupBarrier();
     if lane == 0u {
         var sum = 0u;
@@ -29,20 +32,20 @@ fn main(@builtin(local_invocation_index) lane: u32) {
             next[e] = sum;
             sum += atomicLoad(&counts[e]);
         }
+        offsets[params.n_experts] = sum;
     }
     workgroupBarrier();
     for (var e = lane; e < params.n_experts; e += WG_SIZE) { offsets[e] = next[e]; }
-    if lane == 0u { offsets[params.n_experts] = params.n_assignments; }
     workgroupBarrier();
 
     let word = lane / 32u;
     let bit = 1u << (lane % 32u);
     for (var first = 0u; first < params.n_assignments; first += WG_SIZE) {
         let a = first + lane;
-        let here = a < params.n_assignments;
-        var id = 0u;
+        var id = 0xffffffffu;
+        if a < params.n_assignments { id = ids[a]; }
+        let here = id < params.n_experts;
         if here {
-            id = ids[a];
             atomicOr(&masks[id * MASK_WORDS + word], bit);
         }
         workgroupBarrier();

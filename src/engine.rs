@@ -5,10 +5,11 @@
 //!                           checkpoint, adapter, plan           weights on the GPU
 //! ```
 //!
-//! One pass: each group's rows are fixed ([`Batcher::plan_group`]), a [`Schedule`](crate::schedule::Schedule) is built for
-//! them, and [`execute::run`](crate::execute::run) hands its tasks to the pass worker (`engine/pass.rs`), which does the host's part itself and
-//! leaves the device's to the [`Machine`]. When a group's ids are known its finished sequences leave, and its rows of the next
-//! pass are fixed at once.
+//! One pass: each micro-batch's rows are fixed ([`Batcher::plan_micro_batch`]), a [`Schedule`](crate::schedule::Schedule) is
+//! built for them and checked, and [`execute::run`](crate::execute::run) walks it, a thread for each lane: the device's lanes
+//! start what `engine/pass.rs` says on the [`Machine`], the host's lane attends and samples. When a micro-batch's ids are known
+//! its finished sequences leave, and its rows of the next pass are fixed at once. Pages of the next pass are on their way when
+//! a pass ends.
 //!
 //! Guarantees: requests are taken one by one as there is room, so memory does not grow with their number; each is answered
 //! exactly once; one that fails (too long, not a number, …) does not disturb the others.
@@ -19,27 +20,30 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::{Checkpoint, CheckpointError, Synthetic, Weights};
 use crate::cpu::isa::Isa;
-use crate::execute::machine::Extents;
-use crate::execute::{Machine, TaskError, run as run_schedule};
-use crate::gpu::{DeviceChoice, Gpu, GpuError, Pipelines, ShaderPatch};
+use crate::execute::machine::{Extents, KV_ARENA_BYTES, KvPool};
+use crate::execute::{Carried, Machine, TaskError, run as run_schedule};
+use crate::gpu::{
+    DeviceChoice, Gpu, GpuError, HostBuffer, OpenOptions, Pipelines, ShaderPatch, TestFaults, Ticket, TransferChoice,
+};
 use crate::memory::host_memory;
 use crate::memory::kv_cache::{KvCache, KvError, KvLayout, SpillFile};
+use crate::memory::page_source::{PageError, PageSource, SourceRequest};
 use crate::memory::pages::{PagePlan, PageShape};
 use crate::model::ModelConfig;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use crate::policy::AttentionPlace;
-use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, GroupRows};
+use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
 use crate::request::{Request, RequestOutput};
-use crate::schedule::{Lane, Timeline, check, serial};
+use crate::schedule::{Lane, Schedule, ScheduleFault, Timeline, Work, build, check};
 
 mod answers;
 mod pass;
 
 use answers::Answers;
-use pass::PassWorker;
+use pass::{HostLane, Pass};
 
 /// Why a model could not be opened, or a run had to stop. Requests that fail do not stop a run.
 #[derive(Debug, thiserror::Error)]
@@ -53,9 +57,13 @@ pub enum EngineError {
     #[error(transparent)]
     Gpu(#[from] GpuError),
     #[error(transparent)]
+    Page(#[from] PageError),
+    #[error(transparent)]
     Kv(#[from] KvError),
     #[error("{0} worker threads could not be started: {1}")]
     Threads(usize, String),
+    #[error("the schedule is wrong, which is a bug: {0}")]
+    Schedule(#[from] ScheduleFault),
     #[error(transparent)]
     Task(#[from] TaskError<WorkError>),
 }
@@ -63,11 +71,15 @@ pub enum EngineError {
 impl EngineError {
     /// The device is gone; what is finished is safe and the rest can be run again.
     pub fn device_lost(&self) -> bool {
-        matches!(
-            self,
-            EngineError::Gpu(GpuError::Lost(_))
-                | EngineError::Task(TaskError { source: WorkError::Gpu(GpuError::Lost(_)), .. })
-        )
+        let gpu = match self {
+            EngineError::Gpu(error) | EngineError::Page(PageError::Gpu(error)) => error,
+            EngineError::Task(TaskError {
+                source: WorkError::Gpu(error) | WorkError::Page(PageError::Gpu(error)),
+                ..
+            }) => error,
+            _ => return false,
+        };
+        matches!(gpu, GpuError::Lost(_))
     }
 }
 
@@ -77,15 +89,24 @@ pub enum WorkError {
     #[error(transparent)]
     Gpu(#[from] GpuError),
     #[error(transparent)]
+    Page(#[from] PageError),
+    #[error(transparent)]
     Kv(#[from] KvError),
+}
+
+/// What to open.
+#[derive(Debug, Clone)]
+enum Model {
+    Folder(PathBuf),
+    Synthetic(ModelConfig),
 }
 
 /// How to open a model. Made by [`Engine::builder`].
 #[derive(Debug, Clone)]
 pub struct EngineBuilder {
-    model: PathBuf,
+    model: Model,
     tokenizer: Option<Tokenizer>,
-    device: DeviceChoice,
+    open: OpenOptions,
     wishes: Wishes,
     gpu_memory: Option<u64>,
     host_memory: Option<u64>,
@@ -103,7 +124,19 @@ impl EngineBuilder {
     }
 
     pub fn device(mut self, choice: DeviceChoice) -> Self {
-        self.device = choice;
+        self.open.device = choice;
+        self
+    }
+
+    /// How bytes get to and from the device. Default: the best that the adapter has.
+    pub fn transfer(mut self, choice: TransferChoice) -> Self {
+        self.open.transfer = choice;
+        self
+    }
+
+    /// Plants faults of the machine: how tests see that they are met.
+    pub fn test_faults(mut self, faults: TestFaults) -> Self {
+        self.open.test_faults = faults;
         self
     }
 
@@ -118,7 +151,7 @@ impl EngineBuilder {
         self
     }
 
-    /// Most host memory to take beside the mapped checkpoint, in bytes. Default: 80 % of what is available.
+    /// Most host memory to take, in bytes: weights that stream, keys and values, rows and pages on their way. Default: 80 % of what is available.
     pub fn host_memory(mut self, bytes: Option<u64>) -> Self {
         self.host_memory = bytes;
         self
@@ -150,28 +183,34 @@ impl EngineBuilder {
 
     /// Validates the checkpoint, opens the adapter and plans. Loads nothing.
     pub fn prepare(self) -> Result<Prepared, EngineError> {
-        let checkpoint = Checkpoint::open(&self.model)?;
-        let gpu = Arc::new(Gpu::open(&self.device)?);
+        let weights = match &self.model {
+            Model::Folder(folder) => Weights::Files(Checkpoint::open(folder)?),
+            Model::Synthetic(config) => Weights::Synthetic(Synthetic::new(config.clone())),
+        };
+        let weights = Arc::new(weights);
+        let gpu = Arc::new(Gpu::open_with(&self.open)?);
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         let limits = MachineLimits {
             device_bytes: self.gpu_memory.unwrap_or_else(|| gpu.memory_bytes().unwrap_or(2 << 30) / 10 * 9),
             host_bytes: self.host_memory.unwrap_or_else(|| host_memory::available_bytes().unwrap_or(4 << 30) / 10 * 8),
             binding_bytes: gpu.max_binding_bytes(),
             threads,
+            kernels_reach_host: gpu.kernels_reach_host(),
         };
-        if checkpoint.inventory().expert_dtype().is_none() {
+        if weights.inventory().expert_dtype().is_none() {
             return Err(EngineError::MixedExperts);
         }
-        let plan = fit(checkpoint.config(), &ModelBytes::of(checkpoint.inventory()), &limits, &self.wishes)?;
-        Ok(Prepared { builder: self, checkpoint, gpu, plan })
+        let plan = fit(weights.config(), &ModelBytes::of(weights.inventory()), &limits, &self.wishes)?;
+        Ok(Prepared { builder: self, weights, gpu, limits, plan })
     }
 }
 
 /// A validated checkpoint, an open adapter and a plan: what is known before anything is loaded.
 pub struct Prepared {
     builder: EngineBuilder,
-    checkpoint: Checkpoint,
+    weights: Arc<Weights>,
     gpu: Arc<Gpu>,
+    limits: MachineLimits,
     plan: Plan,
 }
 
@@ -184,62 +223,137 @@ impl Prepared {
         &self.gpu
     }
 
-    pub fn checkpoint(&self) -> &Checkpoint {
-        &self.checkpoint
+    pub fn config(&self) -> &ModelConfig {
+        self.weights.config()
     }
 
-    /// Allocates everything and brings the weights that stay to the GPU. `progress(done, total)` in bytes.
-    pub fn load(self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, EngineError> {
-        let Prepared { builder, checkpoint, gpu, plan } = self;
-        let (config, policy) = (checkpoint.config().clone(), plan.policy);
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Allocates everything and brings the weights that stay to the GPU. `progress(done, total)` in bytes, once for those and
+    /// once for the weights that stream, where they are kept in memory.
+    ///
+    /// Where the device has less memory than it said, the plan is made again for what it has, with a smaller ring; the new
+    /// plan is the engine's.
+    pub fn load(mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, EngineError> {
+        loop {
+            let refused = match self.load_once(progress) {
+                Err(EngineError::Page(PageError::Gpu(refused @ GpuError::OutOfMemory { .. }))) => refused,
+                result => return result,
+            };
+            let GpuError::OutOfMemory { taken, .. } = &refused else { unreachable!("matched above") };
+            // What was taken when the next buffer was refused is what there is.
+            let there = (*taken).min(self.plan.memory.device() - 1);
+            let limits = MachineLimits { device_bytes: there, ..self.limits };
+            let bytes = ModelBytes::of(self.weights.inventory());
+            let Ok(plan) = fit(self.weights.config(), &bytes, &limits, &self.builder.wishes) else {
+                return Err(refused.into());
+            };
+            tracing::warn!(%refused, "the device has less memory than it said; planning again with a smaller ring:\n{plan}");
+            (self.plan, self.limits) = (plan, limits);
+        }
+    }
+
+    fn load_once(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, EngineError> {
+        let (builder, gpu, plan) = (&self.builder, &self.gpu, self.plan);
+        let (config, policy) = (self.weights.config().clone(), plan.policy);
         let shape = config.shape;
         let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
         let limits = BatchLimits {
             max_sequences: policy.max_sequences,
-            groups: policy.groups,
-            rows_per_group: policy.rows_per_group,
+            micro_batches: policy.micro_batches,
+            rows_per_micro_batch: policy.rows_per_micro_batch,
             prompt_chunk: policy.prompt_chunk,
             workspace_blocks: policy.workspace_blocks,
             gpu_decode: policy.attention == AttentionPlace::Gpu,
         };
         let kv = KvCache::new(layout, policy.kv_blocks)?;
+        // Only where all context crosses the link every pass: lending pins the whole pool.
+        let kv_arenas = match policy.attention {
+            AttentionPlace::Gpu => lend_pool(gpu, &kv),
+            AttentionPlace::Cpu => Vec::new(),
+        };
         let batcher = Batcher::new(limits, kv, SpillFile::new(&builder.spill_folder, layout));
-        let threads = rayon::ThreadPoolBuilder::new()
-            .num_threads(policy.threads)
-            .thread_name(|index| format!("attention {index}"))
-            .build()
-            .map_err(|error| EngineError::Threads(policy.threads, error.to_string()))?;
+        let threads = attention_threads(policy.threads)?;
         let page_plan = PagePlan::new(PageShape {
             experts: shape.experts,
             resident: policy.resident_experts,
             ring: policy.ring_experts,
-            matrix_bytes: ModelBytes::of(checkpoint.inventory()).matrix,
+            matrix_bytes: ModelBytes::of(self.weights.inventory()).matrix,
             page_bytes: policy.page_bytes,
             layers: shape.layers,
         });
         let extents = Extents {
-            groups: policy.groups,
-            rows_per_group: policy.rows_per_group,
+            micro_batches: policy.micro_batches,
+            expert_groups: policy.expert_groups,
+            rows_per_micro_batch: policy.rows_per_micro_batch,
+            workspaces: policy.workspaces,
             workspace_blocks: policy.workspace_blocks,
             max_positions: policy.max_model_len,
             head_rows: policy.head_rows,
+            rows: policy.rows,
         };
-        let pipelines = Pipelines::with_patches(gpu, builder.patches);
-        let machine = Machine::open(pipelines, &checkpoint, page_plan, extents, progress)?;
+        let pipelines = Pipelines::with_patches(gpu.clone(), builder.patches.clone());
+        let lent = !kv_arenas.is_empty();
+        let mut machine = Machine::open(pipelines, &self.weights, page_plan, extents, lent, progress)?;
+        if machine.plan().streamed() > 0 {
+            let request = SourceRequest {
+                gpu,
+                weights: &self.weights,
+                plan: machine.plan(),
+                layers: shape.layers,
+                wish: policy.source,
+                host_bytes: plan.memory.host_weights,
+                threads: &threads,
+            };
+            let source = PageSource::open(&request, progress)?;
+            machine.set_source(source);
+        }
         let mut eos_tokens = config.eos_tokens.clone();
         eos_tokens.extend(&builder.more_eos_tokens);
         Ok(Engine {
-            checkpoint,
+            weights: self.weights.clone(),
             config,
             plan,
             machine,
             batcher,
+            kv_arenas,
             threads,
             isa: builder.isa.unwrap_or_else(Isa::best),
-            tokenizer: builder.tokenizer,
+            tokenizer: builder.tokenizer.clone(),
             eos_tokens,
+            loaded_pages: 0,
         })
     }
+}
+
+/// The pool as the driver knows it, in pieces; empty where it does not take it.
+fn lend_pool(gpu: &Arc<Gpu>, kv: &KvCache) -> Vec<HostBuffer> {
+    let (start, bytes, keep) = kv.memory();
+    let mut arenas = Vec::new();
+    for at in (0..bytes).step_by(KV_ARENA_BYTES as usize) {
+        let piece = (bytes - at).min(KV_ARENA_BYTES);
+        // SAFETY: the pool is that long, and `keep` owns it; uploads are ordered against what writes it.
+        match unsafe { gpu.import("the KV pool", start.add(at as usize).cast_mut(), piece, keep.clone()) } {
+            Ok(arena) => arenas.push(arena),
+            Err(error) => {
+                tracing::info!(%error, "the KV pool is not lent to the driver: context is staged");
+                return Vec::new();
+            }
+        }
+    }
+    arenas
+}
+
+/// The CPU lane's threads, each on a core of its own where the system lets it.
+fn attention_threads(n: usize) -> Result<rayon::ThreadPool, EngineError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(n)
+        .thread_name(|index| format!("attention {index}"))
+        .start_handler(crate::cpu::pin_thread)
+        .build()
+        .map_err(|error| EngineError::Threads(n, error.to_string()))
 }
 
 /// What happens in a run, told as it happens.
@@ -262,9 +376,11 @@ pub enum Event<'a> {
     },
 }
 
-/// One pass: its rows by group, and when each task ran.
+/// One pass: its rows by micro-batch, what was launched, and when each task ran.
 pub struct PassReport<'a> {
-    pub groups: &'a [GroupRows],
+    pub micro_batches: Vec<&'a MicroBatchRows>,
+    pub schedule: &'a Schedule,
+    /// Counted from the start of the run. Pages that were loaded ahead are in the pass in which they arrived.
     pub timeline: &'a Timeline,
     /// Sequences in the queue, new and preempted.
     pub queued: usize,
@@ -291,8 +407,12 @@ pub struct RunSummary {
     pub busy: BTreeMap<Lane, Duration>,
     /// The same by what the tasks did ("experts", "page", …).
     pub busy_by_stage: BTreeMap<&'static str, Duration>,
-    /// Expert bytes brought to the GPU.
+    /// Expert bytes sent to the GPU.
     pub page_bytes: u64,
+    /// Bytes that crossed the link, by lane.
+    pub lane_bytes: BTreeMap<Lane, u64>,
+    /// Time in which at least one lane ran a task.
+    pub busy_any: Duration,
     pub batch: BatchCounters,
     /// The receiver of the events broke off; some requests are not answered.
     pub interrupted: bool,
@@ -300,23 +420,38 @@ pub struct RunSummary {
 
 /// A loaded model.
 pub struct Engine {
-    checkpoint: Checkpoint,
+    // Before what it may still be copying from.
+    machine: Machine,
+    weights: Arc<Weights>,
     config: ModelConfig,
     plan: Plan,
-    machine: Machine,
     batcher: Batcher,
+    /// The KV pool as the driver knows it, where it was lent.
+    kv_arenas: Vec<HostBuffer>,
     threads: rayon::ThreadPool,
     isa: Isa,
     tokenizer: Option<Tokenizer>,
     eos_tokens: Vec<u32>,
+    /// Pages of the next pass that are loaded or on their way.
+    loaded_pages: usize,
 }
 
 impl Engine {
+    /// A folder of files.
     pub fn builder(model: impl AsRef<Path>) -> EngineBuilder {
+        Self::builder_of(Model::Folder(model.as_ref().to_owned()))
+    }
+
+    /// Made-up weights of a given shape.
+    pub fn synthetic(config: ModelConfig) -> EngineBuilder {
+        Self::builder_of(Model::Synthetic(config))
+    }
+
+    fn builder_of(model: Model) -> EngineBuilder {
         EngineBuilder {
-            model: model.as_ref().to_owned(),
+            model,
             tokenizer: None,
-            device: DeviceChoice::Best,
+            open: OpenOptions::default(),
             wishes: Wishes::default(),
             gpu_memory: None,
             host_memory: None,
@@ -338,6 +473,15 @@ impl Engine {
 
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// Where pages come from, and why not from a better place. None where nothing streams.
+    pub fn page_source(&self) -> Option<&PageSource> {
+        self.machine.source()
+    }
+
+    pub fn gpu(&self) -> &Gpu {
+        self.machine.gpu()
     }
 
     /// Answers every request. They are taken from the iterator as there is room, and their events come in the order in which
@@ -366,10 +510,12 @@ impl Engine {
         on: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
         summary: &mut RunSummary,
     ) -> Result<(), EngineError> {
+        let origin = Instant::now();
         let mut answers = Answers::new(self, on);
         let mut exhausted = false;
-        // What each group does next. A group's Sample task fills it in; one that had no rows is planned below.
-        let mut next = vec![GroupRows::default(); self.plan.policy.groups];
+        // What each micro-batch does next. Its Sample task fills it in; one that had no rows is planned below.
+        let mut next = vec![MicroBatchRows::default(); self.plan.policy.micro_batches];
+        let mut carried = Vec::new();
         loop {
             // Enough in the queue that a whole pass of sequences can be replaced at once.
             while !exhausted && !answers.broken_off() && self.batcher.queued() < self.plan.policy.max_sequences {
@@ -383,66 +529,99 @@ impl Engine {
                 summary.interrupted = true;
                 return Ok(());
             }
-            for (group, rows) in next.iter_mut().enumerate() {
+            for (number, rows) in next.iter_mut().enumerate() {
                 if rows.rows.is_empty() {
-                    *rows = self.batcher.plan_group(group)?;
+                    *rows = self.batcher.plan_micro_batch(number)?;
                 }
             }
-            let groups: Vec<usize> = (0..next.len()).filter(|group| !next[*group].rows.is_empty()).collect();
-            if groups.is_empty() {
+            if next.iter().all(|rows| rows.rows.is_empty()) {
                 assert!(self.batcher.is_empty(), "the oldest sequence always gets rows");
                 if exhausted {
                     return Ok(());
                 }
                 continue; // all that was read so far has been refused
             }
-            let rows: Vec<GroupRows> = groups.iter().map(|group| std::mem::take(&mut next[*group])).collect();
-            let mut worker = PassWorker {
-                checkpoint: &self.checkpoint,
-                config: &self.config,
-                attention: self.plan.policy.attention,
-                isa: self.isa,
-                threads: &self.threads,
-                machine: &mut self.machine,
-                batcher: &mut self.batcher,
-                answers: &mut answers,
-                groups: &groups,
-                rows: &rows,
-                next: &mut next,
-                every_logit: options.every_logit,
-                uploads: Vec::new(),
-                fetched: Default::default(),
-                attended: Vec::new(),
-                head: Default::default(),
-                page_bytes: 0,
-            };
-            let shape = worker.begin();
-            let schedule = serial(&shape);
-            debug_assert_eq!(check(&schedule, &shape), Ok(()));
-            let ran = run_schedule(&schedule, &mut worker);
-            summary.page_bytes += worker.page_bytes;
-            let timeline = ran?;
-            summary.passes += 1;
-            let decode: usize = rows.iter().map(GroupRows::n_decode).sum();
-            let all: usize = rows.iter().map(|group| group.rows.len()).sum();
-            summary.prompt_tokens += (all - decode) as u64;
-            summary.generated_tokens = answers.generated();
-            for lane in Lane::ALL {
-                *summary.busy.entry(lane).or_default() += timeline.busy(lane);
-            }
-            for span in &timeline.spans {
-                *summary.busy_by_stage.entry(span.work.name()).or_default() += span.end - span.start;
-            }
-            let queued = self.batcher.queued();
-            tracing::debug!(
-                pass = summary.passes,
-                decode_rows = decode,
-                prompt_rows = all - decode,
-                queued,
-                milliseconds = timeline.duration().as_millis() as u64,
-                "pass has run"
-            );
-            answers.tell(Event::Pass(PassReport { groups: &rows, timeline: &timeline, queued }));
+            self.run_pass(&mut next, options, origin, &mut answers, &mut carried, summary)?;
         }
+    }
+
+    /// One pass over the rows of `next`, which holds those of the following one afterwards.
+    fn run_pass(
+        &mut self,
+        next: &mut [MicroBatchRows],
+        options: RunOptions,
+        origin: Instant,
+        answers: &mut Answers<'_>,
+        carried: &mut Vec<Carried<Ticket>>,
+        summary: &mut RunSummary,
+    ) -> Result<(), EngineError> {
+        let (policy, every_logit) = (self.plan.policy, options.every_logit);
+        let rows = next.iter_mut().map(std::mem::take).collect();
+        let (machine, config) = (&mut self.machine, &self.config);
+        let (micro_batches, groups, mut shape) =
+            pass::lay_out(machine, config, &policy, &self.batcher, answers, every_logit, rows);
+        shape.loaded_pages = std::mem::take(&mut self.loaded_pages);
+        let schedule = build(policy.schedule, &shape);
+        check(&schedule, &shape)?;
+        let (start, bytes, _keep) = self.batcher.kv().memory();
+        let pool =
+            KvPool { pointer: start, layer_bytes: bytes / self.config.shape.layers as u64, arenas: &self.kv_arenas };
+        let pass = Pass {
+            weights: &self.weights,
+            config: &self.config,
+            machine: &self.machine,
+            threads: &self.threads,
+            pool,
+            micro_batches: &micro_batches,
+            groups: &groups,
+        };
+        let mut host = HostLane {
+            pass: &pass,
+            attention: policy.attention,
+            isa: self.isa,
+            batcher: &mut self.batcher,
+            answers,
+            next,
+            every_logit,
+        };
+        pass.machine.gpu().begin_pass();
+        let ran = run_schedule(&schedule, &pass, &mut host, origin, self.config.shape.layers, carried);
+        pass.machine.gpu().end_pass();
+        let timeline = ran?;
+        summary.page_bytes += schedule
+            .tasks
+            .iter()
+            .filter(|task| matches!(task.work, Work::LoadPage { .. }))
+            .map(|task| crate::execute::Device::size(&pass, task.work).0)
+            .sum::<u64>();
+        self.machine.end_pass();
+        self.loaded_pages = shape.pages_ahead();
+        self.machine.gpu().reap()?;
+
+        summary.passes += 1;
+        let decode: usize = micro_batches.iter().map(|of| of.rows.n_decode()).sum();
+        let all: usize = micro_batches.iter().map(|of| of.rows.rows.len()).sum();
+        summary.prompt_tokens += (all - decode) as u64;
+        summary.generated_tokens = answers.generated();
+        for lane in Lane::ALL {
+            *summary.busy.entry(lane).or_default() += timeline.busy(lane);
+            *summary.lane_bytes.entry(lane).or_default() += timeline.bytes(lane);
+        }
+        summary.busy_any += timeline.busy_any();
+        for span in &timeline.spans {
+            *summary.busy_by_stage.entry(span.work.name()).or_default() += span.end - span.start;
+        }
+        let queued = self.batcher.queued();
+        tracing::debug!(
+            pass = summary.passes,
+            decode_rows = decode,
+            prompt_rows = all - decode,
+            queued,
+            milliseconds = timeline.duration().as_millis() as u64,
+            "pass has run"
+        );
+        let micro_batches = micro_batches.iter().map(|of| &of.rows).collect();
+        answers.tell(Event::Pass(PassReport { micro_batches, schedule: &schedule, timeline: &timeline, queued }));
+        Ok(())
     }
 }

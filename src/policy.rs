@@ -1,10 +1,10 @@
 //! What is chosen before a run: a [`Policy`]. Plain data that `plan`, `schedule` and `execute` share.
 //!
-//! **A policy changes time, never tokens**: bit for bit, over group counts, row limits, chunk lengths, ring and pool sizes. The
-//! one exception is named: [`AttentionPlace`] moves decode attention to another device, whose sums round differently.
+//! **A policy changes time, never tokens**: bit for bit, over schedules, micro-batches and groups, row limits, chunk lengths, ring
+//! and pool sizes, page sources. The one exception is named: [`AttentionPlace`] moves decode attention to another device, whose sums round differently.
 
 /// Where decode rows attend. Prompt rows always attend on the GPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionPlace {
     #[default]
@@ -12,15 +12,144 @@ pub enum AttentionPlace {
     Gpu,
 }
 
+impl AttentionPlace {
+    pub fn name(self) -> &'static str {
+        match self {
+            AttentionPlace::Cpu => "CPU",
+            AttentionPlace::Gpu => "GPU",
+        }
+    }
+}
+
+/// Where the bytes of expert pages wait: see [`page_source`](crate::memory::page_source).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceKind {
+    /// Memory filled once and lent to the driver.
+    Imported,
+    /// Memory of the driver, filled once.
+    Pinned,
+    /// The files' own mapping, lent to the driver.
+    Mapped,
+    /// Read from the files page by page.
+    Staged,
+    /// Pageable memory copied into fresh pinned memory for each page: FlexGen's way, for comparison.
+    Relay,
+}
+
+impl SourceKind {
+    pub const ALL: [SourceKind; 5] =
+        [SourceKind::Imported, SourceKind::Pinned, SourceKind::Mapped, SourceKind::Staged, SourceKind::Relay];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            SourceKind::Imported => "imported",
+            SourceKind::Pinned => "pinned",
+            SourceKind::Mapped => "mapped",
+            SourceKind::Staged => "staged",
+            SourceKind::Relay => "relay",
+        }
+    }
+}
+
+impl std::fmt::Display for SourceKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// In which order a pass's tasks are launched: see [`schedule::build`](crate::schedule::build()).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    /// One task after the other.
+    Serial,
+    /// S4 of the paper: GPU attention, the host waits after each micro-batch. Needs attention on the GPU.
+    #[value(name = "flexgen")]
+    #[serde(rename = "flexgen")]
+    FlexGen,
+    /// S4 without that wait. Needs attention on the GPU.
+    #[value(name = "flexgen-async")]
+    #[serde(rename = "flexgen-async")]
+    FlexGenAsync,
+    /// S3: CPU attention, nothing beside it.
+    #[value(name = "flexgen-c")]
+    #[serde(rename = "flexgen-c")]
+    FlexGenC,
+    /// S2: CPU attention ahead, pages a layer at a time.
+    #[value(name = "fastdecode")]
+    #[serde(rename = "fastdecode")]
+    FastDecode,
+    /// S1: CPU attention ahead, pages between micro-batches.
+    #[value(name = "cgopipe")]
+    #[serde(rename = "cgopipe")]
+    CgoPipe,
+    /// Experts over groups of micro-batches, pages without a pause.
+    Grouped,
+}
+
+impl ScheduleKind {
+    pub const ALL: [ScheduleKind; 7] = [
+        ScheduleKind::Serial,
+        ScheduleKind::FlexGen,
+        ScheduleKind::FlexGenAsync,
+        ScheduleKind::FlexGenC,
+        ScheduleKind::FastDecode,
+        ScheduleKind::CgoPipe,
+        ScheduleKind::Grouped,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            ScheduleKind::Serial => "serial",
+            ScheduleKind::FlexGen => "flexgen",
+            ScheduleKind::FlexGenAsync => "flexgen-async",
+            ScheduleKind::FlexGenC => "flexgen-c",
+            ScheduleKind::FastDecode => "fastdecode",
+            ScheduleKind::CgoPipe => "cgopipe",
+            ScheduleKind::Grouped => "grouped",
+        }
+    }
+
+    /// The schedule's own choice of where decode rows attend; None where it works with either.
+    pub fn attention(self) -> Option<AttentionPlace> {
+        match self {
+            ScheduleKind::Serial | ScheduleKind::Grouped => None,
+            ScheduleKind::FlexGen | ScheduleKind::FlexGenAsync => Some(AttentionPlace::Gpu),
+            ScheduleKind::FlexGenC | ScheduleKind::FastDecode | ScheduleKind::CgoPipe => Some(AttentionPlace::Cpu),
+        }
+    }
+}
+
+impl std::fmt::Display for ScheduleKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How q, k, v and attention output cross the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum RowPath {
+    /// Copies on the lanes of the link, between pages.
+    Copies,
+    /// Kernels that read and write host memory: no copy task, no waiting behind pages.
+    Kernels,
+}
+
 /// Everything that `execute` and the batcher need to know beside the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Policy {
+    pub schedule: ScheduleKind,
     /// N: sequences that run at a time.
     pub max_sequences: usize,
-    /// Groups into which they are split; each has its own rows, ids and buffers.
-    pub groups: usize,
-    /// Most rows of a group in a pass, decode and prompt rows together.
-    pub rows_per_group: usize,
+    /// Micro-batches into which they are split: each has its own rows, ids and attention.
+    pub micro_batches: usize,
+    /// Expert groups into which the micro-batches are put, the same number in each: one expert computation takes the rows of one
+    /// group.
+    pub expert_groups: usize,
+    /// Most rows of a micro-batch in a pass, decode and prompt rows together.
+    pub rows_per_micro_batch: usize,
     /// Most rows of one prompt in a pass.
     pub prompt_chunk: usize,
     pub attention: AttentionPlace,
@@ -30,7 +159,9 @@ pub struct Policy {
     pub max_model_len: usize,
     /// Blocks of the host KV pool.
     pub kv_blocks: usize,
-    /// KV blocks of one layer that the GPU workspace holds for GPU attention of one group.
+    /// KV workspaces on the GPU; more than one where one micro-batch's context comes while another attends.
+    pub workspaces: usize,
+    /// KV blocks of one layer that each holds for the GPU attention of one micro-batch.
     pub workspace_blocks: usize,
     /// Experts of each layer that never leave the GPU.
     pub resident_experts: usize,
@@ -38,6 +169,10 @@ pub struct Policy {
     pub ring_experts: usize,
     /// Most bytes of one transfer of expert weights.
     pub page_bytes: u64,
+    /// Where pages come from; None: the best that the machine grants.
+    pub source: Option<SourceKind>,
+    /// How q, k, v and attention output cross the link.
+    pub rows: RowPath,
     /// Rows whose logits exist on the GPU at a time.
     pub head_rows: usize,
 }

@@ -32,6 +32,8 @@ pub mod inventory;
 mod json_entries;
 mod shards;
 pub mod summary;
+pub mod synthetic;
+pub mod weights;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -40,6 +42,8 @@ pub use dtype::Dtype;
 pub use fault::{CheckpointError, Fault, Faults};
 pub use inventory::{Inventory, Placed};
 pub use summary::Summary;
+pub use synthetic::Synthetic;
+pub use weights::{ReadError, Reader, Weights};
 
 use crate::model::{ModelConfig, Role};
 use inventory::Listed;
@@ -97,6 +101,11 @@ impl Checkpoint {
     /// What lies where, without the bytes.
     pub fn inventory(&self) -> &Inventory {
         &self.inventory
+    }
+
+    /// Each file's path and mapping.
+    pub fn mappings(&self) -> impl Iterator<Item = (&Path, &std::sync::Arc<memmap2::Mmap>)> {
+        self.shards.iter().map(|shard| (shard.path.as_path(), &shard.map))
     }
 
     /// What `inspect` shows.

@@ -30,7 +30,7 @@ pub(super) struct Shard {
     /// Name within the folder.
     pub file: String,
     pub path: PathBuf,
-    pub map: Mmap,
+    pub map: std::sync::Arc<Mmap>,
     pub header: Header,
 }
 
@@ -116,7 +116,7 @@ fn open_shard(dir: &Path, file: &str, tensors: usize) -> Result<Shard, Vec<Fault
         Err(source) => return Err(vec![Fault::Unreadable { file: file.to_owned(), source }]),
     };
     let header = Header::parse(file, &map)?;
-    Ok(Shard { file: file.to_owned(), path, map, header })
+    Ok(Shard { file: file.to_owned(), path, map: std::sync::Arc::new(map), header })
 }
 
 /// The file and its length. Anything but a regular file is refused: opening a pipe would wait for its writer.

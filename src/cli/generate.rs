@@ -143,7 +143,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     // Refused before anything is loaded, as far as that can be known.
     line.to_sampling(&text.defaults).map_err(|error| Usage(error.message))?;
     let prepared = arguments.engine.prepare(&arguments.model, &text)?;
-    let vocab = prepared.checkpoint().config().shape.vocab;
+    let vocab = prepared.config().shape.vocab;
     let mut request = line
         .to_request(&text.tokenizer, text.template.as_ref(), &text.defaults, vocab)
         .map_err(|error| anyhow::anyhow!(error.message))?;

@@ -7,10 +7,10 @@ use clap::Args;
 
 use super::progress::LoadProgress;
 use crate::cpu::isa::Isa;
-use crate::engine::{Engine, EngineError, Prepared};
-use crate::gpu::DeviceChoice;
+use crate::engine::{Engine, EngineBuilder, EngineError, Prepared};
+use crate::gpu::{DeviceChoice, TransferChoice};
 use crate::plan::Wishes;
-use crate::policy::AttentionPlace;
+use crate::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
 use crate::request::batch_file::GenerationDefaults;
 use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::request::tokenizer::Tokenizer;
@@ -59,12 +59,18 @@ pub struct EngineArguments {
     /// Longest piece of one prompt in a pass [default: as long as the pass has room]
     #[arg(long, env = "FULMEN_PROMPT_CHUNK", value_name = "TOKENS")]
     prompt_chunk: Option<usize>,
-    /// Groups into which the sequences of a pass are split [default: 2]
-    #[arg(long, env = "FULMEN_GROUPS", value_name = "N")]
-    groups: Option<usize>,
-    /// Where decode rows attend
-    #[arg(long, env = "FULMEN_ATTENTION", value_enum, default_value = "cpu")]
-    attention: Attention,
+    /// Order in which a pass's work is launched [default: grouped]
+    #[arg(long, env = "FULMEN_SCHEDULE", value_enum, value_name = "NAME")]
+    schedule: Option<ScheduleKind>,
+    /// Micro-batches into which the sequences of a pass are split; each attends on its own [default: 2]
+    #[arg(long, env = "FULMEN_MICRO_BATCHES", value_name = "N")]
+    micro_batches: Option<usize>,
+    /// Groups of micro-batches whose rows experts take together [default: 2; one per micro-batch where the schedule is another than grouped]
+    #[arg(long, env = "FULMEN_EXPERT_GROUPS", value_name = "N")]
+    expert_groups: Option<usize>,
+    /// Where decode rows attend [default: the schedule's place, else cpu]
+    #[arg(long, env = "FULMEN_ATTENTION", value_enum)]
+    attention: Option<AttentionPlace>,
     /// Experts of each layer that stay on the GPU [default: as many as fit]
     #[arg(long, env = "FULMEN_RESIDENT_EXPERTS", value_name = "N")]
     resident_experts: Option<usize>,
@@ -74,6 +80,15 @@ pub struct EngineArguments {
     /// Bytes of expert weights in one transfer [default: 32MiB]
     #[arg(long, env = "FULMEN_PAGE_SIZE", value_parser = bytes, value_name = "SIZE")]
     page_size: Option<u64>,
+    /// Where expert pages come from [default: the first of imported, pinned, mapped, staged that the machine grants]
+    #[arg(long, env = "FULMEN_PAGE_SOURCE", value_enum, value_name = "NAME")]
+    page_source: Option<SourceKind>,
+    /// How q, k, v and attention output cross the link [default: kernels, where they reach host memory]
+    #[arg(long, env = "FULMEN_ROWS", value_enum)]
+    rows: Option<RowPath>,
+    /// How bytes get to and from the GPU [default: queues, where the backend is Vulkan]
+    #[arg(long, env = "FULMEN_TRANSFER", value_enum)]
+    transfer: Option<Transfer>,
     /// Threads of the CPU attention [default: all cores]
     #[arg(short, long, env = "FULMEN_THREADS", value_name = "N")]
     threads: Option<usize>,
@@ -86,9 +101,11 @@ pub struct EngineArguments {
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Attention {
-    Cpu,
-    Gpu,
+enum Transfer {
+    /// Queues beside the compute queue.
+    Queues,
+    /// wgpu's own means: no overlap.
+    Plain,
 }
 
 /// All that turns requests into tokens and back.
@@ -123,31 +140,39 @@ impl ModelArguments {
 }
 
 impl EngineArguments {
-    /// Validates and plans; says where everything goes. Nothing is loaded yet.
-    pub fn prepare(&self, model: &ModelArguments, text: &Text) -> Result<Prepared> {
-        let wishes = Wishes {
+    /// The flags as wishes of a policy.
+    pub fn wishes(&self) -> Wishes {
+        Wishes {
+            schedule: self.schedule,
             max_sequences: self.max_num_seqs,
-            groups: self.groups,
+            micro_batches: self.micro_batches,
+            expert_groups: self.expert_groups,
             pass_rows: self.max_num_batched_tokens,
             prompt_chunk: self.prompt_chunk,
-            attention: match self.attention {
-                Attention::Cpu => AttentionPlace::Cpu,
-                Attention::Gpu => AttentionPlace::Gpu,
-            },
+            attention: self.attention,
             threads: self.threads,
             max_model_len: self.max_model_len,
             kv_bytes: self.kv_memory,
             resident_experts: self.resident_experts,
             ring_experts: self.ring_experts,
             page_bytes: self.page_size,
-        };
-        let mut builder = Engine::builder(&model.model)
-            .tokenizer(text.tokenizer.clone())
-            .wishes(wishes)
-            .gpu_memory(self.gpu_memory)
-            .host_memory(self.host_memory);
+            source: self.page_source,
+            rows: self.rows,
+        }
+    }
+
+    /// Adds all that these flags say to a builder.
+    pub fn apply(&self, builder: EngineBuilder) -> Result<EngineBuilder> {
+        let mut builder = builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);
         if let Some(device) = &self.device {
             builder = builder.device(DeviceChoice::from(device.as_str()));
+        }
+        if let Some(Transfer::Plain) = self.transfer {
+            builder = builder.transfer(TransferChoice::Plain);
+        }
+        if let Ok(faults) = std::env::var(TEST_FAULTS) {
+            let faults = faults.parse().map_err(|error| super::Usage(format!("{TEST_FAULTS}: {error}")))?;
+            builder = builder.test_faults(faults);
         }
         if let Some(folder) = &self.spill_dir {
             builder = builder.spill_folder(folder);
@@ -155,24 +180,56 @@ impl EngineArguments {
         if let Some(name) = &self.isa {
             builder = builder.isa(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?);
         }
-        builder = builder.more_eos_tokens(&text.defaults.eos_token_ids);
+        Ok(builder)
+    }
+
+    /// Validates and plans; says where everything goes. Nothing is loaded yet.
+    pub fn prepare(&self, model: &ModelArguments, text: &Text) -> Result<Prepared> {
+        let builder = Engine::builder(&model.model).tokenizer(text.tokenizer.clone());
+        let builder = self.apply(builder)?.more_eos_tokens(&text.defaults.eos_token_ids);
         let prepared = builder.prepare().map_err(|error| match error {
             EngineError::Checkpoint(_) | EngineError::MixedExperts => {
                 anyhow::Error::from(error).context(format!("model {}", model.model.display()))
             }
             of_the_machine => of_the_machine.into(),
         })?;
-        let adapter = prepared.gpu().summary();
-        say!("adapter {} ({}, {})", adapter.name, adapter.kind, adapter.backend);
-        say!("{}", prepared.plan());
+        say_prepared(&prepared);
         Ok(prepared)
     }
+}
+
+/// Faults of the machine that a test plants through the environment: see `gpu::TestFaults`.
+const TEST_FAULTS: &str = "FULMEN_TEST_FAULTS";
+
+/// The adapter, and the plan.
+pub fn say_prepared(prepared: &Prepared) {
+    let adapter = prepared.gpu().summary();
+    say!(
+        "adapter {} ({}, {}); copies on {}",
+        adapter.name,
+        adapter.kind,
+        adapter.backend,
+        prepared.gpu().transfer_words()
+    );
+    say!("{}", prepared.plan());
 }
 
 /// Loads with progress.
 pub fn load(prepared: Prepared) -> Result<Engine> {
     let mut progress = LoadProgress::new();
+    let planned = *prepared.plan();
     let engine = prepared.load(&mut |done, total| progress.update(done, total))?;
     progress.finish();
+    if *engine.plan() != planned {
+        say!("the device has less memory than it said; the plan is now\n{}", engine.plan());
+    }
+    if let Some(source) = engine.page_source() {
+        let why = source.why().join("; ");
+        say!(
+            "pages   from {} memory{}",
+            source.kind(),
+            if why.is_empty() { String::new() } else { format!(" ({why})") }
+        );
+    }
     Ok(engine)
 }

@@ -221,7 +221,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let mut text = arguments.model.open_text()?;
     text.defaults.seed = arguments.seed;
     let prepared = arguments.engine.prepare(&arguments.model, &text)?;
-    let vocab = prepared.checkpoint().config().shape.vocab;
+    let vocab = prepared.config().shape.vocab;
     if arguments.strict {
         let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, ..ReadOptions::default() };
         validate(&arguments, &options, &text, vocab)?;
@@ -266,7 +266,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         match event {
             Event::Finished(output) => exchange.finished(output),
             Event::Pass(pass) => {
-                generated += pass.groups.iter().flat_map(|group| &group.rows).filter(|row| row.sampled).count() as u64;
+                generated += pass.micro_batches.iter().flat_map(|of| &of.rows).filter(|row| row.sampled).count() as u64;
                 progress.update(exchange.answered, **already_cell.borrow(), generated);
             }
             Event::Text { .. } | Event::Logits { .. } => {}

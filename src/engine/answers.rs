@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 
 use super::{Engine, Event};
 use crate::kernels::lm_head_sample::Sample as HeadSample;
-use crate::request::batcher::{Batcher, GroupRows, SequenceId};
+use crate::request::batcher::{Batcher, MicroBatchRows, SequenceId};
 use crate::request::sampler::{LogitsError, TokenCounts, sample, stream_seed};
 use crate::request::tokenizer::{CompletionText, Tokenizer};
 use crate::request::{Completion, FinishReason, PositionLogprobs, Request, RequestError, RequestOutput, StopReason};
@@ -259,8 +259,8 @@ impl<'e> Answers<'e> {
         }
     }
 
-    /// Ends what was in flight in a group's pass for requests that have failed meanwhile.
-    pub fn sweep(&mut self, rows: &GroupRows, batcher: &mut Batcher) {
+    /// Ends what was in flight in a micro-batch for requests that have failed meanwhile.
+    pub fn sweep(&mut self, rows: &MicroBatchRows, batcher: &mut Batcher) {
         for run in rows.runs() {
             let id = run[0].sequence;
             if self.asked.get(&id.request).is_some_and(|asked| asked.error.is_some()) && batcher.contains(id) {

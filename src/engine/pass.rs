@@ -11,197 +11,293 @@
 //! LoadPage       those experts' matrices arrive in their slots (for all rows of the pass)
 //! Experts        rows sorted by expert, gate · up · down, weighted sum into the residual
 //! ```
+//!
+//! [`Pass`] is what the device's lanes see: fixed before the pass begins. [`HostLane`] is the host's lane: it alone touches the
+//! batcher and the answers. A schedule names micro-batches by their place among those that have rows; `numbers` says which of
+//! the batcher's that is.
 
-use half::f16;
+use std::sync::Mutex;
+use std::time::Instant;
 
 use super::WorkError;
 use super::answers::{Answers, RowHead};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::Weights;
 use crate::cpu::attention::{DecodeRow, attend};
 use crate::cpu::isa::Isa;
-use crate::execute::machine::{Attended, DeviceRows, NO_SLOT, attention_scale};
-use crate::execute::{Machine, Worker};
-use crate::kernels::lm_head_sample::Sample;
+use crate::execute::machine::{Attended, DeviceRows, Heads, KvPool, KvUpload, NO_SLOT, attention_scale};
+use crate::execute::{Device, Host, Machine, Started};
+use crate::gpu::Ticket;
 use crate::memory::kv_cache::BLOCK_TOKENS;
 use crate::model::{AttentionShape, ModelConfig};
-use crate::policy::AttentionPlace;
-use crate::request::batcher::{Batcher, GroupRows, SequenceId};
-use crate::schedule::{GroupShape, PassShape, Task, Work};
+use crate::policy::{AttentionPlace, Policy};
+use crate::request::batcher::{Batcher, MicroBatchRows};
+use crate::schedule::{ChunkShape, MicroBatchShape, PassShape, Task, TaskId, Work};
 
-/// A block of the host cache that a group's GPU attention reads: the same block in every layer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct KvUpload {
-    /// Block of the GPU workspace.
-    to: u32,
-    sequence: SequenceId,
-    /// Which of the sequence's blocks.
-    block: usize,
-}
-
-/// Rows that `RowsToHost` brought.
-#[derive(Debug, Default)]
-pub(super) struct Fetched {
-    /// `[T, G, 2, K]`
-    kv: Vec<f16>,
-    /// `[n_decode, H, K]`
-    queries: Vec<f32>,
-}
-
-/// What `Head` found.
-#[derive(Debug, Default)]
-pub(super) struct HeadRows {
-    /// Row of the group that each entry of `samples` belongs to.
-    rows: Vec<usize>,
-    samples: Vec<Sample>,
-    /// Index into `rows` of each whole row of `logits`, ascending.
+/// A micro-batch of this pass.
+pub(super) struct MicroBatch {
+    /// The batcher's number of it.
+    number: usize,
+    pub rows: MicroBatchRows,
+    uploads: Vec<KvUpload>,
+    /// Rows that are sampled.
+    sampled: Vec<usize>,
+    /// Which of those need whole rows of logits, ascending.
     with_logits: Vec<usize>,
-    logits: Vec<f32>,
+    /// What the LM head found.
+    heads: Mutex<Heads>,
 }
 
-/// Carries out the tasks of one pass. `group` in a task counts the groups that have rows: `groups[group]` is the batcher's.
-pub(super) struct PassWorker<'p, 'e> {
-    pub checkpoint: &'p Checkpoint,
+/// All that the device's lanes need to know of one pass.
+pub(super) struct Pass<'p> {
+    pub weights: &'p Weights,
     pub config: &'p ModelConfig,
+    pub machine: &'p Machine,
+    pub threads: &'p rayon::ThreadPool,
+    pub pool: KvPool<'p>,
+    pub micro_batches: &'p [MicroBatch],
+    /// The schedule's expert groups by the machine's numbers.
+    pub groups: &'p [usize],
+}
+
+/// Which rows go where, and what the schedule has to cover. `rows`: by the batcher's number of the micro-batch.
+pub(super) fn lay_out(
+    machine: &mut Machine,
+    config: &ModelConfig,
+    policy: &Policy,
+    batcher: &Batcher,
+    answers: &Answers<'_>,
+    every_logit: bool,
+    rows: Vec<MicroBatchRows>,
+) -> (Vec<MicroBatch>, Vec<usize>, PassShape) {
+    let mut micro_batches = Vec::new();
+    let mut shapes = Vec::new();
+    for (number, rows) in rows.into_iter().enumerate() {
+        if rows.rows.is_empty() {
+            machine.leave_out(number);
+            continue;
+        }
+        let on_host = policy.attention == AttentionPlace::Cpu;
+        let (device_rows, uploads) = device_rows(config, on_host, batcher, every_logit, &rows);
+        shapes.push(MicroBatchShape {
+            gpu_attention: !(device_rows.prompt.is_empty() && device_rows.decode.is_empty()),
+            cpu_attention: on_host && rows.n_decode() > 0,
+            kv_to_device: !uploads.is_empty(),
+            sampled: !device_rows.sampled.is_empty(),
+        });
+        let sampled: Vec<usize> = device_rows.sampled.iter().map(|row| *row as usize).collect();
+        let with_logits = (0..sampled.len())
+            .filter(|index| every_logit || answers.needs_logits(rows.rows[sampled[*index]].sequence))
+            .collect();
+        machine.begin(number, device_rows, if on_host { rows.n_decode() } else { 0 });
+        micro_batches.push(MicroBatch { number, rows, uploads, sampled, with_logits, heads: Mutex::default() });
+    }
+    // Micro-batches of one of the machine's groups stand next to each other.
+    let group_of = |micro_batch: &MicroBatch| machine.extents().group_of(micro_batch.number);
+    let mut groups = Vec::new();
+    let mut start = 0;
+    for members in micro_batches.chunk_by(|a, b| group_of(a) == group_of(b)) {
+        groups.push((group_of(&members[0]), start..start + members.len()));
+        start += members.len();
+    }
+    let plan = machine.plan();
+    let resident = config.shape.experts - plan.streamed();
+    let experts_of = |page: &crate::memory::pages::Page| {
+        let experts = page.pieces.iter().map(|piece| piece.expert - resident);
+        experts.clone().min().unwrap_or(0)..experts.max().map_or(0, |last| last + 1)
+    };
+    let shape = PassShape {
+        layers: config.shape.layers,
+        micro_batches: shapes,
+        groups: groups.iter().map(|(_, members)| members.clone()).collect(),
+        chunks: plan
+            .chunks()
+            .iter()
+            .map(|chunk| ChunkShape { pages: chunk.pages.iter().map(experts_of).collect() })
+            .collect(),
+        streamed: plan.streamed(),
+        ring: plan.ring(),
+        loaded_pages: 0,
+        load_ahead: policy.schedule != crate::policy::ScheduleKind::Serial,
+        rows: policy.rows,
+        workspaces: policy.workspaces,
+        relay: machine.source().is_some_and(|source| source.kind() == crate::policy::SourceKind::Relay),
+    };
+    (micro_batches, groups.into_iter().map(|(group, _)| group).collect(), shape)
+}
+
+/// Where each row goes on the device, and which blocks of the cache its attention needs there.
+fn device_rows(
+    config: &ModelConfig,
+    decode_on_host: bool,
+    batcher: &Batcher,
+    every_logit: bool,
+    rows: &MicroBatchRows,
+) -> (DeviceRows, Vec<KvUpload>) {
+    let mut out = DeviceRows::default();
+    let mut uploads = Vec::new();
+    let mut used = 0;
+    let block_bytes = crate::execute::machine::workspace_block_bytes(config);
+    for run in rows.runs() {
+        let (first, last) = (&run[0], &run[run.len() - 1]);
+        let on_gpu = !(first.decode && decode_on_host);
+        let blocks_at = out.block_table.len();
+        if on_gpu {
+            let window = config.sliding_window.unwrap_or(usize::MAX);
+            let first_visible = (first.position + 1).saturating_sub(window) / BLOCK_TOKENS;
+            let blocks = batcher.table(first.sequence).blocks();
+            for (block, id) in blocks.iter().enumerate().take(last.position / BLOCK_TOKENS + 1) {
+                if block < first_visible {
+                    out.block_table.push(NO_SLOT);
+                    continue;
+                }
+                let stored = first.position.saturating_sub(block * BLOCK_TOKENS).min(BLOCK_TOKENS);
+                if stored > 0 {
+                    uploads.push(KvUpload { to: used, at: id.index() as u64 * block_bytes, tokens: stored });
+                }
+                out.block_table.push(used);
+                used += 1;
+            }
+        }
+        for row in run {
+            let index = out.ids.len();
+            let (block, within) = (row.position / BLOCK_TOKENS, row.position % BLOCK_TOKENS);
+            out.ids.push(row.token);
+            out.positions.push(row.position as u32);
+            out.kv_slots.push(if on_gpu {
+                out.block_table[blocks_at + block] * BLOCK_TOKENS as u32 + within as u32
+            } else {
+                NO_SLOT
+            });
+            if on_gpu {
+                let attended = Attended { row: index, position: row.position, blocks_at };
+                if row.decode { &mut out.decode } else { &mut out.prompt }.push(attended);
+            }
+            if row.sampled || every_logit {
+                out.sampled.push(index as u32);
+            }
+        }
+    }
+    (out, uploads)
+}
+
+impl Device for Pass<'_> {
+    type Error = WorkError;
+    type Ticket = Ticket;
+
+    fn start(&self, _id: TaskId, task: &Task, after: &[Ticket]) -> Result<Started<Ticket>, WorkError> {
+        let machine = self.machine;
+        let number = |micro_batch: usize| self.micro_batches[micro_batch].number;
+        let ticket = match task.work {
+            Work::Embed { micro_batch } => machine.embed(number(micro_batch), after)?,
+            Work::KvToDevice { layer, micro_batch } => {
+                let uploads = &self.micro_batches[micro_batch].uploads;
+                // SAFETY: blocks of sequences that have rows in this pass stay theirs to its end, and this pass writes only
+                // tokens behind those that are stored.
+                unsafe { machine.upload_kv(number(micro_batch), layer, uploads, &self.pool, after)? }
+            }
+            Work::PreAttention { layer, micro_batch } => machine.pre_attention(layer, number(micro_batch), after)?,
+            Work::RowsToHost { micro_batch, .. } => machine.rows_to_host(number(micro_batch), after)?,
+            Work::GpuAttention { micro_batch, .. } => machine.gpu_attention(number(micro_batch), after)?,
+            Work::RowsToDevice { micro_batch, .. } => machine.rows_to_device(number(micro_batch), after)?,
+            Work::PostAttention { layer, micro_batch } => machine.post_attention(layer, number(micro_batch), after)?,
+            Work::LoadPage { layer, chunk, page } => {
+                machine.load_page(self.weights, self.threads, layer, chunk, page, after)?
+            }
+            Work::Experts { layer, group, chunk } => machine.experts(layer, self.groups[group], chunk, after)?,
+            Work::Head { micro_batch } => {
+                let of = &self.micro_batches[micro_batch];
+                *of.heads.lock().expect("heads lock") = machine.head(of.number, &of.with_logits, after)?;
+                return Ok(Started::Done);
+            }
+            Work::CpuAttention { .. } | Work::Sample { .. } | Work::PinPage { .. } | Work::Barrier { .. } => {
+                unreachable!("{:?} is the host's", task.work)
+            }
+        };
+        Ok(Started::Ticket(ticket))
+    }
+
+    fn wait(&self, ticket: Ticket) -> Result<(), WorkError> {
+        Ok(self.machine.gpu().wait_for(ticket)?)
+    }
+
+    fn take_spans(&self, tickets: &[Ticket]) -> Result<Vec<Option<(Instant, Instant)>>, WorkError> {
+        Ok(self.machine.gpu().take_spans(tickets)?)
+    }
+
+    fn size(&self, work: Work) -> (u64, usize) {
+        let shape = &self.config.shape;
+        let rows = work.micro_batch().map_or(0, |micro_batch| self.micro_batches[micro_batch].rows.rows.len());
+        let decode = work.micro_batch().map_or(0, |micro_batch| self.micro_batches[micro_batch].rows.n_decode());
+        let words = |n: usize| 4 * n as u64;
+        match work {
+            Work::LoadPage { chunk, page, .. } | Work::PinPage { chunk, page, .. } => {
+                (self.machine.page_bytes(chunk, page), 0)
+            }
+            Work::KvToDevice { micro_batch, .. } => {
+                let blocks = self.micro_batches[micro_batch].uploads.len() as u64;
+                (blocks * crate::execute::machine::workspace_block_bytes(self.config), rows)
+            }
+            Work::RowsToHost { .. } => (words(rows * shape.kv_width() + decode * shape.q_width()), rows),
+            Work::RowsToDevice { .. } => (words(decode * shape.q_width()), decode),
+            Work::Experts { group, .. } => (0, self.machine.group_rows(self.groups[group])),
+            _ => (0, rows),
+        }
+    }
+}
+
+/// The host's lane of one pass.
+pub(super) struct HostLane<'p, 'e> {
+    pub pass: &'p Pass<'p>,
     pub attention: AttentionPlace,
     pub isa: Isa,
-    pub threads: &'p rayon::ThreadPool,
-    pub machine: &'p mut Machine,
     pub batcher: &'p mut Batcher,
     pub answers: &'p mut Answers<'e>,
-    pub groups: &'p [usize],
-    pub rows: &'p [GroupRows],
-    /// By the batcher's number of the group: its rows of the next pass.
-    pub next: &'p mut [GroupRows],
+    /// By the batcher's number of the micro-batch: its rows of the next pass.
+    pub next: &'p mut [MicroBatchRows],
     pub every_logit: bool,
-    pub uploads: Vec<Vec<KvUpload>>,
-    pub fetched: Fetched,
-    /// `[n_decode, H, K]`
-    pub attended: Vec<f32>,
-    pub head: HeadRows,
-    pub page_bytes: u64,
 }
 
-impl PassWorker<'_, '_> {
-    /// Hands every group's rows to the device, and says what the schedule has to cover.
-    pub fn begin(&mut self) -> PassShape {
-        let mut groups = Vec::with_capacity(self.rows.len());
-        for (group, rows) in self.rows.iter().enumerate() {
-            let (device_rows, uploads) = self.lay_out(rows);
-            self.machine.begin(group, &device_rows);
-            groups.push(GroupShape {
-                gpu_attention: !(device_rows.prompt.is_empty() && device_rows.decode.is_empty()),
-                cpu_attention: self.attention == AttentionPlace::Cpu && rows.n_decode() > 0,
-                kv_to_device: !uploads.is_empty(),
-                sampled: !device_rows.sampled.is_empty(),
-            });
-            self.uploads.push(uploads);
-        }
-        let chunk_pages = self.machine.plan().chunks().iter().map(|chunk| chunk.pages.len()).collect();
-        PassShape { layers: self.config.shape.layers, groups, chunk_pages }
-    }
-
-    /// Where each row goes on the device, and which blocks of the cache its attention needs there.
-    fn lay_out(&self, rows: &GroupRows) -> (DeviceRows, Vec<KvUpload>) {
-        let mut out = DeviceRows::default();
-        let mut uploads = Vec::new();
-        let mut used = 0;
-        for run in rows.runs() {
-            let (first, last) = (&run[0], &run[run.len() - 1]);
-            let on_gpu = !first.decode || self.attention == AttentionPlace::Gpu;
-            let blocks_at = out.block_table.len();
-            if on_gpu {
-                let window = self.config.sliding_window.unwrap_or(usize::MAX);
-                let first_visible = (first.position + 1).saturating_sub(window) / BLOCK_TOKENS;
-                for block in 0..=last.position / BLOCK_TOKENS {
-                    if block < first_visible {
-                        out.block_table.push(NO_SLOT);
-                        continue;
-                    }
-                    if block * BLOCK_TOKENS < first.position {
-                        uploads.push(KvUpload { to: used, sequence: first.sequence, block });
-                    }
-                    out.block_table.push(used);
-                    used += 1;
-                }
-            }
-            for row in run {
-                let index = out.ids.len();
-                let (block, within) = (row.position / BLOCK_TOKENS, row.position % BLOCK_TOKENS);
-                out.ids.push(row.token);
-                out.positions.push(row.position as u32);
-                out.kv_slots.push(if on_gpu {
-                    out.block_table[blocks_at + block] * BLOCK_TOKENS as u32 + within as u32
-                } else {
-                    NO_SLOT
-                });
-                if on_gpu {
-                    let attended = Attended { row: index, position: row.position, blocks_at };
-                    if row.decode { &mut out.decode } else { &mut out.prompt }.push(attended);
-                }
-                if row.sampled || self.every_logit {
-                    out.sampled.push(index as u32);
-                }
-            }
-        }
-        (out, uploads)
-    }
-
-    fn upload_kv(&mut self, layer: usize, group: usize) {
-        for upload in &self.uploads[group] {
-            let id = self.batcher.table(upload.sequence).blocks()[upload.block];
-            self.machine.write_kv_block(upload.to, self.batcher.kv().block(layer, id));
-        }
-    }
-
-    fn cpu_attention(&mut self, layer: usize, group: usize) {
-        let rows = &self.rows[group];
-        self.batcher.write_rows(layer, &rows.rows, &self.fetched.kv, self.threads);
+impl HostLane<'_, '_> {
+    fn attend(&mut self, layer: usize, micro_batch: usize) {
+        let (pass, of) = (self.pass, &self.pass.micro_batches[micro_batch]);
+        // SAFETY: the schedule was checked: this layer's rows have come, and the next layer's come after this task.
+        let kv = unsafe { pass.machine.host_kv(of.number) };
+        self.batcher.write_rows(layer, &of.rows.rows, kv, pass.threads);
         if self.attention == AttentionPlace::Gpu {
             return;
         }
-        let shape = &self.config.shape;
+        let shape = &pass.config.shape;
         let attention = AttentionShape {
             q_heads: shape.q_heads,
             kv_heads: shape.kv_heads,
             head_width: shape.head_width,
-            window: self.config.sliding_window,
-            scale: attention_scale(self.config),
+            window: pass.config.sliding_window,
+            scale: attention_scale(pass.config),
         };
-        let width = shape.q_width();
-        self.attended.clear();
-        self.attended.resize(rows.n_decode() * width, 0.0);
-        let mut decode: Vec<DecodeRow> = rows.rows[..rows.n_decode()]
+        // SAFETY: as above; the output of the layer before went to the device before this task.
+        let (queries, out) = unsafe { (pass.machine.host_queries(of.number), pass.machine.host_attention(of.number)) };
+        let mut decode: Vec<DecodeRow> = of.rows.rows[..of.rows.n_decode()]
             .iter()
-            .zip(self.fetched.queries.chunks_exact(width))
-            .zip(self.attended.chunks_exact_mut(width))
-            .map(|((row, q), out)| DecodeRow {
-                q,
+            .zip(queries.chunks_exact(shape.qkv_width()))
+            .zip(out.chunks_exact_mut(shape.q_width()))
+            .map(|((row, projected), out)| DecodeRow {
+                q: &projected[..shape.q_width()],
                 out,
                 context: row.position + 1,
                 table: self.batcher.table(row.sequence),
             })
             .collect();
-        attend(self.isa, self.batcher.kv(), layer, &attention, &mut decode, self.threads);
+        attend(self.isa, self.batcher.kv(), layer, &attention, &mut decode, pass.threads);
     }
 
-    fn head(&mut self, group: usize) -> Result<(), WorkError> {
-        let rows = &self.rows[group].rows;
-        let sampled: Vec<usize> = (0..rows.len()).filter(|row| rows[*row].sampled || self.every_logit).collect();
-        let with_logits: Vec<usize> = (0..sampled.len())
-            .filter(|index| self.every_logit || self.answers.needs_logits(rows[sampled[*index]].sequence))
-            .collect();
-        let (samples, logits) = self.machine.head(group, &with_logits)?;
-        self.head = HeadRows { rows: sampled, samples, with_logits, logits };
-        Ok(())
-    }
-
-    fn sample(&mut self, group: usize) -> Result<(), WorkError> {
-        let rows = &self.rows[group];
+    fn sample(&mut self, micro_batch: usize) -> Result<(), WorkError> {
+        let of = &self.pass.micro_batches[micro_batch];
+        let rows = &of.rows;
         self.batcher.complete(rows);
-        let head = std::mem::take(&mut self.head);
-        let vocab = self.config.shape.vocab;
-        let mut whole = head.with_logits.iter().copied().zip(head.logits.chunks_exact(vocab)).peekable();
-        for (index, (row, sample)) in head.rows.iter().zip(&head.samples).enumerate() {
+        let heads = std::mem::take(&mut *of.heads.lock().expect("heads lock"));
+        let vocab = self.pass.config.shape.vocab;
+        let mut whole = of.with_logits.iter().copied().zip(heads.logits.chunks_exact(vocab)).peekable();
+        for (index, (row, sample)) in of.sampled.iter().zip(&heads.samples).enumerate() {
             let row = &rows.rows[*row];
             let logits = whole.next_if(|(with, _)| *with == index).map(|(_, logits)| logits);
             if let (Some(logits), true) = (logits, self.every_logit) {
@@ -216,36 +312,23 @@ impl PassWorker<'_, '_> {
         }
         // Rows of requests that failed elsewhere were carried along; what is left of them goes now.
         self.answers.sweep(rows, self.batcher);
-        // This group's membership of the next pass is fixed here, whatever the other groups still do.
-        let number = self.groups[group];
-        self.next[number] = self.batcher.plan_group(number)?;
+        // This micro-batch's membership of the next pass is fixed here, whatever the others still do.
+        self.next[of.number] = self.batcher.plan_micro_batch(of.number)?;
         Ok(())
     }
 }
 
-impl Worker for PassWorker<'_, '_> {
-    type Error = WorkError;
-
-    fn perform(&mut self, task: &Task) -> Result<(), WorkError> {
+impl Host<WorkError> for HostLane<'_, '_> {
+    fn perform(&mut self, _id: TaskId, task: &Task) -> Result<(), WorkError> {
         match task.work {
-            Work::Embed { group } => self.machine.embed(group)?,
-            Work::KvToDevice { layer, group } => self.upload_kv(layer, group),
-            Work::PreAttention { layer, group } => self.machine.pre_attention(layer, group)?,
-            Work::RowsToHost { group, .. } => {
-                let n_decode = if self.attention == AttentionPlace::Cpu { self.rows[group].n_decode() } else { 0 };
-                let (kv, queries) = self.machine.read_rows(group, n_decode)?;
-                self.fetched = Fetched { kv, queries };
+            Work::CpuAttention { layer, micro_batch } => self.attend(layer, micro_batch),
+            Work::Sample { micro_batch } => self.sample(micro_batch)?,
+            Work::PinPage { layer, chunk, page } => {
+                self.pass.machine.pin_page(self.pass.weights, self.pass.threads, layer, chunk, page)?;
             }
-            Work::CpuAttention { layer, group } => self.cpu_attention(layer, group),
-            Work::GpuAttention { group, .. } => self.machine.gpu_attention(group)?,
-            Work::RowsToDevice { .. } => self.machine.write_attention(&self.attended),
-            Work::PostAttention { layer, group } => self.machine.post_attention(layer, group)?,
-            Work::LoadPage { layer, chunk, page } => {
-                self.page_bytes += self.machine.load_page(self.checkpoint, layer, chunk, page)?;
-            }
-            Work::Experts { layer, group, chunk } => self.machine.experts(layer, group, chunk)?,
-            Work::Head { group } => self.head(group)?,
-            Work::Sample { group } => self.sample(group)?,
+            // The launcher has waited for all that was started before.
+            Work::Barrier { .. } => {}
+            other => unreachable!("{other:?} is the device's"),
         }
         Ok(())
     }

@@ -1,40 +1,91 @@
-//! A model on the GPU: its dense weights, the slots of its experts, the buffers of each group, and the kernels of each stage.
+//! A model on the GPU: its dense weights, the slots of its experts, the buffers of its rows, and the kernels of each stage.
 //!
-//! In: a checkpoint, a [`PagePlan`], extents. Out: what each [`Work`](crate::schedule::Work) task does on the device side; the
-//! host side (KV cache, CPU attention, sampling) is the engine's.
+//! In: weights, a [`PagePlan`], extents. Out: what each [`Work`](crate::schedule::Work) task does on the device side, handed to
+//! the device and not waited for; the host side (KV cache, CPU attention, sampling) is the engine's.
 //!
 //! Always on the GPU: embedding, norms, projections, routers, LM head. Experts come through pages into slots; a slot is the
-//! same place in three slabs (gate, up, down). Per group: the residual rows and everything that must outlive a stage;
-//! scratch that does not is shared. Nothing is allocated after [`Machine::open`].
+//! same place in three slabs (gate, up, down). Rows of the micro-batches of an expert group lie in the group's buffers one
+//! region after the other, so that experts see all of them at once; what attention needs is each micro-batch's own, so that one
+//! may attend while another is projected.
+//!
+//! ```text
+//! group 0:   x, normed, chosen   [ micro-batch 0 ....··|micro-batch 1 .......|micro-batch 2 ...··· ]   · = no row
+//! micro-batch 1:   qkv, attention, ids, …   and on the host: its new keys and values, its queries, its attention output
+//! ```
+//!
+//! Methods may be called from several lanes at a time; what they may not do at the same time the schedule keeps apart. Nothing is
+//! allocated on the device after [`Machine::open`].
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Mutex;
 
 use half::f16;
 
-use crate::checkpoint::{Checkpoint, Dtype};
-use crate::gpu::{Buffer, GpuError, Pipelines, Recorder, Slice, Variant};
+use crate::checkpoint::{Dtype, Reader, Weights};
+use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
 use crate::kernels::lm_head_sample::Sample;
 use crate::kernels::{
-    decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample, matmul,
-    paged_attention, prompt_attention, rms_norm, rotary, router_topk,
+    copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample,
+    matmul, paged_attention, prompt_attention, rms_norm, rotary, router_topk,
     slabs::{N_SLABS, Place},
 };
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{ExpertMatrix, ModelConfig, Role};
+use crate::policy::RowPath;
 use crate::reference::rotary::rope_table;
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extents {
-    pub groups: usize,
-    pub rows_per_group: usize,
-    /// KV blocks of the GPU workspace.
+    pub micro_batches: usize,
+    /// Expert groups: consecutive micro-batches, as many in each (the last may have fewer).
+    pub expert_groups: usize,
+    pub rows_per_micro_batch: usize,
+    /// KV workspaces, and KV blocks of each.
+    pub workspaces: usize,
     pub workspace_blocks: usize,
     /// Positions 0.. that the rotary table covers.
     pub max_positions: usize,
     /// Rows whose logits exist at a time.
     pub head_rows: usize,
+    /// How rows cross the link.
+    pub rows: RowPath,
+}
+
+/// A region of a group's buffers starts at a multiple of so many rows: then it starts aligned for a binding whatever a row holds.
+const REGION_ROWS: usize = 64;
+
+impl Extents {
+    /// Micro-batches of an expert group.
+    pub fn group_size(&self) -> usize {
+        self.micro_batches.div_ceil(self.expert_groups)
+    }
+
+    /// Rows from one region of a group's buffers to the next.
+    pub fn region_rows(&self) -> usize {
+        if self.group_size() == 1 {
+            self.rows_per_micro_batch
+        } else {
+            self.rows_per_micro_batch.next_multiple_of(REGION_ROWS)
+        }
+    }
+
+    /// Rows that a group's buffers hold.
+    pub fn group_rows(&self) -> usize {
+        self.group_size() * self.region_rows()
+    }
+
+    /// The group of a micro-batch.
+    pub fn group_of(&self, micro_batch: usize) -> usize {
+        micro_batch / self.group_size()
+    }
+
+    fn region_start(&self, micro_batch: usize) -> usize {
+        micro_batch % self.group_size() * self.region_rows()
+    }
 }
 
 /// A tensor that stays on the GPU.
@@ -55,8 +106,22 @@ impl Slabs {
     }
 }
 
-/// What a group keeps over stages.
+/// Rows that experts see together.
 struct GroupBuffers {
+    /// [T, D] residual stream.
+    x: Buffer,
+    /// [T, D] normed rows: input of the projections, then of the experts.
+    normed: Buffer,
+    chosen: Buffer,
+    chosen_weights: Buffer,
+    offsets: Buffer,
+    permutation: Buffer,
+    /// [T * A, D] expert outputs by assignment.
+    expert_out: Buffer,
+}
+
+/// What one micro-batch keeps over stages.
+struct MicroBatchBuffers {
     ids: Buffer,
     positions: Buffer,
     /// Workspace slot of each row's new key and value, or [`NO_SLOT`].
@@ -65,20 +130,27 @@ struct GroupBuffers {
     attended_prompt: Buffer,
     block_table: Buffer,
     sampled: Buffer,
-    /// [T, D] residual stream.
-    x: Buffer,
-    /// [T, D] normed rows: input of the experts.
-    normed: Buffer,
-    chosen: Buffer,
-    chosen_weights: Buffer,
-    offsets: Buffer,
-    permutation: Buffer,
-    /// [T * A, D] expert outputs by assignment.
-    expert_out: Buffer,
-    n_rows: usize,
-    n_sampled: usize,
-    n_decode_attended: usize,
-    n_prompt_attended: usize,
+    /// [T, (H + 2 G) K]
+    qkv: Buffer,
+    /// [T, G, 2, K] f16
+    kv_rows: Buffer,
+    /// [T, H, K]
+    attention: Buffer,
+    /// The same on the host: new keys and values, queries, attention output.
+    host_kv: HostBuffer,
+    host_queries: HostBuffer,
+    host_attention: HostBuffer,
+    rows: DeviceRows,
+    /// Rows whose queries the host wants.
+    n_host_queries: usize,
+}
+
+/// Context that GPU attention reads.
+struct Workspace {
+    /// [blocks, G, 2, BLOCK_TOKENS, K] f16
+    blocks: Buffer,
+    /// Host memory from which blocks cross the link, where the pool itself cannot be lent to the driver.
+    staging: Option<HostBuffer>,
 }
 
 /// Marks a row whose key and value the workspace does not need.
@@ -87,14 +159,14 @@ pub const NO_SLOT: u32 = u32::MAX;
 /// A row that attends on the GPU.
 #[derive(Debug, Clone, Copy)]
 pub struct Attended {
-    /// Row of the group.
+    /// Row of the micro-batch.
     pub row: usize,
     pub position: usize,
     /// Where its sequence's blocks start in the block table.
     pub blocks_at: usize,
 }
 
-/// A group's rows as the device needs them.
+/// A micro-batch's rows as the device needs them.
 #[derive(Debug, Clone, Default)]
 pub struct DeviceRows {
     pub ids: Vec<u32>,
@@ -106,6 +178,14 @@ pub struct DeviceRows {
     pub sampled: Vec<u32>,
 }
 
+/// What the LM head gives.
+#[derive(Debug, Default)]
+pub struct Heads {
+    pub samples: Vec<Sample>,
+    /// Whole rows of logits, `[n, V]`.
+    pub logits: Vec<f32>,
+}
+
 /// See the module's text.
 pub struct Machine {
     pipelines: Pipelines,
@@ -114,19 +194,19 @@ pub struct Machine {
     dense: HashMap<Role, Dense>,
     expert_dtype: Dtype,
     plan: PagePlan,
-    table: PageTable,
+    source: Option<PageSource>,
+    table: Mutex<PageTable>,
+    /// Where in the ring this pass begins.
+    ring_start: usize,
     gate: Slabs,
     up: Slabs,
     down: Slabs,
     slots_per_slab: usize,
     slot_bytes: u64,
     groups: Vec<GroupBuffers>,
+    micro_batches: Vec<MicroBatchBuffers>,
+    workspaces: Vec<Workspace>,
     rope_table: Buffer,
-    qkv: Buffer,
-    kv_rows: Buffer,
-    kv_blocks: Buffer,
-    /// [T, H, K]
-    attention: Buffer,
     router_logits: Buffer,
     /// [T * A, F]
     hidden: Buffer,
@@ -135,6 +215,7 @@ pub struct Machine {
     head_normed: Buffer,
     logits: Buffer,
     greedy: Buffer,
+    host_heads: HostBuffer,
 }
 
 fn words(n: usize) -> u64 {
@@ -148,19 +229,54 @@ pub fn workspace_block_bytes(config: &ModelConfig) -> u64 {
     layout.bytes_per_block() as u64
 }
 
+/// Host memory that the rows of one micro-batch cross the link through.
+pub fn host_row_bytes(config: &ModelConfig, rows: usize) -> u64 {
+    let shape = &config.shape;
+    words(rows * shape.kv_width()) + words(rows * shape.qkv_width()) + words(rows * shape.q_width())
+}
+
+/// Where a KV block of the host lies that goes to a workspace.
+#[derive(Debug, Clone, Copy)]
+pub struct KvUpload {
+    /// Block of the workspace.
+    pub to: u32,
+    /// Bytes from the start of the pool's layer 0 to the block there.
+    pub at: u64,
+    /// Tokens of it that are stored.
+    pub tokens: usize,
+}
+
+/// The host's pool of KV blocks as uploads read it.
+pub struct KvPool<'a> {
+    /// Start of the pool.
+    pub pointer: *const u8,
+    /// Bytes from one layer to the next.
+    pub layer_bytes: u64,
+    /// The pool as the driver knows it, in pieces of [`KV_ARENA_BYTES`]; empty where it could not be lent.
+    pub arenas: &'a [HostBuffer],
+}
+
+// SAFETY: the pointer is only read through, by `upload_kv`, under the conditions it states.
+unsafe impl Sync for KvPool<'_> {}
+
+/// The KV pool is lent to the driver in pieces of this size.
+pub const KV_ARENA_BYTES: u64 = 1 << 30;
+
 impl Machine {
     /// Allocates everything, uploads the dense weights and the resident experts. `progress(done, total)` in bytes.
+    /// `lend_kv`: uploads of context read the pool itself, so nothing is staged.
     pub fn open(
         pipelines: Pipelines,
-        checkpoint: &Checkpoint,
+        weights: &Weights,
         plan: PagePlan,
         extents: Extents,
+        lend_kv: bool,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Machine, GpuError> {
+    ) -> Result<Machine, PageError> {
         let gpu = pipelines.gpu().clone();
-        let config = checkpoint.config().clone();
+        let config = weights.config().clone();
         let shape = config.shape;
-        let expert_dtype = checkpoint.inventory().expert_dtype().expect("mixed types were refused before");
+        let expert_dtype = weights.inventory().expert_dtype().expect("mixed types were refused before");
         let matrix_bytes = (shape.expert_matrix_elements() * expert_dtype.size_bytes()) as u64;
         let slot_bytes = PageShape::slot_bytes(matrix_bytes);
         let slots_per_slab = ((gpu.max_binding_bytes() / slot_bytes) as usize).max(1);
@@ -169,24 +285,17 @@ impl Machine {
             let mut buffers = Vec::new();
             while left > 0 {
                 let n = left.min(slots_per_slab);
-                buffers.push(gpu.buffer(&format!("{what} slab {}", buffers.len()), n as u64 * slot_bytes)?);
+                buffers.push(gpu.shared_buffer(&format!("{what} slab {}", buffers.len()), n as u64 * slot_bytes)?);
                 left -= n;
             }
             Ok(Slabs { buffers })
         };
         let (gate, up, down) = (slabs("gate")?, slabs("up")?, slabs("down")?);
-        let rows = extents.rows_per_group;
+        let rows = extents.group_rows();
         let assignments = rows * shape.experts_per_token;
-        let groups = (0..extents.groups)
+        let groups = (0..extents.expert_groups)
             .map(|_| {
                 Ok(GroupBuffers {
-                    ids: gpu.buffer("token ids", words(rows))?,
-                    positions: gpu.buffer("positions", words(rows))?,
-                    kv_slots: gpu.buffer("kv slots", words(rows))?,
-                    attended_decode: gpu.buffer("attended decode rows", words(4 * rows))?,
-                    attended_prompt: gpu.buffer("attended prompt rows", words(4 * rows))?,
-                    block_table: gpu.buffer("block table", words(extents.workspace_blocks))?,
-                    sampled: gpu.buffer("sampled rows", words(rows))?,
                     x: gpu.buffer("residual rows", words(rows * shape.d_model))?,
                     normed: gpu.buffer("normed rows", words(rows * shape.d_model))?,
                     chosen: gpu.buffer("chosen experts", words(assignments))?,
@@ -194,48 +303,79 @@ impl Machine {
                     offsets: gpu.buffer("expert offsets", words(shape.experts + 1))?,
                     permutation: gpu.buffer("rows by expert", words(assignments))?,
                     expert_out: gpu.buffer("expert outputs", words(assignments * shape.d_model))?,
-                    n_rows: 0,
-                    n_sampled: 0,
-                    n_decode_attended: 0,
-                    n_prompt_attended: 0,
                 })
             })
             .collect::<Result<Vec<_>, GpuError>>()?;
+        let rows = extents.rows_per_micro_batch;
+        let micro_batches = (0..extents.micro_batches)
+            .map(|_| {
+                Ok(MicroBatchBuffers {
+                    ids: gpu.buffer("token ids", words(rows))?,
+                    positions: gpu.buffer("positions", words(rows))?,
+                    kv_slots: gpu.buffer("kv slots", words(rows))?,
+                    attended_decode: gpu.buffer("attended decode rows", words(4 * rows))?,
+                    attended_prompt: gpu.buffer("attended prompt rows", words(4 * rows))?,
+                    block_table: gpu.buffer("block table", words(extents.workspace_blocks))?,
+                    sampled: gpu.buffer("sampled rows", words(rows))?,
+                    qkv: gpu.shared_buffer("projected rows", words(rows * shape.qkv_width()))?,
+                    kv_rows: gpu.shared_buffer("new keys and values", words(rows * shape.kv_width()))?,
+                    attention: gpu.shared_buffer("attention output", words(rows * shape.q_width()))?,
+                    host_kv: gpu.host_buffer("new keys and values", words(rows * shape.kv_width()))?,
+                    host_queries: gpu.host_buffer("queries", words(rows * shape.qkv_width()))?,
+                    host_attention: gpu.host_buffer("attention output", words(rows * shape.q_width()))?,
+                    rows: DeviceRows::default(),
+                    n_host_queries: 0,
+                })
+            })
+            .collect::<Result<Vec<_>, PageError>>()?;
+        let workspace_bytes = extents.workspace_blocks as u64 * workspace_block_bytes(&config);
+        let workspaces = (0..extents.workspaces)
+            .map(|_| {
+                Ok(Workspace {
+                    blocks: gpu.shared_buffer("KV workspace", workspace_bytes)?,
+                    staging: match lend_kv {
+                        true => None,
+                        false => Some(gpu.pinned("KV on its way to the GPU", workspace_bytes)?),
+                    },
+                })
+            })
+            .collect::<Result<Vec<_>, PageError>>()?;
         let table = PageTable::new(&plan);
         let rope = rope_table(shape.head_width, config.rope_theta as f32, extents.max_positions);
+        let hidden_rows = extents.group_rows() * shape.experts_per_token;
         let mut machine = Machine {
             config,
             extents,
             dense: HashMap::new(),
             expert_dtype,
-            table,
+            table: Mutex::new(table),
+            source: None,
+            ring_start: 0,
             gate,
             up,
             down,
             slots_per_slab,
             slot_bytes,
             groups,
+            micro_batches,
+            workspaces,
             rope_table: gpu.buffer_with("rotary table", bytemuck::cast_slice(&rope))?,
-            qkv: gpu.buffer("projected rows", words(rows * shape.qkv_width()))?,
-            kv_rows: gpu.buffer("new keys and values", words(rows * shape.kv_width()))?,
-            kv_blocks: gpu
-                .buffer("KV workspace", extents.workspace_blocks as u64 * workspace_block_bytes(checkpoint.config()))?,
-            attention: gpu.buffer("attention output", words(rows * shape.q_width()))?,
             router_logits: gpu.buffer("router logits", words(rows * shape.experts))?,
-            hidden: gpu.buffer("expert hidden rows", words(assignments * shape.expert_width))?,
+            hidden: gpu.buffer("expert hidden rows", words(hidden_rows * shape.expert_width))?,
             places: gpu.buffer("expert places", words(2 * shape.experts))?,
             head_rows: gpu.buffer("sampled residual rows", words(extents.head_rows * shape.d_model))?,
             head_normed: gpu.buffer("normed sampled rows", words(extents.head_rows * shape.d_model))?,
             logits: gpu.buffer("logits", words(extents.head_rows * shape.vocab))?,
             greedy: gpu.buffer("greedy ids", words(4 * extents.head_rows))?,
+            host_heads: gpu.host_buffer("ids and logits", words(extents.head_rows * (4 + shape.vocab)))?,
             plan,
             pipelines,
         };
-        machine.load(checkpoint, progress)?;
+        machine.load(weights, progress)?;
         Ok(machine)
     }
 
-    fn load(&mut self, checkpoint: &Checkpoint, progress: &mut dyn FnMut(u64, u64)) -> Result<(), GpuError> {
+    fn load(&mut self, weights: &Weights, progress: &mut dyn FnMut(u64, u64)) -> Result<(), PageError> {
         let shape = self.config.shape;
         let resident: Vec<(usize, usize)> = (0..shape.layers)
             .flat_map(|layer| {
@@ -244,30 +384,38 @@ impl Machine {
                 experts.map(move |expert| (layer, expert))
             })
             .collect();
-        let placed = checkpoint.inventory().tensors();
-        let dense: Vec<Role> =
-            placed.iter().map(|tensor| tensor.role).filter(|role| !matches!(role, Role::Expert { .. })).collect();
-        let total = dense.iter().map(|role| checkpoint.tensor(*role).bytes.len() as u64).sum::<u64>()
-            + resident.len() as u64 * 3 * self.matrix_bytes();
+        let placed = weights.inventory().tensors();
+        let dense: Vec<_> = placed
+            .iter()
+            .filter(|tensor| !matches!(tensor.role, Role::Expert { .. }))
+            .map(|tensor| (tensor.role, tensor.dtype, tensor.bytes()))
+            .collect();
+        let total =
+            dense.iter().map(|(_, _, bytes)| *bytes).sum::<u64>() + resident.len() as u64 * 3 * self.matrix_bytes();
         let mut done = 0;
         let gpu = self.pipelines.gpu().clone();
-        for role in dense {
-            let view = checkpoint.tensor(role);
-            let buffer = gpu.buffer_with(&format!("{role:?}"), view.bytes)?;
+        let reader = Reader::new();
+        for (role, dtype, bytes) in dense {
+            let buffer = gpu.buffer_with(&format!("{role:?}"), &weights.tensor(&reader, role)?)?;
             gpu.flush()?;
-            self.dense.insert(role, Dense { buffer, dtype: view.dtype });
-            done += view.bytes.len() as u64;
+            self.dense.insert(role, Dense { buffer, dtype });
+            done += bytes;
             progress(done, total);
         }
         for (layer, expert) in resident {
             for matrix in [ExpertMatrix::Gate, ExpertMatrix::Up, ExpertMatrix::Down] {
-                let piece = Piece { expert, matrix, bytes: 0..self.matrix_bytes() };
-                self.write_piece(checkpoint, layer, &piece);
+                let bytes = weights.tensor(&reader, Role::Expert { layer, expert, matrix })?;
+                let piece = Piece { expert, matrix, bytes: 0..bytes.len() as u64 };
+                let slot = self.plan.slot(0, layer, expert);
+                let (slab, at) = self.slab_place(slot, &piece);
+                gpu.write(slab, at, &bytes);
+                self.table.get_mut().expect("table lock").arrive(slot, layer, &piece, None);
                 gpu.flush()?;
-                done += self.matrix_bytes();
+                done += bytes.len() as u64;
                 progress(done, total);
             }
         }
+        gpu.wait()?;
         Ok(())
     }
 
@@ -287,56 +435,122 @@ impl Machine {
         &self.pipelines
     }
 
+    pub fn gpu(&self) -> &Gpu {
+        self.pipelines.gpu()
+    }
+
+    /// Where pages come from. None where nothing streams.
+    pub fn source(&self) -> Option<&PageSource> {
+        self.source.as_ref()
+    }
+
+    pub fn set_source(&mut self, source: PageSource) {
+        self.source = Some(source);
+    }
+
     fn dense(&self, role: Role) -> &Dense {
         &self.dense[&role.stored_as(&self.config)]
     }
 
-    /// Takes a group's rows for one pass.
-    pub fn begin(&mut self, group: usize, rows: &DeviceRows) {
-        let gpu = self.pipelines.gpu();
-        let buffers = &mut self.groups[group];
-        assert!(rows.ids.len() <= self.extents.rows_per_group, "the batcher keeps to the row limit");
+    /// Takes a micro-batch's rows for one pass; the first `n_host_queries` of them attend on the host.
+    pub fn begin(&mut self, micro_batch: usize, rows: DeviceRows, n_host_queries: usize) {
+        assert!(rows.ids.len() <= self.extents.rows_per_micro_batch, "the batcher keeps to the row limit");
+        let buffers = &mut self.micro_batches[micro_batch];
+        buffers.rows = rows;
+        buffers.n_host_queries = n_host_queries;
+    }
+
+    /// The micro-batch has no rows in this pass.
+    pub fn leave_out(&mut self, micro_batch: usize) {
+        self.begin(micro_batch, DeviceRows::default(), 0);
+    }
+
+    /// The pass has run: the next one begins in the ring where this one ended.
+    pub fn end_pass(&mut self) {
+        self.ring_start = self.plan.next_ring_start(self.ring_start);
+    }
+
+    /// Rows of a micro-batch in this pass.
+    pub fn n_rows(&self, micro_batch: usize) -> usize {
+        self.micro_batches[micro_batch].rows.ids.len()
+    }
+
+    /// The rows of a micro-batch in one of its group's buffers, each row of `width` words.
+    fn region<'a>(&self, buffer: &'a Buffer, micro_batch: usize, width: usize) -> Slice<'a> {
+        let start = self.extents.region_start(micro_batch);
+        buffer.slice(words(start * width)..words((start + self.n_rows(micro_batch)) * width))
+    }
+
+    fn group(&self, micro_batch: usize) -> &GroupBuffers {
+        &self.groups[self.extents.group_of(micro_batch)]
+    }
+
+    pub fn embed(&self, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
+        let d_model = self.config.shape.d_model;
+        let buffers = &self.micro_batches[micro_batch];
+        let rows = &buffers.rows;
+        let table = self.dense(Role::Embedding);
+        let mut recorder = Recorder::timed(&self.pipelines);
+        let r = &mut recorder;
         let attended = |rows: &[Attended]| -> Vec<[u32; 4]> {
             rows.iter().map(|a| [a.row as u32, a.position as u32, a.blocks_at as u32, 0]).collect()
         };
-        gpu.write(&buffers.ids, 0, bytemuck::cast_slice(&rows.ids));
-        gpu.write(&buffers.positions, 0, bytemuck::cast_slice(&rows.positions));
-        gpu.write(&buffers.kv_slots, 0, bytemuck::cast_slice(&rows.kv_slots));
-        gpu.write(&buffers.attended_decode, 0, bytemuck::cast_slice(&attended(&rows.decode)));
-        gpu.write(&buffers.attended_prompt, 0, bytemuck::cast_slice(&attended(&rows.prompt)));
-        gpu.write(&buffers.block_table, 0, bytemuck::cast_slice(&rows.block_table));
-        gpu.write(&buffers.sampled, 0, bytemuck::cast_slice(&rows.sampled));
-        buffers.n_rows = rows.ids.len();
-        buffers.n_sampled = rows.sampled.len();
-        buffers.n_decode_attended = rows.decode.len();
-        buffers.n_prompt_attended = rows.prompt.len();
+        r.upload(&buffers.ids, 0, bytemuck::cast_slice(&rows.ids))?;
+        r.upload(&buffers.positions, 0, bytemuck::cast_slice(&rows.positions))?;
+        r.upload(&buffers.kv_slots, 0, bytemuck::cast_slice(&rows.kv_slots))?;
+        r.upload(&buffers.attended_decode, 0, bytemuck::cast_slice(&attended(&rows.decode)))?;
+        r.upload(&buffers.attended_prompt, 0, bytemuck::cast_slice(&attended(&rows.prompt)))?;
+        r.upload(&buffers.block_table, 0, bytemuck::cast_slice(&rows.block_table))?;
+        r.upload(&buffers.sampled, 0, bytemuck::cast_slice(&rows.sampled))?;
+        let params = embed::Params { n_rows: rows.ids.len() as u32, d_model: d_model as u32 };
+        let x = self.region(&self.group(micro_batch).x, micro_batch, d_model);
+        embed::record(r, table.dtype, params, buffers.ids.whole(), table.buffer.whole(), x)?;
+        recorder.submit_after(after)
     }
 
-    fn finish(&self, recorder: Recorder<'_>) -> Result<(), GpuError> {
-        recorder.submit()?;
-        self.pipelines.gpu().wait()
-    }
-
-    pub fn embed(&self, group: usize) -> Result<(), GpuError> {
-        let buffers = &self.groups[group];
-        let table = self.dense(Role::Embedding);
-        let mut recorder = Recorder::new(&self.pipelines);
-        let params = embed::Params { n_rows: buffers.n_rows as u32, d_model: self.config.shape.d_model as u32 };
-        embed::record(
-            &mut recorder,
-            table.dtype,
-            params,
-            buffers.ids.whole(),
-            table.buffer.whole(),
-            buffers.x.whole(),
-        )?;
-        self.finish(recorder)
-    }
-
-    /// Brings a KV block of the host cache to block `at` of the workspace.
-    pub fn write_kv_block(&self, at: u32, block: &[f16]) {
+    /// Brings one layer of KV blocks of the host's pool to the micro-batch's workspace.
+    ///
+    /// # Safety
+    /// * The blocks and the first `tokens` tokens of each stay as they are until the ticket is reached.
+    pub unsafe fn upload_kv(
+        &self,
+        micro_batch: usize,
+        layer: usize,
+        uploads: &[KvUpload],
+        pool: &KvPool<'_>,
+        after: &[Ticket],
+    ) -> Result<Ticket, GpuError> {
         let bytes = workspace_block_bytes(&self.config);
-        self.pipelines.gpu().write(&self.kv_blocks, at as u64 * bytes, bytemuck::cast_slice(block));
+        let workspace = &self.workspaces[micro_batch % self.workspaces.len()];
+        let Some(staging) = &workspace.staging else {
+            let copies: Vec<CopyRange<'_>> = uploads
+                .iter()
+                .map(|upload| {
+                    let at = layer as u64 * pool.layer_bytes + upload.at;
+                    let from = pool.arenas[(at / KV_ARENA_BYTES) as usize].at(at % KV_ARENA_BYTES);
+                    CopyRange::new(from, workspace.blocks.at(upload.to as u64 * bytes), bytes)
+                })
+                .collect();
+            return self.gpu().copy(Line::ToDevice, &copies, after);
+        };
+        let half_bytes = bytes as usize / (2 * self.config.shape.kv_heads);
+        let mut copies = Vec::with_capacity(uploads.len());
+        for upload in uploads {
+            let to = upload.to as u64 * bytes;
+            // SAFETY: the last upload of this workspace has been attended to, so its copy has run; only stored tokens of the
+            // pool are read, which the caller vouches for.
+            unsafe {
+                let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
+                let into = staging.slice_mut::<u8>(to..to + bytes);
+                let stored = half_bytes * upload.tokens / BLOCK_TOKENS;
+                for (half, into) in into.chunks_exact_mut(half_bytes).enumerate() {
+                    let from = std::slice::from_raw_parts(from.add(half * half_bytes), stored);
+                    into[..stored].copy_from_slice(from);
+                }
+            }
+            copies.push(CopyRange::new(staging.at(to), workspace.blocks.at(to), bytes));
+        }
+        self.gpu().copy(Line::ToDevice, &copies, after)
     }
 
     fn norm(
@@ -383,19 +597,21 @@ impl Machine {
         matmul::record(recorder, &Variant::new(weight.dtype), params, x, weight.buffer.whole(), y)
     }
 
-    pub fn pre_attention(&self, layer: usize, group: usize) -> Result<(), GpuError> {
+    pub fn pre_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let shape = &self.config.shape;
-        let buffers = &self.groups[group];
-        let n = buffers.n_rows;
-        let mut recorder = Recorder::new(&self.pipelines);
+        let buffers = &self.micro_batches[micro_batch];
+        let group = self.group(micro_batch);
+        let n = self.n_rows(micro_batch);
+        let mut recorder = Recorder::timed(&self.pipelines);
         let r = &mut recorder;
-        self.norm(r, Role::AttentionNorm { layer }, n, buffers.x.whole(), buffers.normed.whole())?;
+        let x = self.region(&group.x, micro_batch, shape.d_model);
+        let normed = self.region(&group.normed, micro_batch, shape.d_model);
+        self.norm(r, Role::AttentionNorm { layer }, n, x, normed)?;
         let (q, kv, all) = (shape.q_width(), shape.kv_width(), shape.qkv_width());
         for (role, width, offset) in
             [(Role::Query { layer }, q, 0), (Role::Key { layer }, kv, q), (Role::Value { layer }, kv, q + kv)]
         {
-            let (x, y) = (buffers.normed.whole(), self.qkv.whole());
-            self.project(r, role, n, (shape.d_model, width), x, y, (all, offset), false)?;
+            self.project(r, role, n, (shape.d_model, width), normed, buffers.qkv.whole(), (all, offset), false)?;
         }
         let params = rotary::Params {
             n_rows: n as u32,
@@ -404,37 +620,83 @@ impl Machine {
             head_width: shape.head_width as u32,
         };
         let bindings = rotary::Bindings {
-            qkv: self.qkv.whole(),
+            qkv: buffers.qkv.whole(),
             positions: buffers.positions.whole(),
             rope_table: self.rope_table.whole(),
             kv_slots: buffers.kv_slots.whole(),
-            kv_rows: self.kv_rows.whole(),
-            kv_blocks: self.kv_blocks.whole(),
+            kv_rows: buffers.kv_rows.whole(),
+            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
         };
         rotary::record(r, params, bindings)?;
-        self.finish(recorder)
+        recorder.submit_after(after)
     }
 
-    /// New keys and values of all rows, `[T, G, 2, K]`, and the projected rows of the first `n_decode` rows, `[n_decode, H, K]`.
-    pub fn read_rows(&self, group: usize, n_decode: usize) -> Result<(Vec<f16>, Vec<f32>), GpuError> {
+    /// New keys and values of all rows, and the queries of those that the host attends for, to host memory.
+    pub fn rows_to_host(&self, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let shape = &self.config.shape;
-        let n = self.groups[group].n_rows;
-        let kv = self.kv_rows.slice(0..words(n * shape.kv_width()));
-        let projected = self.qkv.slice(0..words(n_decode * shape.qkv_width()));
-        let mut read = self.pipelines.gpu().read_many(&[kv, projected])?.into_iter();
-        let (kv, projected) = (read.next().expect("two slices"), read.next().expect("two slices"));
-        let kv: Vec<f16> = bytemuck::pod_collect_to_vec(&kv);
-        let projected: Vec<f32> = bytemuck::pod_collect_to_vec(&projected);
-        let queries =
-            projected.chunks_exact(shape.qkv_width()).flat_map(|row| row[..shape.q_width()].iter().copied()).collect();
-        Ok((kv, queries))
+        let buffers = &self.micro_batches[micro_batch];
+        let (n, n_queries) = (self.n_rows(micro_batch), buffers.n_host_queries);
+        let (kv, q, all) = (shape.kv_width(), shape.q_width(), shape.qkv_width());
+        match self.extents.rows {
+            RowPath::Copies => {
+                let kv = CopyRange::new(buffers.kv_rows.at(0), buffers.host_kv.at(0), words(n * kv));
+                let q = CopyRange::new(buffers.qkv.at(0), buffers.host_queries.at(0), words(n_queries * all));
+                self.gpu().copy(Line::ToHost, &[kv, q], after)
+            }
+            RowPath::Kernels => {
+                let mut recorder = Recorder::timed(&self.pipelines);
+                let r = &mut recorder;
+                let params = |n_rows: usize, row_words: usize, stride: usize| copy_rows::Params {
+                    n_rows: n_rows as u32,
+                    row_words: row_words as u32,
+                    from_stride: stride as u32,
+                    to_stride: stride as u32,
+                };
+                copy_rows::record(r, params(n, kv, kv), buffers.kv_rows.whole(), buffers.host_kv.bound())?;
+                copy_rows::record(r, params(n_queries, q, all), buffers.qkv.whole(), buffers.host_queries.bound())?;
+                recorder.submit_after(after)
+            }
+        }
+    }
+
+    /// New keys and values of a micro-batch on the host, `[T, G, 2, K]`.
+    ///
+    /// # Safety
+    /// * [`rows_to_host`](Self::rows_to_host) of this layer has been waited for, and none of a later one has started.
+    pub unsafe fn host_kv(&self, micro_batch: usize) -> &[f16] {
+        let bytes = words(self.n_rows(micro_batch) * self.config.shape.kv_width());
+        // SAFETY: the caller's.
+        unsafe { self.micro_batches[micro_batch].host_kv.slice(0..bytes) }
+    }
+
+    /// Projected rows of those that attend on the host, `[n, (H + 2 G) K]`, of which the queries, `H K`, are there.
+    ///
+    /// # Safety
+    /// * As for [`host_kv`](Self::host_kv).
+    pub unsafe fn host_queries(&self, micro_batch: usize) -> &[f32] {
+        let buffers = &self.micro_batches[micro_batch];
+        let bytes = words(buffers.n_host_queries * self.config.shape.qkv_width());
+        // SAFETY: the caller's.
+        unsafe { buffers.host_queries.slice(0..bytes) }
+    }
+
+    /// Where the host puts its attention output, `[n, H, K]`.
+    ///
+    /// # Safety
+    /// * The last [`rows_to_device`](Self::rows_to_device) of the micro-batch has ended, and the next one starts after this.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn host_attention(&self, micro_batch: usize) -> &mut [f32] {
+        let buffers = &self.micro_batches[micro_batch];
+        let bytes = words(buffers.n_host_queries * self.config.shape.q_width());
+        // SAFETY: the caller's.
+        unsafe { buffers.host_attention.slice_mut(0..bytes) }
     }
 
     /// Prompt rows, and decode rows where [`DeviceRows::decode`] named any, attend over the workspace.
-    pub fn gpu_attention(&self, group: usize) -> Result<(), GpuError> {
+    pub fn gpu_attention(&self, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let shape = &self.config.shape;
-        let buffers = &self.groups[group];
-        let mut recorder = Recorder::new(&self.pipelines);
+        let buffers = &self.micro_batches[micro_batch];
+        let mut recorder = Recorder::timed(&self.pipelines);
         let params = |n_rows: usize| paged_attention::Params {
             n_rows: n_rows as u32,
             q_heads: shape.q_heads as u32,
@@ -445,38 +707,61 @@ impl Machine {
             scale: attention_scale(&self.config),
         };
         let bindings = |rows| paged_attention::Bindings {
-            qkv: self.qkv.whole(),
+            qkv: buffers.qkv.whole(),
             rows,
             block_table: buffers.block_table.whole(),
-            kv_blocks: self.kv_blocks.whole(),
-            out: self.attention.whole(),
+            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
+            out: buffers.attention.whole(),
         };
         // Nothing of an attention kernel depends on a weight type.
         let (r, variant) = (&mut recorder, Variant::new(Dtype::F32));
-        let decode = params(buffers.n_decode_attended);
+        let decode = params(buffers.rows.decode.len());
         decode_attention::record(r, &variant, decode, bindings(buffers.attended_decode.whole()))?;
-        let prompt = params(buffers.n_prompt_attended);
+        let prompt = params(buffers.rows.prompt.len());
         prompt_attention::record(r, &variant, prompt, bindings(buffers.attended_prompt.whole()))?;
-        self.finish(recorder)
+        recorder.submit_after(after)
     }
 
-    /// Attention output of the first rows of a group, `[n, H, K]`.
-    pub fn write_attention(&self, rows: &[f32]) {
-        self.pipelines.gpu().write(&self.attention, 0, bytemuck::cast_slice(rows));
+    /// The host's attention output to the GPU: the first rows of the micro-batch.
+    pub fn rows_to_device(&self, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
+        let width = self.config.shape.q_width();
+        let buffers = &self.micro_batches[micro_batch];
+        let n = buffers.n_host_queries;
+        match self.extents.rows {
+            RowPath::Copies => {
+                let copy = CopyRange::new(buffers.host_attention.at(0), buffers.attention.at(0), words(n * width));
+                self.gpu().copy(Line::ToDevice, &[copy], after)
+            }
+            RowPath::Kernels => {
+                let mut recorder = Recorder::timed(&self.pipelines);
+                let params = copy_rows::Params {
+                    n_rows: n as u32,
+                    row_words: width as u32,
+                    from_stride: width as u32,
+                    to_stride: width as u32,
+                };
+                let (from, to) = (buffers.host_attention.bound(), buffers.attention.whole());
+                copy_rows::record(&mut recorder, params, from, to)?;
+                recorder.submit_after(after)
+            }
+        }
     }
 
-    pub fn post_attention(&self, layer: usize, group: usize) -> Result<(), GpuError> {
+    pub fn post_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let shape = &self.config.shape;
-        let buffers = &self.groups[group];
-        let n = buffers.n_rows;
-        let mut recorder = Recorder::new(&self.pipelines);
+        let buffers = &self.micro_batches[micro_batch];
+        let group = self.group(micro_batch);
+        let n = self.n_rows(micro_batch);
+        let mut recorder = Recorder::timed(&self.pipelines);
         let r = &mut recorder;
         let output = (shape.q_width(), shape.d_model);
-        let (x, role) = (buffers.x.whole(), Role::AttentionOutput { layer });
-        self.project(r, role, n, output, self.attention.whole(), x, (shape.d_model, 0), true)?;
-        self.norm(r, Role::ExpertNorm { layer }, n, x, buffers.normed.whole())?;
-        let (normed, logits) = (buffers.normed.whole(), self.router_logits.whole());
+        let x = self.region(&group.x, micro_batch, shape.d_model);
+        let normed = self.region(&group.normed, micro_batch, shape.d_model);
+        let role = Role::AttentionOutput { layer };
+        self.project(r, role, n, output, buffers.attention.whole(), x, (shape.d_model, 0), true)?;
+        self.norm(r, Role::ExpertNorm { layer }, n, x, normed)?;
         let router = (shape.d_model, shape.experts);
+        let logits = self.router_logits.whole();
         self.project(r, Role::Router { layer }, n, router, normed, logits, (shape.experts, 0), false)?;
         let params = router_topk::Params {
             n_rows: n as u32,
@@ -484,65 +769,124 @@ impl Machine {
             n_chosen: shape.experts_per_token as u32,
             renormalise: 1,
         };
-        router_topk::record(r, params, logits, buffers.chosen.whole(), buffers.chosen_weights.whole())?;
-        let params = expert_sort::Params {
-            n_assignments: (n * shape.experts_per_token) as u32,
-            n_experts: shape.experts as u32,
-        };
-        expert_sort::record(r, params, buffers.chosen.whole(), buffers.offsets.whole(), buffers.permutation.whole())?;
-        self.finish(recorder)
+        let chosen = self.region(&group.chosen, micro_batch, shape.experts_per_token);
+        let chosen_weights = self.region(&group.chosen_weights, micro_batch, shape.experts_per_token);
+        router_topk::record(r, params, logits, chosen, chosen_weights)?;
+        recorder.submit_after(after)
     }
 
-    /// Brings one page of a layer's chunk from the checkpoint's mapping into its slots. Returns its bytes.
-    pub fn load_page(
-        &mut self,
-        checkpoint: &Checkpoint,
-        layer: usize,
-        chunk: usize,
-        page: usize,
-    ) -> Result<u64, GpuError> {
-        let page = self.plan.chunks()[chunk].pages[page].clone();
-        for piece in &page.pieces {
-            self.write_piece(checkpoint, layer, piece);
-        }
-        // Staging memory of a page is given back when its copy has run.
-        self.pipelines.gpu().flush()?;
-        Ok(page.bytes())
-    }
-
-    fn write_piece(&mut self, checkpoint: &Checkpoint, layer: usize, piece: &Piece) {
-        let slot = self.plan.slot(layer, piece.expert);
+    /// The slab of a piece's matrix, and where in it a slot's piece starts.
+    fn slab_place(&self, slot: usize, piece: &Piece) -> (&Buffer, u64) {
         let slabs = match piece.matrix {
             ExpertMatrix::Gate => &self.gate,
             ExpertMatrix::Up => &self.up,
             ExpertMatrix::Down => &self.down,
         };
-        let view = checkpoint.tensor(Role::Expert { layer, expert: piece.expert, matrix: piece.matrix });
-        let bytes = &view.bytes[piece.bytes.start as usize..piece.bytes.end as usize];
         let at = (slot % self.slots_per_slab) as u64 * self.slot_bytes + piece.bytes.start;
-        self.pipelines.gpu().write(&slabs.buffers[slot / self.slots_per_slab], at, bytes);
-        self.table.arrive(slot, layer, piece);
+        (&slabs.buffers[slot / self.slots_per_slab], at)
     }
 
-    /// The experts of one chunk over a group's rows; after the last chunk, their weighted sum into the residual rows.
-    pub fn experts(&self, layer: usize, group: usize, chunk: usize) -> Result<(), GpuError> {
+    /// Number of a page among its layer's.
+    fn page_number(&self, chunk: usize, page: usize) -> usize {
+        self.plan.chunks()[..chunk].iter().map(|chunk| chunk.pages.len()).sum::<usize>() + page
+    }
+
+    fn load_request<'a>(
+        &'a self,
+        weights: &'a Weights,
+        threads: &'a rayon::ThreadPool,
+        layer: usize,
+        number: usize,
+    ) -> LoadRequest<'a> {
+        let layer = layer % self.config.shape.layers;
+        LoadRequest { gpu: self.gpu(), weights, plan: &self.plan, threads, layer, number }
+    }
+
+    /// Relay: copies a page into fresh pinned memory.
+    pub fn pin_page(
+        &self,
+        weights: &Weights,
+        threads: &rayon::ThreadPool,
+        layer: usize,
+        chunk: usize,
+        page: usize,
+    ) -> Result<(), PageError> {
+        let source = self.source.as_ref().expect("where experts stream there is a source");
+        source.pin(&self.load_request(weights, threads, layer, self.page_number(chunk, page)))
+    }
+
+    /// Brings one page of a layer's chunk into its slots.
+    pub fn load_page(
+        &self,
+        weights: &Weights,
+        threads: &rayon::ThreadPool,
+        layer: usize,
+        chunk: usize,
+        page: usize,
+        after: &[Ticket],
+    ) -> Result<Ticket, PageError> {
+        let source = self.source.as_ref().expect("where experts stream there is a source");
+        let request = self.load_request(weights, threads, layer, self.page_number(chunk, page));
+        let slot = |piece: &Piece| self.plan.slot(self.ring_start, layer, piece.expert);
+        let target = |piece: &Piece| {
+            let (slab, at) = self.slab_place(slot(piece), piece);
+            slab.at(at)
+        };
+        let ticket = source.load(&request, target, after)?;
+        let mut table = self.table.lock().expect("table lock");
+        for piece in &self.plan.chunks()[chunk].pages[page].pieces {
+            table.arrive(slot(piece), request.layer, piece, Some(ticket));
+        }
+        Ok(ticket)
+    }
+
+    /// Bytes of a page.
+    pub fn page_bytes(&self, chunk: usize, page: usize) -> u64 {
+        self.plan.chunks()[chunk].pages[page].bytes()
+    }
+
+    /// Rows of a group's buffers up to the last one that is there.
+    fn group_extent(&self, group: usize) -> usize {
+        let end = |micro_batch: usize| match self.n_rows(micro_batch) {
+            0 => 0,
+            n => self.extents.region_start(micro_batch) + n,
+        };
+        self.members(group).map(end).max().unwrap_or(0)
+    }
+
+    fn members(&self, group: usize) -> Range<usize> {
+        let size = self.extents.group_size();
+        group * size..((group + 1) * size).min(self.extents.micro_batches)
+    }
+
+    /// Rows of a group in this pass.
+    pub fn group_rows(&self, group: usize) -> usize {
+        self.members(group).map(|micro_batch| self.n_rows(micro_batch)).sum()
+    }
+
+    /// The experts of one chunk over a group's rows; before the first chunk the rows are sorted by expert, after the last one
+    /// their weighted sum joins the residual rows.
+    pub fn experts(&self, layer: usize, group: usize, chunk: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let shape = &self.config.shape;
         let buffers = &self.groups[group];
-        let n_assignments = (buffers.n_rows * shape.experts_per_token) as u32;
-        let mut places = vec![Place::ABSENT; shape.experts];
-        for expert in self.plan.chunks()[chunk].experts.clone() {
-            let slot = self.plan.slot(layer, expert);
-            assert!(self.table.holds(slot, layer, expert), "expert {expert} of layer {layer} is in slot {slot}");
-            let word = (slot % self.slots_per_slab) as u64 * self.slot_bytes / 4;
-            places[expert] = Place { slab: (slot / self.slots_per_slab) as u32, offset_words: word as u32 };
-        }
-        self.pipelines.gpu().write(&self.places, 0, bytemuck::cast_slice(&places));
-        let mut recorder = Recorder::new(&self.pipelines);
+        let n_chosen = shape.experts_per_token;
+        let extent = self.group_extent(group);
+        let n_assignments = (extent * n_chosen) as u32;
+        let mut recorder = Recorder::timed(&self.pipelines);
         let r = &mut recorder;
+        if chunk == 0 {
+            self.mark_gaps(r, group, extent)?;
+            let params = expert_sort::Params { n_assignments, n_experts: shape.experts as u32 };
+            let (chosen, offsets) = (buffers.chosen.whole(), buffers.offsets.whole());
+            expert_sort::record(r, params, chosen, offsets, buffers.permutation.whole())?;
+        }
+        let (places, mut tickets) = self.places(layer, chunk);
+        tickets.extend(after);
+        r.upload(&self.places, 0, bytemuck::cast_slice(&places))?;
         let params = expert_gate_up::Params {
             n_assignments,
             n_experts: shape.experts as u32,
-            n_chosen: shape.experts_per_token as u32,
+            n_chosen: n_chosen as u32,
             d_model: shape.d_model as u32,
             expert_width: shape.expert_width as u32,
         };
@@ -574,55 +918,85 @@ impl Machine {
         expert_down::record(r, &variant, params, bindings)?;
         if chunk + 1 == self.plan.chunks().len() {
             let params = expert_combine::Params {
-                n_rows: buffers.n_rows as u32,
-                n_chosen: shape.experts_per_token as u32,
+                n_rows: extent as u32,
+                n_chosen: n_chosen as u32,
                 d_model: shape.d_model as u32,
             };
-            expert_combine::record(
-                r,
-                params,
-                buffers.chosen_weights.whole(),
-                buffers.expert_out.whole(),
-                buffers.x.whole(),
-            )?;
+            let (weights, outputs) = (buffers.chosen_weights.whole(), buffers.expert_out.whole());
+            expert_combine::record(r, params, weights, outputs, buffers.x.whole())?;
         }
-        self.finish(recorder)
+        recorder.submit_after(&tickets)
+    }
+
+    /// Where the experts of a chunk lie, and when the last of them will be there.
+    fn places(&self, layer: usize, chunk: usize) -> (Vec<Place>, Vec<Ticket>) {
+        let mut places = vec![Place::ABSENT; self.config.shape.experts];
+        let mut tickets = Vec::new();
+        let table = self.table.lock().expect("table lock");
+        for expert in self.plan.chunks()[chunk].experts.clone() {
+            let slot = self.plan.slot(self.ring_start, layer, expert);
+            let held = table.holds(slot, layer, expert);
+            tickets.extend(held.unwrap_or_else(|| panic!("expert {expert} of layer {layer} is not in slot {slot}")));
+            let word = (slot % self.slots_per_slab) as u64 * self.slot_bytes / 4;
+            places[expert] = Place { slab: (slot / self.slots_per_slab) as u32, offset_words: word as u32 };
+        }
+        (places, tickets)
+    }
+
+    /// Between the regions of a group's micro-batches there are rows that nobody computed: no expert takes them.
+    fn mark_gaps(&self, r: &mut Recorder<'_>, group: usize, extent: usize) -> Result<(), GpuError> {
+        let n_chosen = self.config.shape.experts_per_token;
+        for micro_batch in self.members(group) {
+            let start = self.extents.region_start(micro_batch) + self.n_rows(micro_batch);
+            let end = (self.extents.region_start(micro_batch) + self.extents.region_rows()).min(extent);
+            if start < end {
+                let nobody = vec![u32::MAX; (end - start) * n_chosen];
+                r.upload(&self.groups[group].chosen, words(start * n_chosen), bytemuck::cast_slice(&nobody))?;
+            }
+        }
+        Ok(())
     }
 
     /// Final norm and LM head over the sampled rows; greedy ids of all of them, whole logits of those in `wants_logits`
-    /// (ascending indices into the sampled rows), `[n, V]`.
-    pub fn head(&self, group: usize, wants_logits: &[usize]) -> Result<(Vec<Sample>, Vec<f32>), GpuError> {
+    /// (ascending indices into the sampled rows), `[n, V]`. Waits for them.
+    pub fn head(&self, micro_batch: usize, wants_logits: &[usize], after: &[Ticket]) -> Result<Heads, GpuError> {
         let shape = &self.config.shape;
-        let buffers = &self.groups[group];
         let (d_model, vocab) = (shape.d_model, shape.vocab);
-        let mut greedy = Vec::with_capacity(buffers.n_sampled);
-        let mut logits = Vec::with_capacity(wants_logits.len() * vocab);
+        let buffers = &self.micro_batches[micro_batch];
+        let n_sampled = buffers.rows.sampled.len();
+        let x = self.region(&self.group(micro_batch).x, micro_batch, d_model);
+        let mut heads = Heads::default();
+        heads.samples.reserve(n_sampled);
+        heads.logits.reserve(wants_logits.len() * vocab);
         // The list of sampled rows is bound at each portion's start: portions are multiples of the binding alignment.
-        for first in (0..buffers.n_sampled).step_by(self.extents.head_rows) {
-            let n = (buffers.n_sampled - first).min(self.extents.head_rows);
-            let mut recorder = Recorder::new(&self.pipelines);
+        for first in (0..n_sampled).step_by(self.extents.head_rows) {
+            let n = (n_sampled - first).min(self.extents.head_rows);
+            let mut recorder = Recorder::timed(&self.pipelines);
             let r = &mut recorder;
             let (rows, normed) = (self.head_rows.whole(), self.head_normed.whole());
             let sampled = buffers.sampled.slice(words(first)..words(first + n));
             let gather = embed::Params { n_rows: n as u32, d_model: d_model as u32 };
-            embed::record(r, Dtype::F32, gather, sampled, buffers.x.whole(), rows)?;
+            embed::record(r, Dtype::F32, gather, sampled, x, rows)?;
             self.norm(r, Role::FinalNorm, n, rows, normed)?;
             self.project(r, Role::LmHead, n, (d_model, vocab), normed, self.logits.whole(), (vocab, 0), false)?;
             let params = lm_head_sample::Params { n_rows: n as u32, vocab: vocab as u32 };
             lm_head_sample::record(r, params, self.logits.whole(), self.greedy.whole())?;
-            recorder.submit()?;
-            let mut wanted = vec![self.greedy.slice(0..words(4 * n))];
+            r.download(self.greedy.slice(0..words(4 * n)), &self.host_heads, 0);
+            let mut end = words(4 * n);
             for index in wants_logits.iter().filter(|index| (first..first + n).contains(*index)) {
                 let row = index - first;
-                wanted.push(self.logits.slice(words(row * vocab)..words((row + 1) * vocab)));
+                r.download(self.logits.slice(words(row * vocab)..words((row + 1) * vocab)), &self.host_heads, end);
+                end += words(vocab);
             }
-            let mut read = self.pipelines.gpu().read_many(&wanted)?.into_iter();
-            greedy.extend(bytemuck::pod_collect_to_vec::<u8, Sample>(&read.next().expect("the ids")));
-            for row in read {
-                logits.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&row));
+            let ticket = recorder.submit_after(after)?;
+            self.gpu().wait_for(ticket)?;
+            // SAFETY: the downloads have been waited for, and only this lane uses the buffer.
+            unsafe {
+                heads.samples.extend_from_slice(self.host_heads.slice::<Sample>(0..words(4 * n)));
+                heads.logits.extend_from_slice(self.host_heads.slice::<f32>(words(4 * n)..end));
             }
         }
-        Ok((greedy, logits))
+        Ok(heads)
     }
 }
 

@@ -1,10 +1,15 @@
 //! The adapter that was chosen, opened, and watched for faults.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use super::buffer::Buffer;
+use super::buffer::{Buffer, CopyRange, HostBuffer, Keep};
+use super::timing::Clock;
+use super::transfer::plain::PlainTransfer;
+use super::transfer::{HostMemoryRefused, Line, Ticket, Transfer, TransferChoice, vulkan};
+use super::uploads::Uploads;
 
 /// What the GPU side can fail with.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -26,6 +31,8 @@ pub enum GpuError {
     BindingTooLarge { what: String, needed: u64, limit: u64 },
     #[error("shader {kernel}: {cause}")]
     Shader { kernel: String, cause: String },
+    #[error(transparent)]
+    HostMemory(HostMemoryRefused),
     #[error("the device was lost: {0}")]
     Lost(String),
 }
@@ -69,15 +76,102 @@ impl From<&str> for DeviceChoice {
     }
 }
 
-/// An open device with its queue.
+/// An open device, its queue, and how bytes get to and from it.
 pub struct Gpu {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
+    pub(super) transfer: Arc<dyn Transfer>,
+    pub(super) clock: Option<Clock>,
+    pub(super) uploads: Mutex<Uploads>,
     summary: AdapterSummary,
     limits: wgpu::Limits,
-    /// First fault that wgpu reported outside of a call: a lost device or an uncaptured error.
-    fault: Arc<Mutex<Option<String>>>,
+    faults: Arc<Faults>,
+    test_faults: TestFaults,
     taken: Arc<AtomicU64>,
+    /// A pass is under way: wgpu's own staging, which allocates, is not for now.
+    in_pass: AtomicBool,
+}
+
+/// What went wrong outside of a call: a lost device, or an error that wgpu reported with nobody waiting for it. The first
+/// one stays, and every later call fails with it.
+#[derive(Default)]
+pub(super) struct Faults {
+    first: Mutex<Option<String>>,
+    submissions: AtomicU64,
+}
+
+impl Faults {
+    pub fn set(&self, fault: String) {
+        self.first.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(fault);
+    }
+
+    pub fn check(&self) -> Result<(), GpuError> {
+        match self.first.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).as_ref() {
+            Some(fault) => Err(GpuError::Lost(fault.clone())),
+            None => Ok(()),
+        }
+    }
+
+    pub fn count_submission(&self, test_faults: &TestFaults) -> Result<(), GpuError> {
+        let n = self.submissions.fetch_add(1, Relaxed) + 1;
+        if test_faults.lost_after.is_some_and(|after| n > after) {
+            self.set(format!("a test fault after {n} submissions"));
+        }
+        self.check()
+    }
+}
+
+/// Faults that a test plants where the hardware would have to break. None by default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TestFaults {
+    /// Host memory of the driver is refused.
+    pub pinned_refused: bool,
+    /// Importing host memory is refused.
+    pub import_refused: bool,
+    /// The device is lost after so many submissions.
+    pub lost_after: Option<u64>,
+    /// Shared device buffers beyond so many bytes in all are refused.
+    pub device_bytes: Option<u64>,
+}
+
+impl std::str::FromStr for TestFaults {
+    type Err = String;
+
+    /// `pinned-refused,import-refused,lost-after=40,device-bytes=1000000`, any of them.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut faults = TestFaults::default();
+        for word in text.split(',').filter(|word| !word.is_empty()) {
+            let (name, value) = word.split_once('=').unwrap_or((word, ""));
+            let number = || value.parse::<u64>().map_err(|error| format!("{word}: {error}"));
+            match name {
+                "pinned-refused" => faults.pinned_refused = true,
+                "import-refused" => faults.import_refused = true,
+                "lost-after" => faults.lost_after = Some(number()?),
+                "device-bytes" => faults.device_bytes = Some(number()?),
+                _ => return Err(format!("'{word}' is no test fault")),
+            }
+        }
+        Ok(faults)
+    }
+}
+
+/// How to open a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    pub device: DeviceChoice,
+    pub transfer: TransferChoice,
+    pub test_faults: TestFaults,
+}
+
+/// `Device::poll` panics when the driver reports a lost device (wgpu 30, backend/wgpu_core.rs); here it is an error.
+pub(super) fn poll(device: &wgpu::Device, how: wgpu::PollType, faults: &Faults) -> Result<(), GpuError> {
+    let polled = catch_unwind(AssertUnwindSafe(|| device.poll(how)));
+    faults.check()?;
+    match polled {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(GpuError::Lost(error.to_string())),
+        Err(_) => Err(GpuError::Lost("the driver reported a lost device".to_owned())),
+    }
 }
 
 /// Immediates hold a kernel's parameters: 128 bytes is what every Vulkan driver has.
@@ -134,6 +228,11 @@ pub fn list_adapters() -> Vec<AdapterSummary> {
 
 impl Gpu {
     pub fn open(choice: &DeviceChoice) -> Result<Gpu, GpuError> {
+        Self::open_with(&OpenOptions { device: choice.clone(), ..OpenOptions::default() })
+    }
+
+    pub fn open_with(options: &OpenOptions) -> Result<Gpu, GpuError> {
+        let choice = &options.device;
         let adapters = adapters();
         let summaries: Vec<_> = adapters.iter().enumerate().map(|(i, a)| summarise(i, a)).collect();
         if adapters.is_empty() {
@@ -159,27 +258,63 @@ impl Gpu {
             return Err(GpuError::MissingFeature { adapter: summary.name, feature: "immediates (push constants)" });
         }
         let limits = wgpu::Limits { max_immediate_size: MAX_PARAM_BYTES, ..adapter.limits() };
-        let descriptor = wgpu::DeviceDescriptor {
-            label: Some("fulmen"),
-            required_features: wgpu::Features::IMMEDIATES,
-            required_limits: limits.clone(),
-            memory_hints: wgpu::MemoryHints::MemoryUsage,
-            ..Default::default()
+        let timestamps = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+        let features = wgpu::Features::IMMEDIATES | adapter.features() & timestamps;
+        let open = |cause: String| GpuError::Open { adapter: summary.name.clone(), cause };
+        let faults = Arc::new(Faults::default());
+        let beside = match options.transfer {
+            TransferChoice::Plain => None,
+            TransferChoice::Best => vulkan::open(adapter, features, &limits, faults.clone(), options.test_faults),
         };
-        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
-            .map_err(|e| GpuError::Open { adapter: summary.name.clone(), cause: e.to_string() })?;
+        let (device, queue, transfer) = match beside {
+            Some(opened) => {
+                let (device, queue, transfer) = opened.map_err(open)?;
+                (device, queue, Arc::new(transfer) as Arc<dyn Transfer>)
+            }
+            None => {
+                let descriptor = wgpu::DeviceDescriptor {
+                    label: Some("fulmen"),
+                    required_features: features,
+                    required_limits: limits.clone(),
+                    memory_hints: wgpu::MemoryHints::MemoryUsage,
+                    ..Default::default()
+                };
+                let (device, queue) =
+                    pollster::block_on(adapter.request_device(&descriptor)).map_err(|error| open(error.to_string()))?;
+                let transfer = PlainTransfer::new(device.clone(), queue.clone(), faults.clone(), options.test_faults);
+                (device, queue, Arc::new(transfer) as Arc<dyn Transfer>)
+            }
+        };
 
         // wgpu's default handlers panic. Keep the first fault; every wait looks at it.
-        let fault = Arc::new(Mutex::new(None::<String>));
-        let on_lost = fault.clone();
-        device.set_device_lost_callback(move |reason, message| {
-            on_lost.lock().expect("fault lock").get_or_insert(format!("{reason:?}: {message}"));
-        });
-        let on_error = fault.clone();
-        device.on_uncaptured_error(Arc::new(move |error| {
-            on_error.lock().expect("fault lock").get_or_insert(error.to_string());
-        }));
-        Ok(Gpu { device, queue, summary, limits, fault, taken: Arc::new(AtomicU64::new(0)) })
+        let on_lost = faults.clone();
+        device.set_device_lost_callback(move |reason, message| on_lost.set(format!("{reason:?}: {message}")));
+        let on_error = faults.clone();
+        device.on_uncaptured_error(Arc::new(move |error| on_error.set(error.to_string())));
+        let clock = features.contains(timestamps).then(|| Clock::new(&device, &queue));
+        Ok(Gpu {
+            device,
+            queue,
+            transfer,
+            clock,
+            uploads: Mutex::default(),
+            summary,
+            limits,
+            faults,
+            test_faults: options.test_faults,
+            taken: Arc::new(AtomicU64::new(0)),
+            in_pass: AtomicBool::new(false),
+        })
+    }
+
+    /// In words: where copies run.
+    pub fn transfer_words(&self) -> String {
+        self.transfer.describe()
+    }
+
+    /// Kernels can bind [`HostBuffer`]s.
+    pub fn kernels_reach_host(&self) -> bool {
+        self.transfer.kernels_reach_host()
     }
 
     pub fn summary(&self) -> &AdapterSummary {
@@ -236,15 +371,20 @@ impl Gpu {
         Ok(buffer)
     }
 
-    fn allocate(&self, what: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<Buffer, GpuError> {
-        let size = bytes.next_multiple_of(4).max(4);
-        if usage.contains(wgpu::BufferUsages::STORAGE) && size > self.max_binding_bytes() {
-            return Err(GpuError::BindingTooLarge {
-                what: what.to_owned(),
-                needed: size,
-                limit: self.max_binding_bytes(),
-            });
+    /// `bytes` rounded up to whole words, if they fit one binding.
+    fn bindable(&self, what: &str, bytes: u64) -> Result<u64, GpuError> {
+        let (needed, limit) = (bytes.next_multiple_of(4).max(4), self.max_binding_bytes());
+        match needed > limit {
+            true => Err(GpuError::BindingTooLarge { what: what.to_owned(), needed, limit }),
+            false => Ok(needed),
         }
+    }
+
+    fn allocate(&self, what: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<Buffer, GpuError> {
+        let size = match usage.contains(wgpu::BufferUsages::STORAGE) {
+            true => self.bindable(what, bytes)?,
+            false => bytes.next_multiple_of(4).max(4),
+        };
         let out_of_memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let invalid = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let raw = self.device.create_buffer(&wgpu::BufferDescriptor {
@@ -266,9 +406,84 @@ impl Gpu {
         Ok(Buffer::new(raw, size, self.taken.clone()))
     }
 
+    /// A storage buffer of `bytes` (rounded up to 4, at least 4) that copies of a transfer reach too. What it holds at first
+    /// is anything.
+    pub fn shared_buffer(&self, what: &str, bytes: u64) -> Result<Buffer, GpuError> {
+        let size = self.bindable(what, bytes)?;
+        let refused = |cause: String| GpuError::OutOfMemory {
+            what: what.to_owned(),
+            needed: size,
+            taken: self.taken_bytes(),
+            cause,
+        };
+        if self.test_faults.device_bytes.is_some_and(|most| self.taken_bytes() + size > most) {
+            return Err(refused("a test fault".to_owned()));
+        }
+        let shared = self.transfer.shared_buffer(what, size).map_err(refused)?;
+        self.taken.fetch_add(size, Relaxed);
+        Ok(match shared.handle {
+            Some((handle, keep)) => Buffer::shared(shared.raw, handle, keep, size, self.taken.clone()),
+            None => Buffer::new(shared.raw, size, self.taken.clone()),
+        })
+    }
+
+    /// Host memory of the driver, rounded up to 4 bytes, that kernels bind as well where they reach host memory at all.
+    pub fn host_buffer(&self, what: &str, bytes: u64) -> Result<HostBuffer, HostMemoryRefused> {
+        let (memory, view) = self.transfer.host_memory(what, bytes.next_multiple_of(4).max(4), true)?;
+        Ok(HostBuffer { memory, view })
+    }
+
+    /// Host memory of the driver that only copies reach: of any size.
+    pub fn pinned(&self, what: &str, bytes: u64) -> Result<HostBuffer, HostMemoryRefused> {
+        let (memory, view) = self.transfer.host_memory(what, bytes.next_multiple_of(4).max(4), false)?;
+        Ok(HostBuffer { memory, view })
+    }
+
+    /// Memory of this process that copies reach from now on, without a copy of it.
+    ///
+    /// # Safety
+    /// * `pointer` is the start of `bytes` readable bytes, both multiples of 4096, that live as long as `keep`.
+    /// * What writes them is ordered against the copies that read them.
+    pub(crate) unsafe fn import(
+        &self,
+        what: &str,
+        pointer: *mut u8,
+        bytes: u64,
+        keep: Keep,
+    ) -> Result<HostBuffer, HostMemoryRefused> {
+        Ok(HostBuffer { memory: self.transfer.import(what, pointer, bytes, keep)?, view: None })
+    }
+
+    /// Copies when `after` has been reached; all of one call in one direction, which `line` names.
+    pub fn copy(&self, line: Line, copies: &[CopyRange<'_>], after: &[Ticket]) -> Result<Ticket, GpuError> {
+        self.transfer.copy(line, copies, after)
+    }
+
+    /// Blocks until a ticket is reached; then what its work wrote to host memory is there.
+    pub fn wait_for(&self, ticket: Ticket) -> Result<(), GpuError> {
+        self.transfer.wait(ticket)
+    }
+
+    /// From here to [`end_pass`](Self::end_pass) nothing goes through wgpu's own staging, which allocates for every write.
+    pub fn begin_pass(&self) {
+        self.uploads.lock().expect("uploads lock").reset();
+        self.in_pass.store(true, Relaxed);
+    }
+
+    pub fn end_pass(&self) {
+        self.in_pass.store(false, Relaxed);
+    }
+
+    /// When the work of each ticket ran, as host times, once all of it has. None for those whose queue keeps no time.
+    pub fn take_spans(&self, tickets: &[Ticket]) -> Result<Vec<Option<(Instant, Instant)>>, GpuError> {
+        let Some(clock) = &self.clock else { return Ok(vec![None; tickets.len()]) };
+        clock.take_spans(self, tickets)
+    }
+
     /// Copies `bytes` to `buffer` at `offset` (a multiple of 4), before any work submitted later. The last 1-3 bytes of
-    /// a length that is no multiple of 4 are padded with zeros.
+    /// a length that is no multiple of 4 are padded with zeros. Through wgpu's staging: for loading, not for passes.
     pub fn write(&self, buffer: &Buffer, offset: u64, bytes: &[u8]) {
+        debug_assert!(!self.in_pass.load(Relaxed), "wgpu's staging is not for passes");
         let whole = bytes.len() / 4 * 4;
         if whole > 0 {
             self.queue.write_buffer(&buffer.raw, offset, &bytes[..whole]);
@@ -298,11 +513,14 @@ impl Gpu {
         for slice in slices {
             let size = slice.size.next_multiple_of(4);
             if size > 0 {
-                encoder.copy_buffer_to_buffer(&slice.buffer.raw, slice.offset, &staging.raw, at, size);
+                encoder.copy_buffer_to_buffer(slice.raw, slice.offset, &staging.raw, at, size);
             }
             at += size;
         }
-        self.queue.submit([encoder.finish()]);
+        let mut commands = Some(encoder.finish());
+        self.transfer.exclusively(&mut || {
+            self.queue.submit(commands.take());
+        });
         staging.raw.slice(..).map_async(wgpu::MapMode::Read, |_| {});
         self.wait()?;
         let view = staging.raw.slice(..).get_mapped_range().map_err(|e| GpuError::Lost(e.to_string()))?;
@@ -320,30 +538,24 @@ impl Gpu {
 
     /// Starts the copies of all [`write`](Self::write)s so far and frees the staging memory of those that have ended.
     pub fn flush(&self) -> Result<(), GpuError> {
-        self.queue.submit([]);
-        // Device::poll panics when the driver reports a lost device (wgpu 30, backend/wgpu_core.rs).
-        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(wgpu::PollType::Poll)));
-        self.check()?;
-        polled.map(|_| ()).map_err(|_| GpuError::Lost("the driver reported a lost device while copying".to_owned()))
+        self.transfer.exclusively(&mut || {
+            self.queue.submit([]);
+        });
+        poll(&self.device, wgpu::PollType::Poll, &self.faults)
     }
 
-    /// Waits until everything submitted has run.
+    /// Waits until everything submitted to wgpu's queue has run.
     pub fn wait(&self) -> Result<(), GpuError> {
-        // Device::poll panics when the driver reports a lost device (wgpu 30, backend/wgpu_core.rs).
-        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(wgpu::PollType::wait_indefinitely())));
-        self.check()?;
-        match polled {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(GpuError::Lost(error.to_string())),
-            Err(_) => Err(GpuError::Lost("the driver reported a lost device while waiting".to_owned())),
-        }
+        poll(&self.device, wgpu::PollType::wait_indefinitely(), &self.faults)
+    }
+
+    /// Frees what ended submissions held, without waiting.
+    pub fn reap(&self) -> Result<(), GpuError> {
+        poll(&self.device, wgpu::PollType::Poll, &self.faults)
     }
 
     /// The first fault reported outside of a call, if there was one.
     pub fn check(&self) -> Result<(), GpuError> {
-        match self.fault.lock().expect("fault lock").as_ref() {
-            Some(fault) => Err(GpuError::Lost(fault.clone())),
-            None => Ok(()),
-        }
+        self.faults.check()
     }
 }

@@ -1,18 +1,23 @@
-//! wgpu stops here: devices, buffers, pipelines, and the recording of dispatches.
+//! wgpu and ash stop here: devices, buffers, pipelines, and the recording of dispatches.
 //!
 //! In: WGSL text and plain parameter structs. Out: buffers with bytes in them. Nothing above this module names a wgpu type.
 //!
 //! Guarantees: an error of the driver (no adapter, out of memory, a lost device, a shader that it refuses) comes back as a
 //! [`GpuError`] and never as a panic; memory taken is counted, so a cap can be obeyed.
 //!
-//! Given up for now: one queue, host copies through wgpu's own staging. Overlap of copies and compute is the business of a
-//! transfer queue beside this one.
+//! Bytes move beside the kernels: [`transfer`] has copies on queues of their own, ordered against kernels by [`Ticket`]s.
 
 mod buffer;
 mod device;
 mod pipeline;
+mod recorder;
+mod timing;
+mod transfer;
+mod uploads;
 
-pub use buffer::{Buffer, Slice};
-pub use device::{AdapterSummary, DeviceChoice, Gpu, GpuError, list_adapters};
+pub use buffer::{Buffer, CopyRange, HostBuffer, Place, Slice};
+pub use device::{AdapterSummary, DeviceChoice, Gpu, GpuError, OpenOptions, TestFaults, list_adapters};
 pub(crate) use pipeline::params;
-pub use pipeline::{Access, Kernel, ParamField, ParamType, Part, Pipelines, Recorder, ShaderPatch, Variant};
+pub use pipeline::{Access, Kernel, ParamField, ParamType, Part, Pipelines, ShaderPatch, Variant};
+pub use recorder::Recorder;
+pub use transfer::{HostMemoryRefused, Line, Ticket, TransferChoice};

@@ -2,13 +2,12 @@
 //!
 //! A [`Kernel`] is a name, the WGSL parts that are put together, the access of each binding and the values its tunables may
 //! take. `tests/host/shaders.rs` holds all of that against naga's reflection, without a GPU. [`Pipelines`] compiles each
-//! (kernel, variant) once; a [`Recorder`] binds and dispatches.
+//! (kernel, variant) once; a [`Recorder`](super::Recorder) binds and dispatches.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use super::buffer::Slice;
 use super::device::{Gpu, GpuError};
 use crate::checkpoint::Dtype;
 
@@ -176,11 +175,11 @@ pub struct Pipelines {
 }
 
 pub(super) struct Pipeline {
-    kernel: &'static str,
-    raw: wgpu::ComputePipeline,
-    layout: wgpu::BindGroupLayout,
-    n_bindings: usize,
-    param_bytes: usize,
+    pub(super) kernel: &'static str,
+    pub(super) raw: wgpu::ComputePipeline,
+    pub(super) layout: wgpu::BindGroupLayout,
+    pub(super) n_bindings: usize,
+    pub(super) param_bytes: usize,
 }
 
 impl Pipelines {
@@ -202,7 +201,7 @@ impl Pipelines {
         self.get(kernel, variant).map(|_| ())
     }
 
-    fn get(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Arc<Pipeline>, GpuError> {
+    pub(super) fn get(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Arc<Pipeline>, GpuError> {
         let mut variant = variant.clone();
         if !kernel.reads_weights() {
             variant.weights = Dtype::F32;
@@ -278,72 +277,5 @@ impl Pipelines {
                 param_bytes: kernel.param_bytes,
             }),
         }
-    }
-}
-
-/// Dispatches and copies in order, submitted together.
-pub struct Recorder<'p> {
-    pipelines: &'p Pipelines,
-    encoder: wgpu::CommandEncoder,
-    pass: Option<wgpu::ComputePass<'static>>,
-}
-
-impl<'p> Recorder<'p> {
-    pub fn new(pipelines: &'p Pipelines) -> Self {
-        Self { pipelines, encoder: pipelines.gpu.device.create_command_encoder(&Default::default()), pass: None }
-    }
-
-    /// Runs `workgroups` of a kernel variant over `bindings` (binding 0, 1, …) with `params`. A dispatch that sees what an
-    /// earlier one wrote waits for it. Nothing happens where a count of workgroups is 0.
-    pub fn dispatch<P: bytemuck::NoUninit>(
-        &mut self,
-        kernel: &'static Kernel,
-        variant: &Variant,
-        params: &P,
-        bindings: &[Slice<'_>],
-        workgroups: [u32; 3],
-    ) -> Result<(), GpuError> {
-        if workgroups.contains(&0) {
-            return Ok(());
-        }
-        let most = self.pipelines.gpu.max_workgroups();
-        assert!(workgroups.iter().all(|n| *n <= most), "{}: {workgroups:?} workgroups, at most {most}", kernel.name);
-        let pipeline = self.pipelines.get(kernel, variant)?;
-        assert_eq!(pipeline.n_bindings, bindings.len(), "{}: number of bindings", pipeline.kernel);
-        assert_eq!(pipeline.param_bytes, size_of::<P>(), "{}: size of the parameters", pipeline.kernel);
-        let entries: Vec<_> = bindings
-            .iter()
-            .enumerate()
-            .map(|(binding, slice)| wgpu::BindGroupEntry {
-                binding: binding as u32,
-                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer: &slice.buffer.raw,
-                    offset: slice.offset,
-                    size: wgpu::BufferSize::new(slice.size.next_multiple_of(4)),
-                }),
-            })
-            .collect();
-        let group = self.pipelines.gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some(pipeline.kernel),
-            layout: &pipeline.layout,
-            entries: &entries,
-        });
-        let pass =
-            self.pass.get_or_insert_with(|| self.encoder.begin_compute_pass(&Default::default()).forget_lifetime());
-        pass.set_pipeline(&pipeline.raw);
-        pass.set_bind_group(0, &group, &[]);
-        if pipeline.param_bytes > 0 {
-            pass.set_immediates(0, bytemuck::bytes_of(params));
-        }
-        let [x, y, z] = workgroups;
-        pass.dispatch_workgroups(x, y, z);
-        Ok(())
-    }
-
-    /// Sends everything recorded to the device. Returns before it has run; [`Gpu::wait`] waits.
-    pub fn submit(mut self) -> Result<(), GpuError> {
-        drop(self.pass.take());
-        self.pipelines.gpu.queue.submit([self.encoder.finish()]);
-        self.pipelines.gpu.check()
     }
 }

@@ -7,6 +7,7 @@
 //! Given up: more rows in a dispatch than workgroups fit in one dimension (65,535 on most drivers) where a kernel gives each
 //! row a workgroup. The recorder panics there; a pass stays far below.
 
+pub mod copy_rows;
 pub mod decode_attention;
 pub mod embed;
 pub mod expert_combine;
@@ -33,6 +34,7 @@ pub const MAX_EXPERTS: u32 = 256;
 
 /// Every kernel there is. Tests walk this list.
 pub static ALL: &[&Kernel] = &[
+    &copy_rows::COPY_ROWS,
     &decode_attention::DECODE_ATTENTION,
     &embed::EMBED,
     &expert_combine::EXPERT_COMBINE,

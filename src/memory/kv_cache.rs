@@ -175,11 +175,29 @@ pub enum RestoreCause {
     Io(#[from] KvError),
 }
 
+/// The memory of all blocks. Shared with whoever lends it to a driver; this cache alone reads and writes it through Rust.
+struct Pool {
+    start: std::ptr::NonNull<u8>,
+    bytes: usize,
+    map: std::sync::Arc<memmap2::MmapMut>,
+}
+
+// SAFETY: the pointer is to memory that `map` owns, and access to it follows access to the `KvCache`.
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+unsafe impl Sync for Pool {}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.bytes)
+    }
+}
+
 /// The pool of blocks and who owns them.
 #[derive(Debug)]
 pub struct KvCache {
     layout: KvLayout,
-    pool: memmap2::MmapMut,
+    pool: Pool,
     /// Owners of each block: how many tables list it.
     owners: Vec<u32>,
     /// Blocks without an owner. The last one freed is taken first: its pages are already there.
@@ -196,7 +214,9 @@ impl KvCache {
         let block_ids = 0..u32::try_from(n_blocks).map_err(|_| too_large())?;
         let needed_bytes =
             n_blocks.checked_mul(bytes_per_block).filter(|&n| n <= isize::MAX as usize).ok_or_else(too_large)?;
-        let pool = memmap2::MmapMut::map_anon(needed_bytes).map_err(|source| KvError::Refused {
+        // Whole pages, so that it can be lent to a driver.
+        let mapped_bytes = needed_bytes.checked_next_multiple_of(4096).ok_or_else(too_large)?.max(4096);
+        let mut pool = memmap2::MmapMut::map_anon(mapped_bytes).map_err(|source| KvError::Refused {
             needed_bytes,
             n_blocks,
             bytes_per_block,
@@ -206,7 +226,15 @@ impl KvCache {
         // pages measured 8 % slower on 1 thread of a shared 2-core EPYC, whose noise is no smaller. Advice only.
         #[cfg(target_os = "linux")]
         let _ = pool.advise(memmap2::Advice::HugePage);
+        let start = std::ptr::NonNull::new(pool.as_mut_ptr()).expect("a mapping is nowhere near address 0");
+        let pool = Pool { start, bytes: needed_bytes, map: std::sync::Arc::new(pool) };
         Ok(Self { layout, pool, owners: vec![0; n_blocks], free: block_ids.rev().map(BlockId).collect() })
+    }
+
+    /// The pool's memory, for a driver and for uploads: its start, its length without padding, its owner. Blocks of a layer
+    /// follow each other in order of their index, layers too.
+    pub(crate) fn memory(&self) -> (*const u8, u64, std::sync::Arc<memmap2::MmapMut>) {
+        (self.pool.start.as_ptr(), self.pool.bytes as u64, self.pool.map.clone())
     }
 
     pub fn layout(&self) -> KvLayout {
@@ -378,11 +406,16 @@ impl KvCache {
     }
 
     fn elements(&self) -> &[f16] {
-        bytemuck::cast_slice(&self.pool[..])
+        // SAFETY: the mapping is that long; while `self` is shared nothing writes it.
+        let bytes = unsafe { std::slice::from_raw_parts(self.pool.start.as_ptr(), self.pool.bytes) };
+        bytemuck::cast_slice(bytes)
     }
 
     fn elements_mut(&mut self) -> &mut [f16] {
-        bytemuck::cast_slice_mut(&mut self.pool[..])
+        // SAFETY: the mapping is that long. While `self` is borrowed for writing, nobody else reads it through Rust but uploads,
+        // and those read only tokens that nothing writes any more (`Machine::upload_kv`).
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.pool.start.as_ptr(), self.pool.bytes) };
+        bytemuck::cast_slice_mut(bytes)
     }
 
     fn layer_mut(&mut self, layer: usize) -> &mut [f16] {

@@ -2,4 +2,5 @@
 
 pub mod host_memory;
 pub mod kv_cache;
+pub mod page_source;
 pub mod pages;

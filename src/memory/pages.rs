@@ -2,7 +2,8 @@
 //!
 //! In: the extents of an expert matrix, how many experts a layer has, how many stay resident, how many the ring holds, and the
 //! size of a page. Out: a [`PagePlan`] – chunks of experts that compute together, the pages that bring them, and the slot of
-//! every expert – and a [`PageTable`] that knows which expert each slot holds now.
+//! every expert – and a [`PageTable`] that knows which expert each slot holds now, and the ticket of the copies that
+//! brought it.
 //!
 //! Eight experts, two resident, a ring of four (so chunks of two), pages of at most three matrices:
 //!
@@ -12,12 +13,16 @@
 //!            0 1 | 6 7 …             chunk 2: experts 4 5   …
 //! ```
 //!
-//! Streamed experts take the ring's slots in the order in which they are used, layer after layer, so a slot is rewritten only
-//! after the whole ring has gone by. Guarantees: pages of a chunk cover each byte of its matrices exactly once; two experts of
-//! one chunk never share a slot. Given up: experts stream in their order in the layer, not by popularity.
+//! Streamed experts take the ring's slots in the order in which they are used, layer after layer and pass after pass, so a slot
+//! is rewritten only after the whole ring has gone by. A pass that begins at slot `ring_start` of the ring ends where the next
+//! one begins ([`PagePlan::next_ring_start`]); what is loaded ahead for the next pass is layer L, L + 1, … of this one.
+//!
+//! Guarantees: pages of a chunk cover each byte of its matrices exactly once; two experts of one chunk never share a slot. Given
+//! up: experts stream in their order in the layer, not by popularity.
 
 use std::ops::Range;
 
+use crate::gpu::Ticket;
 use crate::model::ExpertMatrix;
 
 /// Which experts stay, which stream, and in what portions.
@@ -109,14 +114,36 @@ impl PagePlan {
         self.shape.layers * self.shape.resident + ring
     }
 
-    /// Where an expert is, or will be.
-    pub fn slot(&self, layer: usize, expert: usize) -> usize {
+    /// Where an expert is, or will be, in a pass that begins at slot `ring_start` of the ring. Layers from L on are the next
+    /// pass's.
+    pub fn slot(&self, ring_start: usize, layer: usize, expert: usize) -> usize {
         let PageShape { experts, resident, ring, layers, .. } = self.shape;
         if expert < resident {
-            layer * resident + expert
+            layer % layers * resident + expert
         } else {
-            layers * resident + (layer * (experts - resident) + expert - resident) % ring
+            layers * resident + (ring_start + layer * (experts - resident) + expert - resident) % ring
         }
+    }
+
+    /// Where in the ring the pass after one that began at `ring_start` begins.
+    pub fn next_ring_start(&self, ring_start: usize) -> usize {
+        let PageShape { experts, resident, ring, layers, .. } = self.shape;
+        if ring == 0 { 0 } else { (ring_start + layers * (experts - resident)) % ring }
+    }
+
+    /// Slots of the ring; 0 where nothing streams.
+    pub fn ring(&self) -> usize {
+        if self.shape.resident == self.shape.experts { 0 } else { self.shape.ring }
+    }
+
+    /// Experts of a layer that stream.
+    pub fn streamed(&self) -> usize {
+        self.shape.experts - self.shape.resident
+    }
+
+    /// Pages of a layer, over all its chunks.
+    pub fn pages_per_layer(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.pages.len()).sum()
     }
 
     /// Bytes of pages that one pass streams.
@@ -150,7 +177,7 @@ fn cut(experts: Range<usize>, matrix_bytes: u64, page_bytes: u64) -> Vec<Page> {
     pages
 }
 
-/// Which expert each slot holds, and how much of it has arrived.
+/// Which expert each slot holds, and how much of it is on its way or there.
 #[derive(Debug)]
 pub struct PageTable {
     slots: Vec<Option<Holding>>,
@@ -163,6 +190,8 @@ struct Holding {
     layer: usize,
     expert: usize,
     arrived: u64,
+    /// When the last of its pieces will be there. None: it was there before anything ran.
+    ticket: Option<Ticket>,
 }
 
 impl PageTable {
@@ -170,19 +199,25 @@ impl PageTable {
         Self { slots: vec![None; plan.n_slots()], expert_bytes: 3 * plan.shape.matrix_bytes }
     }
 
-    /// A piece of an expert goes to its slot; what the slot held before is gone. Pieces of an expert come in order: the first
-    /// one begins anew, also where a pass that was broken off left a part of the same expert.
-    pub fn arrive(&mut self, slot: usize, layer: usize, piece: &Piece) {
+    /// A piece of an expert goes to its slot, and will be there when `ticket` is reached; what the slot held before is gone.
+    /// Pieces of an expert come in order: the first one begins anew, also where a pass that was broken off left a part of the
+    /// same expert.
+    pub fn arrive(&mut self, slot: usize, layer: usize, piece: &Piece, ticket: Option<Ticket>) {
         let bytes = piece.bytes.end - piece.bytes.start;
         let first = piece.matrix == ExpertMatrix::Gate && piece.bytes.start == 0;
         match &mut self.slots[slot] {
-            Some(held) if (held.layer, held.expert) == (layer, piece.expert) && !first => held.arrived += bytes,
-            other => *other = Some(Holding { layer, expert: piece.expert, arrived: bytes }),
+            Some(held) if (held.layer, held.expert) == (layer, piece.expert) && !first => {
+                held.arrived += bytes;
+                held.ticket = held.ticket.max(ticket);
+            }
+            other => *other = Some(Holding { layer, expert: piece.expert, arrived: bytes, ticket }),
         }
     }
 
-    /// The slot holds all of that expert.
-    pub fn holds(&self, slot: usize, layer: usize, expert: usize) -> bool {
-        self.slots[slot] == Some(Holding { layer, expert, arrived: self.expert_bytes })
+    /// The slot holds all of that expert, or will when the ticket is reached. None: it does not, or not all of it.
+    pub fn holds(&self, slot: usize, layer: usize, expert: usize) -> Option<Option<Ticket>> {
+        self.slots[slot]
+            .filter(|held| (held.layer, held.expert, held.arrived) == (layer, expert, self.expert_bytes))
+            .map(|held| held.ticket)
     }
 }

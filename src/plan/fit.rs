@@ -3,11 +3,13 @@
 use std::fmt;
 
 use crate::checkpoint::{Inventory, Placed};
+use crate::execute::machine::{Extents, host_row_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
 use crate::model::{ModelConfig, Role};
-use crate::policy::{AttentionPlace, Policy};
+use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
 /// What the weights of a checkpoint take, which config.json does not say.
@@ -49,23 +51,29 @@ pub struct MachineLimits {
     /// Largest storage binding.
     pub binding_bytes: u64,
     pub threads: usize,
+    /// Kernels can read and write host memory.
+    pub kernels_reach_host: bool,
 }
 
 /// What the user asked for; None = choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wishes {
+    pub schedule: Option<ScheduleKind>,
     pub max_sequences: Option<usize>,
-    pub groups: Option<usize>,
+    pub micro_batches: Option<usize>,
+    pub expert_groups: Option<usize>,
     /// Rows of a pass, over all groups.
     pub pass_rows: Option<usize>,
     pub prompt_chunk: Option<usize>,
-    pub attention: AttentionPlace,
+    pub attention: Option<AttentionPlace>,
     pub threads: Option<usize>,
     pub max_model_len: Option<usize>,
     pub kv_bytes: Option<u64>,
     pub resident_experts: Option<usize>,
     pub ring_experts: Option<usize>,
     pub page_bytes: Option<u64>,
+    pub source: Option<SourceKind>,
+    pub rows: Option<RowPath>,
 }
 
 /// Bytes by purpose. Printed before anything is loaded.
@@ -79,7 +87,9 @@ pub struct MemoryUse {
     pub rotary_table: u64,
     /// Host memory: the KV pool.
     pub kv_pool: u64,
-    /// Host memory: rows that cross the link, and pages on their way.
+    /// Host memory: expert weights that stream, kept where copies reach them; 0 where they come from their files.
+    pub host_weights: u64,
+    /// Host memory: rows that cross the link, context on its way, and pages on theirs.
     pub staging: u64,
     /// The checkpoint's mapping: page cache, given back by the system when needed.
     pub mapped_weights: u64,
@@ -91,7 +101,7 @@ impl MemoryUse {
     }
 
     pub fn host(&self) -> u64 {
-        self.kv_pool + self.staging
+        self.kv_pool + self.host_weights + self.staging
     }
 }
 
@@ -109,6 +119,8 @@ pub struct Plan {
 pub enum PlanError {
     #[error("{option} is {value}; it must be {allowed}")]
     Option { option: &'static str, value: usize, allowed: String },
+    #[error("{option} {value} does not go with {with}")]
+    Conflict { option: &'static str, value: String, with: String },
     #[error(
         "no policy fits: {what} {} of {side} memory, {} are allowed ({option} sets it)",
         human_bytes(*.needed), human_bytes(*.allowed)
@@ -122,7 +134,8 @@ pub enum PlanError {
 const DEFAULT_SEQUENCES: usize = 256;
 /// Rows of a pass where nobody says: enough to fill the matrix units, little enough for small cards.
 const DEFAULT_PASS_ROWS: usize = 1024;
-const DEFAULT_GROUPS: usize = 2;
+/// One attends on the CPU while the GPU computes the other's experts.
+const DEFAULT_MICRO_BATCHES: usize = 2;
 /// Middle of the 16-128 MiB over which copies run at full rate.
 pub const DEFAULT_PAGE_BYTES: u64 = 32 << 20;
 /// Longest context planned for where nobody says: a pool for more is rarely used.
@@ -159,52 +172,94 @@ pub fn fit(
     let default_rows = DEFAULT_PASS_ROWS.max(wishes.max_sequences.unwrap_or(0));
     let pass_rows = option("--max-num-batched-tokens", wishes.pass_rows, default_rows, 1 << 20)?;
     let max_sequences = option("--max-num-seqs", wishes.max_sequences, DEFAULT_SEQUENCES.min(pass_rows), 1 << 20)?;
-    let groups = option("--groups", wishes.groups, DEFAULT_GROUPS.min(max_sequences), 64)?;
-    at_most("--groups", wishes.groups, max_sequences, "the sequences that run at a time")?;
+    let schedule = wishes.schedule.unwrap_or(ScheduleKind::Grouped);
+    let attention = match (schedule.attention(), wishes.attention) {
+        (Some(place), Some(wish)) if place != wish => {
+            let (value, with) =
+                (wish.name().to_owned(), format!("--schedule {schedule}, which attends on the {}", place.name()));
+            return Err(PlanError::Conflict { option: "--attention", value, with });
+        }
+        (place, wish) => place.or(wish).unwrap_or_default(),
+    };
+    let rows = match (wishes.rows, machine.kernels_reach_host) {
+        (Some(RowPath::Kernels), false) => {
+            let with = "this adapter, whose kernels cannot reach host memory".to_owned();
+            return Err(PlanError::Conflict { option: "--rows", value: "kernels".to_owned(), with });
+        }
+        (Some(rows), _) => rows,
+        (None, true) => RowPath::Kernels,
+        (None, false) => RowPath::Copies,
+    };
+    let micro_batches = option("--micro-batches", wishes.micro_batches, DEFAULT_MICRO_BATCHES.min(max_sequences), 256)?;
+    at_most("--micro-batches", wishes.micro_batches, max_sequences, "the sequences that run at a time")?;
+    let default_groups = match schedule {
+        ScheduleKind::Grouped => 2.min(micro_batches),
+        _ => micro_batches,
+    };
+    let expert_groups = option("--expert-groups", wishes.expert_groups, default_groups, micro_batches)?;
+    let group_size = micro_batches.div_ceil(expert_groups);
+    // As many groups as it takes: 3 groups of 5 micro-batches would leave one empty.
+    let expert_groups = micro_batches.div_ceil(group_size);
     at_most("--max-num-seqs", wishes.max_sequences, pass_rows, "the rows of a pass (--max-num-batched-tokens)")?;
     let threads = option("--threads", wishes.threads, machine.threads, 1024)?;
 
-    // Rows per group: what one binding of each row-wise buffer holds.
+    // Rows per micro-batch: what one binding of each row-wise buffer holds, those of a group together.
     let widest = (shape.experts_per_token * shape.expert_width.max(shape.d_model)).max(shape.qkv_width());
     let widest = widest.max(shape.experts).max(4); // router logits; an attended row
-    let rows_that_bind = (machine.binding_bytes / words(widest)) as usize;
-    let wished_rows = pass_rows / groups;
+    let rows_that_bind = (machine.binding_bytes / words(widest)) as usize / group_size;
+    // Regions of a group's buffers are padded.
+    let rows_that_bind = if group_size > 1 { rows_that_bind / 64 * 64 } else { rows_that_bind };
+    let wished_rows = pass_rows / micro_batches;
     if wishes.pass_rows.is_some() && wished_rows > rows_that_bind || rows_that_bind == 0 {
         return Err(PlanError::Binding {
             what: "a group's expert rows",
-            needed: words(widest) * wished_rows as u64,
+            needed: words(widest) * (wished_rows * group_size) as u64,
             limit: machine.binding_bytes,
-            option: "--max-num-batched-tokens",
+            option: "--max-num-batched-tokens (or raise --expert-groups)",
         });
     }
-    let rows_per_group = wished_rows.min(rows_that_bind);
-    at_most("--max-num-seqs", wishes.max_sequences, groups * rows_per_group, "the rows of a pass that bind")?;
-    let max_sequences = max_sequences.min(groups * rows_per_group);
-    at_most("--prompt-chunk", wishes.prompt_chunk, rows_per_group, "the rows of a group in a pass")?;
-    let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, rows_per_group, rows_per_group)?;
+    let rows_per_micro_batch = wished_rows.min(rows_that_bind);
+    let most_rows = micro_batches * rows_per_micro_batch;
+    at_most("--max-num-seqs", wishes.max_sequences, most_rows, "the rows of a pass that bind")?;
+    let max_sequences = max_sequences.min(most_rows);
+    let most = rows_per_micro_batch;
+    at_most("--prompt-chunk", wishes.prompt_chunk, most, "the rows of a micro-batch in a pass")?;
+    let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, most, most)?;
 
-    // The host side: the KV pool.
+    // The host side: rows and pages on their way, weights that stream, and the KV pool from what is left.
     let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
     let block_bytes = layout.bytes_per_block() as u64;
-    let row_bytes = words(shape.qkv_width() + shape.q_width() + shape.kv_width());
+    let row_bytes = host_row_bytes(config, rows_per_micro_batch);
     let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
     if page_bytes < 4 {
         let allowed = "at least 4 bytes".to_owned();
         return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
     }
-    let staging = (row_bytes * rows_per_group as u64).saturating_add(page_bytes);
+    let expert_weights = 3 * bytes.matrix;
+    let all_experts = (shape.layers * shape.experts) as u64 * expert_weights;
+    let in_flight = page_bytes.min(all_experts).saturating_mul(STAGING_BUFFERS as u64);
+    let staging = (row_bytes * micro_batches as u64).saturating_add(in_flight);
     let host_left = machine.host_bytes.saturating_sub(staging);
     let longest = option("--max-model-len", wishes.max_model_len, DEFAULT_MAX_MODEL_LEN, config.max_positions)?;
     let blocks_for = |tokens: usize| tokens.div_ceil(BLOCK_TOKENS);
-    // Half of what is free by default: the page cache needs the rest for the mapped weights.
+    // Weights that stream are kept in memory where they leave room for keys and values, else they are read from their files.
+    let kept = match wishes.source {
+        None | Some(SourceKind::Imported | SourceKind::Pinned | SourceKind::Relay) => all_experts,
+        Some(SourceKind::Mapped | SourceKind::Staged) => 0,
+    };
+    let least_pool = wishes.kv_bytes.unwrap_or(block_bytes);
+    let keep = kept > 0 && kept.saturating_add(least_pool) <= host_left;
+    let host_left = if keep { host_left - kept } else { host_left };
+    // Half of what is free by default where weights are read from their files: the page cache wants the rest.
     let pool_bytes = wishes.kv_bytes.unwrap_or_else(|| {
         let all = (max_sequences as u64 * blocks_for(longest) as u64).saturating_mul(block_bytes);
-        all.min(host_left / 2).max(block_bytes.min(host_left))
+        let share = if keep { host_left } else { host_left / 2 };
+        all.min(share).max(block_bytes.min(host_left))
     });
-    if pool_bytes.saturating_add(staging) > machine.host_bytes {
+    if pool_bytes > host_left {
         return Err(PlanError::Memory {
-            what: "the KV pool, staging rows and a page need".into(),
-            needed: pool_bytes.saturating_add(staging),
+            what: "the KV pool, weights kept, staging rows and pages need".into(),
+            needed: pool_bytes.saturating_add(staging).saturating_add(if keep { kept } else { 0 }),
             side: "host",
             allowed: machine.host_bytes,
             option: "--host-memory",
@@ -246,22 +301,24 @@ pub fn fit(
             option: "(another adapter is needed)",
         });
     }
-    let per_group_sequences = max_sequences.div_ceil(groups);
+    let sequences_each = max_sequences.div_ceil(micro_batches);
     let one_sequence = blocks_for(max_model_len);
-    let workspace_wanted = match wishes.attention {
+    // One micro-batch's context comes while another attends.
+    let workspaces = 2.min(micro_batches);
+    let workspace_wanted = match attention {
         // Two prompts of full length side by side; short ones pack many.
         AttentionPlace::Cpu => 2 * one_sequence,
-        // All contexts of a group, in a quarter of the memory: the rest is for experts.
-        AttentionPlace::Gpu => ((per_group_sequences + 1) * one_sequence)
-            .min((machine.device_bytes / 4 / layer_block_bytes) as usize)
+        // All contexts of a micro-batch, in a quarter of the memory: the rest is for experts.
+        AttentionPlace::Gpu => ((sequences_each + 1) * one_sequence)
+            .min((machine.device_bytes / 4 / workspaces as u64 / layer_block_bytes) as usize)
             .max(one_sequence),
     };
-    let most_used = kv_blocks + rows_per_group;
+    let most_used = kv_blocks + rows_per_micro_batch;
     let workspace_blocks = workspace_wanted.min(most_used).min(workspace_binds);
     let head_width = shape.vocab.max(shape.d_model);
     let head_rows_that_bind = (machine.binding_bytes / words(head_width)) as usize;
     // A multiple of 64 rows keeps every portion's start aligned for a binding.
-    let head_rows = rows_per_group.next_multiple_of(64).min(256).min(head_rows_that_bind / 64 * 64);
+    let head_rows = rows_per_micro_batch.next_multiple_of(64).min(256).min(head_rows_that_bind / 64 * 64);
     if head_rows == 0 {
         return Err(PlanError::Binding {
             what: "64 rows of logits",
@@ -270,26 +327,40 @@ pub fn fit(
             option: "(a smaller vocabulary is needed)",
         });
     }
-    let assignments = rows_per_group * shape.experts_per_token;
-    let per_group = words(rows_per_group) * 4 // ids, positions, KV slots, sampled rows
-        + 2 * words(4 * rows_per_group) // attended rows, decode and prompt
-        + words(workspace_blocks)
-        + 2 * words(rows_per_group * shape.d_model) // residual, normed
+    let extents = Extents {
+        micro_batches,
+        expert_groups,
+        rows_per_micro_batch,
+        workspaces,
+        workspace_blocks,
+        max_positions: max_model_len,
+        head_rows,
+        rows,
+    };
+    let group_rows = extents.group_rows();
+    let assignments = group_rows * shape.experts_per_token;
+    let per_group = 2 * words(group_rows * shape.d_model) // residual, normed
         + 3 * words(assignments) // chosen experts, weights, permutation
         + words(shape.experts + 1)
         + words(assignments * shape.d_model); // expert outputs
-    let shared = words(rows_per_group * (shape.qkv_width() + shape.kv_width() + shape.q_width() + shape.experts))
+    let per_micro_batch = words(rows_per_micro_batch) * 4 // ids, positions, KV slots, sampled rows
+        + 2 * words(4 * rows_per_micro_batch) // attended rows, decode and prompt
+        + words(workspace_blocks)
+        + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
+    let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
         + words(2 * shape.experts);
+    let kv_workspace = (workspaces * workspace_blocks) as u64 * layer_block_bytes;
     let mut memory = MemoryUse {
         dense_weights: bytes.dense,
         expert_slots: 0,
-        activations: groups as u64 * per_group + shared,
-        kv_workspace: workspace_blocks as u64 * layer_block_bytes,
+        activations: expert_groups as u64 * per_group + micro_batches as u64 * per_micro_batch + shared,
+        kv_workspace,
         logits: words(head_rows * (2 * shape.d_model + shape.vocab + 4)),
         rotary_table: words(max_model_len * shape.head_width),
         kv_pool: kv_blocks as u64 * block_bytes,
-        staging,
+        host_weights: 0,
+        staging: staging + kv_workspace + words(head_rows * (4 + shape.vocab)),
         mapped_weights: bytes.files,
     };
     let fixed = memory.device();
@@ -313,6 +384,14 @@ pub fn fit(
         return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
     }
     memory.expert_slots = n_slots as u64 * expert_bytes;
+    if keep {
+        memory.host_weights = (shape.layers * streamed) as u64 * expert_weights;
+    }
+    if wishes.source.is_some() && streamed == 0 {
+        let with = "this policy: all experts stay on the GPU, so nothing comes in pages".to_owned();
+        let value = wishes.source.expect("just seen").to_string();
+        return Err(PlanError::Conflict { option: "--page-source", value, with });
+    }
     if memory.device() <= machine.device_bytes && n_slots > slots_that_bind {
         return Err(PlanError::Binding {
             what: "a quarter of the expert slots",
@@ -339,18 +418,23 @@ pub fn fit(
     }
     Ok(Plan {
         policy: Policy {
+            schedule,
             max_sequences,
-            groups,
-            rows_per_group,
+            micro_batches,
+            expert_groups,
+            rows_per_micro_batch,
             prompt_chunk,
-            attention: wishes.attention,
+            attention,
             threads,
             max_model_len,
             kv_blocks,
+            workspaces,
             workspace_blocks,
             resident_experts,
             ring_experts,
             page_bytes,
+            source: wishes.source,
+            rows,
             head_rows,
         },
         memory,
@@ -391,10 +475,7 @@ fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (p, m) = (&self.policy, &self.memory);
-        let attention = match p.attention {
-            AttentionPlace::Cpu => "CPU",
-            AttentionPlace::Gpu => "GPU",
-        };
+        let attention = p.attention.name();
         writeln!(
             f,
             "device  {:>10}   weights that stay {}, expert slots {}, activations {}, KV workspace {}, logits {}, rotary table {}",
@@ -408,12 +489,15 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens), staging {}; beside it {} of weights, mapped from their files",
+            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens), experts that stream {}, rows and pages on their way {}",
             human_bytes(m.host()),
             human_bytes(m.kv_pool),
             p.kv_blocks,
+            match m.host_weights {
+                0 if self.streamed_bytes_per_pass > 0 => "from their files".to_owned(),
+                bytes => human_bytes(bytes),
+            },
             human_bytes(m.staging),
-            human_bytes(m.mapped_weights),
         )?;
         if self.streamed_bytes_per_pass == 0 {
             writeln!(f, "experts all {} of each layer stay on the GPU", self.experts_per_layer)?;
@@ -430,8 +514,14 @@ impl fmt::Display for Plan {
         }
         write!(
             f,
-            "batch   up to {} sequences in {} groups of {} rows a pass, prompts in pieces of up to {}, contexts up to {} tokens, decode attention on the {attention}",
-            p.max_sequences, p.groups, p.rows_per_group, p.prompt_chunk, p.max_model_len,
+            "batch   up to {} sequences in {} micro-batches of {} rows a pass, {} expert groups, prompts in pieces of up to {}, contexts up to {} tokens, decode attention on the {attention}, schedule {}",
+            p.max_sequences,
+            p.micro_batches,
+            p.rows_per_micro_batch,
+            p.expert_groups,
+            p.prompt_chunk,
+            p.max_model_len,
+            p.schedule,
         )
     }
 }

@@ -1,6 +1,7 @@
 //! One file per op, same stem as its kernel: plain loops, f64 sums. The oracle for `kernels/` and `cpu/`, and the clearest code here.
 
 pub mod attention;
+pub mod copy_rows;
 pub mod decode_attention;
 pub mod embed;
 pub mod expert_combine;

@@ -1,14 +1,14 @@
 //! Which rows of which sequences go into the next pass.
 //!
-//! In: sequences as they arrive, and the token that each sampled row got. Out: per group, the rows of its next pass
-//! ([`GroupRows`]), with room for their keys and values already reserved in the KV cache.
+//! In: sequences as they arrive, and the token that each sampled row got. Out: per micro-batch, the rows of its next pass
+//! ([`MicroBatchRows`]), with room for their keys and values already reserved in the KV cache.
 //!
-//! A group's next rows, in this order: the decode rows of its sequences, oldest first; then prompt rows of those that are still
-//! in their prompt; then sequences from the queue, as long as the group has rows, sequences and KV blocks left. A pass therefore
+//! A micro-batch's next rows, in this order: the decode rows of its sequences, oldest first; then prompt rows of those that are still
+//! in their prompt; then sequences from the queue, as long as the micro-batch has rows, sequences and KV blocks left. A pass therefore
 //! carries any mix, and a prompt longer than the row limit spans passes in chunks.
 //!
 //! ```text
-//! group 0, 6 rows:   a:17  b:9        c:0 c:1 c:2 c:3      (a, b decode; c's first chunk)
+//! micro-batch 0, 6 rows:   a:17  b:9        c:0 c:1 c:2 c:3      (a, b decode; c's first chunk)
 //! next pass:         a:18  b:10       c:4 c:5 d:0 d:1      (c's last chunk is sampled; d came from the queue)
 //! ```
 //!
@@ -17,10 +17,10 @@
 //! nobody out just sits out a pass.
 //!
 //! Guarantees: the oldest sequence always gets on, so everything ends; no sequence is ever dropped; blocks of finished sequences
-//! are free at once; membership of a group is decided when that group's ids are known, without waiting for other groups.
+//! are free at once; membership of a micro-batch is decided when that micro-batch's ids are known, without waiting for other micro-batches.
 //!
 //! Given up: admission is by expected length (the mean of what finished so far), so blocks can run out; sequences keep their
-//! group until they end or are preempted.
+//! micro-batch until they end or are preempted.
 
 use std::collections::BTreeMap;
 
@@ -47,13 +47,13 @@ pub struct Row {
     pub sampled: bool,
 }
 
-/// The rows of one group in one pass: decode rows, then prompt rows; each sequence's rows together, positions ascending.
+/// The rows of one micro-batch in one pass: decode rows, then prompt rows; each sequence's rows together, positions ascending.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct GroupRows {
+pub struct MicroBatchRows {
     pub rows: Vec<Row>,
 }
 
-impl GroupRows {
+impl MicroBatchRows {
     pub fn n_decode(&self) -> usize {
         self.rows.iter().take_while(|row| row.decode).count()
     }
@@ -67,13 +67,13 @@ impl GroupRows {
 /// What bounds a pass. Part of the policy: it changes time, never tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchLimits {
-    /// Sequences that run at a time, over all groups.
+    /// Sequences that run at a time, over all micro-batches.
     pub max_sequences: usize,
-    pub groups: usize,
-    pub rows_per_group: usize,
+    pub micro_batches: usize,
+    pub rows_per_micro_batch: usize,
     /// Longest piece of one prompt in one pass.
     pub prompt_chunk: usize,
-    /// KV blocks that the GPU workspace holds for one group.
+    /// KV blocks that the GPU workspace holds for one micro-batch.
     pub workspace_blocks: usize,
     /// Decode rows attend on the GPU, so their context needs the workspace too.
     pub gpu_decode: bool,
@@ -103,7 +103,7 @@ struct Sequence {
     computed: usize,
     storage: Storage,
     /// None: in the queue, new or preempted.
-    group: Option<usize>,
+    micro_batch: Option<usize>,
     /// Rows of it are planned and not yet sampled.
     in_flight: bool,
 }
@@ -125,7 +125,12 @@ const FIRST_EXPECTED_TOKENS: usize = 32;
 
 impl Batcher {
     pub fn new(limits: BatchLimits, kv: KvCache, spill: SpillFile) -> Self {
-        assert!(limits.groups > 0 && limits.rows_per_group > 0 && limits.prompt_chunk > 0 && limits.max_sequences > 0);
+        assert!(
+            limits.micro_batches > 0
+                && limits.rows_per_micro_batch > 0
+                && limits.prompt_chunk > 0
+                && limits.max_sequences > 0
+        );
         Self {
             limits,
             kv,
@@ -159,9 +164,9 @@ impl Batcher {
         self.sequences.is_empty()
     }
 
-    /// Sequences that are in no group: new or preempted.
+    /// Sequences that are in no micro-batch: new or preempted.
     pub fn queued(&self) -> usize {
-        self.sequences.values().filter(|sequence| sequence.group.is_none()).count()
+        self.sequences.values().filter(|sequence| sequence.micro_batch.is_none()).count()
     }
 
     /// Puts a sequence into the queue. `max_new` tokens at most will be generated; prompt and those must fit the pool
@@ -175,7 +180,7 @@ impl Batcher {
             limit,
             computed: 0,
             storage: Storage::Cache(BlockTable::default()),
-            group: None,
+            micro_batch: None,
             in_flight: false,
         };
         let before = self.sequences.insert(id, sequence);
@@ -200,7 +205,7 @@ impl Batcher {
             limit: from.limit,
             computed: shared,
             storage,
-            group: None,
+            micro_batch: None,
             in_flight: false,
         };
         self.sequences.insert(child, sequence);
@@ -219,7 +224,7 @@ impl Batcher {
         }
     }
 
-    /// Stores the keys and values of a group's rows for one layer: `data` is `[T, G, 2, K]`.
+    /// Stores the keys and values of a micro-batch's rows for one layer: `data` is `[T, G, 2, K]`.
     pub fn write_rows(&mut self, layer: usize, rows: &[Row], data: &[half::f16], threads: &rayon::ThreadPool) {
         let places: Vec<RowPlace> = rows
             .iter()
@@ -233,8 +238,8 @@ impl Batcher {
         self.kv.write_rows(layer, &places, data, threads);
     }
 
-    /// The rows of a group's pass have run: their keys and values are stored.
-    pub fn complete(&mut self, rows: &GroupRows) {
+    /// The rows of a micro-batch's pass have run: their keys and values are stored.
+    pub fn complete(&mut self, rows: &MicroBatchRows) {
         for row in &rows.rows {
             // A sequence that failed in this pass is gone.
             if let Some(sequence) = self.sequences.get_mut(&row.sequence) {
@@ -276,28 +281,28 @@ impl Batcher {
         self.sequences.get(&id).is_some_and(|sequence| sequence.in_flight)
     }
 
-    /// The rows of `group`'s next pass. Call when the ids of its last pass are known (or it had none).
-    pub fn plan_group(&mut self, group: usize) -> Result<GroupRows, KvError> {
+    /// The rows of `micro_batch`'s next pass. Call when the ids of its last pass are known (or it had none).
+    pub fn plan_micro_batch(&mut self, micro_batch: usize) -> Result<MicroBatchRows, KvError> {
         let mut plan = Plan { rows: Vec::new(), workspace: self.limits.workspace_blocks, workspace_short: false };
         let members: Vec<SequenceId> =
-            self.sequences.iter().filter(|(_, s)| s.group == Some(group)).map(|(id, _)| *id).collect();
+            self.sequences.iter().filter(|(_, s)| s.micro_batch == Some(micro_batch)).map(|(id, _)| *id).collect();
         let decoding = |s: &Sequence| s.computed >= s.prompt_len;
         // A member may be pushed out by an older one while this runs, so each is looked at anew.
         for decode in [true, false] {
             for id in &members {
-                if self.sequences.get(id).is_some_and(|s| s.group == Some(group) && decoding(s) == decode) {
+                if self.sequences.get(id).is_some_and(|s| s.micro_batch == Some(micro_batch) && decoding(s) == decode) {
                     self.take_rows(*id, &mut plan)?;
                 }
             }
         }
-        let quota = self.limits.max_sequences.div_ceil(self.limits.groups);
+        let quota = self.limits.max_sequences.div_ceil(self.limits.micro_batches);
         let queue: Vec<SequenceId> =
-            self.sequences.iter().filter(|(_, s)| s.group.is_none()).map(|(id, _)| *id).collect();
+            self.sequences.iter().filter(|(_, s)| s.micro_batch.is_none()).map(|(id, _)| *id).collect();
         for id in queue {
-            let in_group = self.sequences.values().filter(|s| s.group == Some(group)).count();
+            let in_micro_batch = self.sequences.values().filter(|s| s.micro_batch == Some(micro_batch)).count();
             let running = self.running();
-            if plan.rows.len() >= self.limits.rows_per_group
-                || in_group >= quota
+            if plan.rows.len() >= self.limits.rows_per_micro_batch
+                || in_micro_batch >= quota
                 || running >= self.limits.max_sequences
                 // Else a stream of short sequences could keep a long one waiting for ever.
                 || plan.workspace_short
@@ -307,24 +312,24 @@ impl Batcher {
             if !self.admit(id)? {
                 break; // the queue is served in order of age
             }
-            self.sequences.get_mut(&id).expect("queued").group = Some(group);
+            self.sequences.get_mut(&id).expect("queued").micro_batch = Some(micro_batch);
             self.take_rows(id, &mut plan)?;
         }
         self.counters.peak_running = self.counters.peak_running.max(self.running());
         // Admitted sequences may have brought decode rows behind prompt rows; kernels want them in front.
         plan.rows.sort_by_key(|row| !row.decode);
-        Ok(GroupRows { rows: plan.rows })
+        Ok(MicroBatchRows { rows: plan.rows })
     }
 
     fn running(&self) -> usize {
-        self.sequences.values().filter(|s| s.group.is_some()).count()
+        self.sequences.values().filter(|s| s.micro_batch.is_some()).count()
     }
 
     /// Plans the rows that `id` can have in this pass, with room for their keys and values.
     fn take_rows(&mut self, id: SequenceId, plan: &mut Plan) -> Result<(), KvError> {
         let sequence = &self.sequences[&id];
         let decode = sequence.computed >= sequence.prompt_len;
-        let left = self.limits.rows_per_group - plan.rows.len();
+        let left = self.limits.rows_per_micro_batch - plan.rows.len();
         let uses_workspace = !decode || self.limits.gpu_decode;
         let workspace_rows =
             if uses_workspace { (plan.workspace * BLOCK_TOKENS).saturating_sub(sequence.computed) } else { usize::MAX };
@@ -367,12 +372,12 @@ impl Batcher {
         }
     }
 
-    /// Spills the youngest sequence that may make room for `id`: younger than it, or in no group, and with no rows under way.
+    /// Spills the youngest sequence that may make room for `id`: younger than it, or in no micro-batch, and with no rows under way.
     /// False where there is none.
     fn preempt_for(&mut self, id: SequenceId) -> Result<bool, KvError> {
         let victim = self.sequences.iter().rev().find(|(other, sequence)| {
             let holds = matches!(&sequence.storage, Storage::Cache(table) if !table.blocks().is_empty());
-            **other != id && holds && !sequence.in_flight && (**other > id || sequence.group.is_none())
+            **other != id && holds && !sequence.in_flight && (**other > id || sequence.micro_batch.is_none())
         });
         match victim.map(|(other, _)| *other) {
             Some(victim) => self.preempt(victim).map(|()| true),
@@ -395,7 +400,7 @@ impl Batcher {
                 );
                 self.counters.preemptions += 1;
                 self.counters.spilled_blocks += blocks;
-                sequence.group = None;
+                sequence.micro_batch = None;
                 sequence.storage = Storage::Spilled(spilled);
                 Ok(())
             }
@@ -420,12 +425,16 @@ impl Batcher {
             Storage::Cache(table) => table.blocks().len(),
             Storage::Spilled(_) => 0,
         };
-        let growth: usize =
-            self.sequences.values().filter(|s| s.group.is_some()).map(|s| expected(s).saturating_sub(held(s))).sum();
+        let growth: usize = self
+            .sequences
+            .values()
+            .filter(|s| s.micro_batch.is_some())
+            .map(|s| expected(s).saturating_sub(held(s)))
+            .sum();
         let sequence = &self.sequences[&id];
         let fits = growth + expected(sequence).saturating_sub(held(sequence)) <= self.kv.free_blocks();
         // The oldest of all may always come in: whoever runs is younger and can be pushed out.
-        let oldest = self.sequences.iter().all(|(other, s)| s.group.is_none() || *other > id);
+        let oldest = self.sequences.iter().all(|(other, s)| s.micro_batch.is_none() || *other > id);
         if !fits && !oldest {
             return Ok(false);
         }
@@ -457,6 +466,6 @@ struct Plan {
     rows: Vec<Row>,
     /// Workspace blocks not yet given away.
     workspace: usize,
-    /// Some sequence of the group gets no rows because its context does not fit what is left of the workspace.
+    /// Some sequence of the micro-batch gets no rows because its context does not fit what is left of the workspace.
     workspace_short: bool,
 }

@@ -1,127 +1,166 @@
 //! What must hold for any schedule of a pass, whoever built it.
+//!
+//! [`PassShape::needs`] says what each task has to wait for; here it is proved that a schedule waits for it, by whatever chain of
+//! dependencies and lanes, and that it can end: every dependency points backwards in launch order, and a lane runs its tasks in
+//! launch order, so the earliest task that has not run can always run. That covers the rule of the GPU queue too: a submission
+//! that needs a result of the CPU comes after it.
 
-use super::build::PassShape;
-use super::task::{Schedule, TaskId, Work};
+use std::collections::HashMap;
+
+use super::shape::{PassShape, Why};
+use super::task::{Lane, Schedule, TaskId, Work};
 
 /// A schedule that would compute something wrong or never end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ScheduleFault {
-    #[error("task {task} ({work:?}) waits for task {after}, which comes later in launch order")]
+    #[error("task {task} ({work}) waits for task {after}, which comes later in launch order: they would wait for ever")]
     WaitsForLater { task: usize, work: Work, after: usize },
+    #[error("{work:?} is missing")]
+    Missing { work: Work },
     #[error("{work:?} is there {count} times")]
-    Count { work: Work, count: usize },
+    Repeated { work: Work, count: usize },
     #[error("task {task} ({work:?}) is nothing that the pass needs")]
     NotNeeded { task: usize, work: Work },
-    #[error("task {task} ({work:?}) may start before {needed:?} has ended")]
-    Unordered { task: usize, work: Work, needed: Work },
+    #[error("task {task} ({work:?}) is on lane {}, it belongs on {}", .lane.name(), .right.name())]
+    WrongLane { task: usize, work: Work, lane: Lane, right: Lane },
+    #[error("{work:?} may start before {needed:?}, whose result it reads, has ended")]
+    ResultNotThere { work: Work, needed: Work },
+    #[error("{work:?} may overwrite device rows that {reader:?} still reads")]
+    DeviceRowsOverwritten { work: Work, reader: Work },
+    #[error("{work:?} may overwrite host rows that {reader:?} still reads")]
+    HostRowsOverwritten { work: Work, reader: Work },
+    #[error("{work:?} may rewrite a slot that {reader:?} still reads")]
+    SlotRewritten { work: Work, reader: Work },
+    #[error("{work:?} may compute before {page:?} has arrived")]
+    PageNotThere { work: Work, page: Work },
+    #[error("{work:?} may overwrite the KV workspace that {reader:?} still reads")]
+    WorkspaceOverwritten { work: Work, reader: Work },
+    #[error("{work:?} may add up before {before:?}: a row's sum would depend on the ring")]
+    ChunksOutOfOrder { work: Work, before: Work },
+    #[error("{work:?} may come before {before:?}: pieces of an expert arrive in order")]
+    PagesOutOfOrder { work: Work, before: Work },
+    #[error("{work:?} may come before {before:?} has stored its keys and values")]
+    NotStored { work: Work, before: Work },
+    #[error("{work:?} may run across {barrier:?}")]
+    BarrierCrossed { work: Work, barrier: Work },
 }
 
-/// Every task that the pass needs is there once and no other, and each is ordered after those whose results it reads.
-///
-/// A doubt: what it overwrites is not looked at – expert slots that an earlier chunk still reads, and the scratch buffers that
-/// groups share ([`Machine`](crate::execute::Machine)). [`serial`](super::serial) orders everything; a builder that overlaps
-/// needs a check of that as well.
-pub fn check(schedule: &Schedule, shape: &PassShape) -> Result<(), ScheduleFault> {
-    let n = schedule.tasks.len();
-    if let Some((TaskId(task), body)) = schedule.ids().find(|(_, body)| !needs(shape, body.work)) {
-        return Err(ScheduleFault::NotNeeded { task, work: body.work });
+fn fault(work: Work, needed: Work, why: Why) -> ScheduleFault {
+    match why {
+        Why::Result => ScheduleFault::ResultNotThere { work, needed },
+        Why::DeviceRows => ScheduleFault::DeviceRowsOverwritten { work, reader: needed },
+        Why::HostRows => ScheduleFault::HostRowsOverwritten { work, reader: needed },
+        Why::Slot => ScheduleFault::SlotRewritten { work, reader: needed },
+        Why::Page => ScheduleFault::PageNotThere { work, page: needed },
+        Why::Workspace => ScheduleFault::WorkspaceOverwritten { work, reader: needed },
+        Why::ChunkOrder => ScheduleFault::ChunksOutOfOrder { work, before: needed },
+        Why::PageOrder => ScheduleFault::PagesOutOfOrder { work, before: needed },
+        Why::Stored => ScheduleFault::NotStored { work, before: needed },
     }
-    // `before[t]` = the set of tasks that have ended when t starts, as a bit row.
-    let words = n.div_ceil(64);
-    let mut before = vec![0u64; n * words];
-    for (TaskId(task), body) in schedule.ids() {
-        for TaskId(after) in body.after.iter().copied() {
-            if after >= task {
-                return Err(ScheduleFault::WaitsForLater { task, work: body.work, after });
+}
+
+/// Which tasks have ended when each task starts: by its dependencies, its place on its lane, and all that follows from those.
+pub struct Before {
+    words: usize,
+    bits: Vec<u64>,
+}
+
+impl Before {
+    fn new(schedule: &Schedule) -> Self {
+        let words = schedule.tasks.len().div_ceil(64);
+        let mut before = Self { words, bits: vec![0; schedule.tasks.len() * words] };
+        let mut last: HashMap<Lane, usize> = HashMap::new();
+        for (TaskId(task), body) in schedule.ids() {
+            let on_lane = last.insert(body.lane, task);
+            for after in body.after.iter().map(|id| id.0).chain(on_lane) {
+                let (earlier, this) = before.bits.split_at_mut(task * words);
+                for (word, more) in this[..words].iter_mut().zip(&earlier[after * words..]) {
+                    *word |= more;
+                }
+                this[after / 64] |= 1 << (after % 64);
             }
-            for word in 0..words {
-                before[task * words + word] |= before[after * words + word];
+        }
+        before
+    }
+
+    /// `first` has ended when `second` starts.
+    pub fn orders(&self, first: TaskId, second: TaskId) -> bool {
+        self.bits[second.0 * self.words + first.0 / 64] >> (first.0 % 64) & 1 == 1
+    }
+}
+
+/// See the module's text. Returns the order that the schedule guarantees.
+pub fn check(schedule: &Schedule, shape: &PassShape) -> Result<Before, ScheduleFault> {
+    let works = shape.works();
+    let needed: std::collections::HashSet<Work> = works.iter().copied().collect();
+    let mut ids: HashMap<Work, Vec<TaskId>> = HashMap::new();
+    for (id, task) in schedule.ids() {
+        let is_barrier = matches!(task.work, Work::Barrier { .. });
+        if !is_barrier && !needed.contains(&task.work) {
+            return Err(ScheduleFault::NotNeeded { task: id.0, work: task.work });
+        }
+        let right = shape.lane(task.work);
+        if task.lane != right {
+            return Err(ScheduleFault::WrongLane { task: id.0, work: task.work, lane: task.lane, right });
+        }
+        if let Some(after) = task.after.iter().find(|after| **after >= id) {
+            return Err(ScheduleFault::WaitsForLater { task: id.0, work: task.work, after: after.0 });
+        }
+        ids.entry(task.work).or_default().push(id);
+    }
+    let find = |work: Work| match ids.get(&work).map(Vec::as_slice) {
+        Some([id]) => Ok(*id),
+        Some(more) => Err(ScheduleFault::Repeated { work, count: more.len() }),
+        None => Err(ScheduleFault::Missing { work }),
+    };
+    let before = Before::new(schedule);
+    for work in &works {
+        let id = find(*work)?;
+        for (needs, why) in shape.needs(*work) {
+            if !before.orders(find(needs)?, id) {
+                return Err(fault(*work, needs, why));
             }
-            before[task * words + after / 64] |= 1 << (after % 64);
         }
     }
-    let find = |work: Work| -> Result<usize, ScheduleFault> {
-        let mut places =
-            schedule.tasks.iter().enumerate().filter(|(_, task)| task.work == work).map(|(index, _)| index);
-        match (places.next(), places.count()) {
-            (Some(place), 0) => Ok(place),
-            (first, more) => Err(ScheduleFault::Count { work, count: first.map_or(0, |_| 1 + more) }),
+    check_workspaces(schedule, shape, &before, &find)?;
+    for (id, barrier) in schedule.ids().filter(|(_, task)| matches!(task.work, Work::Barrier { .. })) {
+        for (other, task) in schedule.ids() {
+            let ordered = match other.cmp(&id) {
+                std::cmp::Ordering::Less => before.orders(other, id),
+                std::cmp::Ordering::Equal => true,
+                std::cmp::Ordering::Greater => before.orders(id, other),
+            };
+            if !ordered {
+                return Err(ScheduleFault::BarrierCrossed { work: task.work, barrier: barrier.work });
+            }
         }
-    };
-    let ordered = |first: Work, second: Work| -> Result<(), ScheduleFault> {
-        let (from, to) = (find(first)?, find(second)?);
-        if before[to * words + from / 64] >> (from % 64) & 1 == 1 {
-            Ok(())
-        } else {
-            Err(ScheduleFault::Unordered { task: to, work: second, needed: first })
+    }
+    Ok(before)
+}
+
+/// Whoever writes a workspace next does so after the one before has attended.
+fn check_workspaces(
+    schedule: &Schedule,
+    shape: &PassShape,
+    before: &Before,
+    find: &dyn Fn(Work) -> Result<TaskId, ScheduleFault>,
+) -> Result<(), ScheduleFault> {
+    let mut reader: HashMap<usize, Work> = HashMap::new();
+    for (_, task) in schedule.ids() {
+        let Work::PreAttention { layer, micro_batch } = task.work else { continue };
+        let rows = shape.micro_batches[micro_batch];
+        if !rows.gpu_attention {
+            continue;
         }
-    };
-    let chunks = shape.chunk_pages.len();
-    for (group, rows) in shape.groups.iter().enumerate() {
-        for layer in 0..shape.layers {
-            let pre = Work::PreAttention { layer, group };
-            let post = Work::PostAttention { layer, group };
-            if layer == 0 {
-                ordered(Work::Embed { group }, pre)?;
-            } else {
-                ordered(Work::Experts { layer: layer - 1, group, chunk: chunks - 1 }, pre)?;
-            }
-            if rows.kv_to_device {
-                // The new rows' keys are written over the slots that the upload brought.
-                ordered(Work::KvToDevice { layer, group }, pre)?;
-            }
-            ordered(pre, Work::RowsToHost { layer, group })?;
-            ordered(Work::RowsToHost { layer, group }, Work::CpuAttention { layer, group })?;
-            if rows.gpu_attention {
-                ordered(pre, Work::GpuAttention { layer, group })?;
-                ordered(Work::GpuAttention { layer, group }, post)?;
-            }
-            if rows.cpu_attention {
-                ordered(Work::CpuAttention { layer, group }, Work::RowsToDevice { layer, group })?;
-                ordered(Work::RowsToDevice { layer, group }, post)?;
-            }
-            for chunk in 0..chunks {
-                let experts = Work::Experts { layer, group, chunk };
-                ordered(post, experts)?;
-                for page in 0..shape.chunk_pages[chunk] {
-                    ordered(Work::LoadPage { layer, chunk, page }, experts)?;
-                }
-                if chunk > 0 {
-                    // Chunks add up in order: the order of a row's sum must not depend on the ring.
-                    ordered(Work::Experts { layer, group, chunk: chunk - 1 }, experts)?;
+        let attends = Work::GpuAttention { layer, micro_batch };
+        if let Some(earlier) = reader.insert(micro_batch % shape.workspaces, attends) {
+            let upload = Work::KvToDevice { layer, micro_batch };
+            for writer in rows.kv_to_device.then_some(upload).into_iter().chain([task.work]) {
+                if !before.orders(find(earlier)?, find(writer)?) {
+                    return Err(fault(writer, earlier, Why::Workspace));
                 }
             }
-        }
-        let last = Work::Experts { layer: shape.layers - 1, group, chunk: chunks - 1 };
-        if rows.sampled {
-            ordered(last, Work::Head { group })?;
-            ordered(Work::Head { group }, Work::Sample { group })?;
-        }
-        ordered(last, Work::Sample { group })?;
-        for layer in 0..shape.layers {
-            // When its ids are known a group's sequences may end, move to the spill file or get their next rows.
-            ordered(Work::CpuAttention { layer, group }, Work::Sample { group })?;
         }
     }
     Ok(())
-}
-
-fn needs(shape: &PassShape, work: Work) -> bool {
-    let has_layer = work.layer().is_none_or(|layer| layer < shape.layers);
-    let group = |group: usize| shape.groups.get(group);
-    has_layer
-        && match work {
-            Work::LoadPage { chunk, page, .. } => shape.chunk_pages.get(chunk).is_some_and(|pages| page < *pages),
-            Work::Experts { group, chunk, .. } => group < shape.groups.len() && chunk < shape.chunk_pages.len(),
-            Work::Embed { group: g }
-            | Work::PreAttention { group: g, .. }
-            | Work::RowsToHost { group: g, .. }
-            | Work::CpuAttention { group: g, .. }
-            | Work::PostAttention { group: g, .. }
-            | Work::Sample { group: g } => group(g).is_some(),
-            Work::KvToDevice { group: g, .. } => group(g).is_some_and(|rows| rows.kv_to_device),
-            Work::GpuAttention { group: g, .. } => group(g).is_some_and(|rows| rows.gpu_attention),
-            Work::RowsToDevice { group: g, .. } => group(g).is_some_and(|rows| rows.cpu_attention),
-            Work::Head { group: g } => group(g).is_some_and(|rows| rows.sampled),
-        }
 }

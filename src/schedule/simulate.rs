@@ -20,7 +20,7 @@
 
 use std::time::Duration;
 
-use super::task::{Lane, Schedule, TaskId, Work};
+use super::task::{Lane, Schedule, Task, TaskId, Work};
 use super::timeline::{Span, Timeline};
 
 /// What several lanes use at the same time.
@@ -42,12 +42,20 @@ pub struct Cost {
     pub seconds: f64,
     /// Share of each [`Resource`], in the order of [`Resource::ALL`], that it uses meanwhile: 0 to 1.
     pub shares: [f64; 3],
+    /// Bytes that it moves and rows that it is about, for the timeline.
+    pub bytes: u64,
+    pub rows: usize,
 }
 
 impl Cost {
     /// A task that shares nothing.
     pub fn alone(seconds: f64) -> Cost {
-        Cost { seconds, shares: [0.0; 3] }
+        Cost { seconds, ..Cost::default() }
+    }
+
+    /// Bytes over an own way at so many per second.
+    pub fn moving(bytes: f64, bytes_per_s: f64) -> Cost {
+        Cost { bytes: bytes as u64, ..Cost::alone(bytes / bytes_per_s) }
     }
 
     /// The same, using a share of a resource.
@@ -64,13 +72,13 @@ struct Running {
     start: f64,
     /// Seconds of undisturbed work that are left.
     left: f64,
-    shares: [f64; 3],
+    cost: Cost,
 }
 
 impl Running {
     /// Undisturbed seconds done per second, beside tasks whose shares add up to `load`.
     fn speed(&self, load: &[f64; 3]) -> f64 {
-        let used = self.shares.iter().zip(load).filter(|(share, _)| **share > 0.0);
+        let used = self.cost.shares.iter().zip(load).filter(|(share, _)| **share > 0.0);
         used.map(|(_, load)| 1.0 / load.max(1.0)).fold(1.0, f64::min)
     }
 }
@@ -84,7 +92,7 @@ pub fn simulate(schedule: &Schedule, cost: impl Fn(Work) -> Cost) -> Timeline {
     let mut queues: [Vec<usize>; Lane::ALL.len()] = Default::default();
     for (TaskId(id), task) in schedule.ids() {
         task.after.iter().for_each(|TaskId(before)| waiters[*before].push(id));
-        queues[task.work.lane() as usize].push(id);
+        queues[task.lane as usize].push(id);
     }
     queues.iter_mut().for_each(|queue| queue.reverse());
 
@@ -95,13 +103,13 @@ pub fn simulate(schedule: &Schedule, cost: impl Fn(Work) -> Cost) -> Timeline {
         for (queue, slot) in queues.iter_mut().zip(&mut running) {
             if let Some(id) = queue.last().copied().filter(|id| slot.is_none() && waits[*id] == 0) {
                 queue.pop();
-                let Cost { seconds, shares } = cost(schedule.tasks[id].work);
-                *slot = Some(Running { task: id, start: now, left: seconds, shares });
+                let cost = cost(schedule.tasks[id].work);
+                *slot = Some(Running { task: id, start: now, left: cost.seconds, cost });
             }
         }
         let mut load = [0.0; 3];
         for task in running.iter().flatten() {
-            load.iter_mut().zip(task.shares).for_each(|(load, share)| *load += share);
+            load.iter_mut().zip(task.cost.shares).for_each(|(load, share)| *load += share);
         }
         let until_end = |task: &Running| task.left / task.speed(&load);
         let step = running.iter().flatten().map(until_end).fold(f64::INFINITY, f64::min);
@@ -111,9 +119,10 @@ pub fn simulate(schedule: &Schedule, cost: impl Fn(Work) -> Cost) -> Timeline {
             let Some(task) = slot else { continue };
             // The one that set the step has ended, whatever rounding leaves of it.
             if until_end(task) <= step * (1.0 + 1e-12) {
-                let work = schedule.tasks[task.task].work;
+                let Task { work, lane, .. } = schedule.tasks[task.task];
                 let [start, end] = [task.start, now].map(Duration::from_secs_f64);
-                spans.push(Span { task: TaskId(task.task), work, start, end });
+                let Cost { bytes, rows, .. } = task.cost;
+                spans.push(Span { task: TaskId(task.task), work, lane, start, end, bytes, rows });
                 waiters[task.task].iter().for_each(|waiter| waits[*waiter] -= 1);
                 *slot = None;
             } else {

@@ -20,53 +20,48 @@ impl Lane {
             Lane::Cpu => "cpu",
         }
     }
+
+    /// Tasks of this lane have ended when they have been carried out; those of the others run on after they were started.
+    pub fn is_host(self) -> bool {
+        self == Lane::Cpu
+    }
 }
 
-/// What a task does. `group` counts the groups that have rows in this pass, `chunk` the expert chunks of a layer and
-/// `page` the pages of a chunk.
+/// What a task does. `micro_batch` counts the micro-batches that have rows in this pass, `group` their expert groups, `chunk` the
+/// expert chunks of a layer and `page` the pages of a chunk. Pages of layers from L on are the next pass's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Work {
     /// Token ids to residual rows.
-    Embed { group: usize },
-    /// The KV blocks that this group's GPU attention reads, from the host cache to the GPU workspace.
-    KvToDevice { layer: usize, group: usize },
+    Embed { micro_batch: usize },
+    /// The KV blocks that GPU attention reads, from the host cache to a GPU workspace.
+    KvToDevice { layer: usize, micro_batch: usize },
     /// Norm, QKV projection, rotary; new keys and values also go to the GPU workspace.
-    PreAttention { layer: usize, group: usize },
+    PreAttention { layer: usize, micro_batch: usize },
     /// New keys and values of all rows, and queries of the decode rows, to the host.
-    RowsToHost { layer: usize, group: usize },
+    RowsToHost { layer: usize, micro_batch: usize },
     /// New keys and values into the cache; decode rows attend where the policy says CPU.
-    CpuAttention { layer: usize, group: usize },
+    CpuAttention { layer: usize, micro_batch: usize },
     /// Prompt rows attend; decode rows too where the policy says GPU.
-    GpuAttention { layer: usize, group: usize },
+    GpuAttention { layer: usize, micro_batch: usize },
     /// Attention output of decode rows to the GPU.
-    RowsToDevice { layer: usize, group: usize },
-    /// Output projection, residual, norm, router, sort by expert.
-    PostAttention { layer: usize, group: usize },
+    RowsToDevice { layer: usize, micro_batch: usize },
+    /// Output projection, residual, norm, router.
+    PostAttention { layer: usize, micro_batch: usize },
+    /// One page of expert weights copied into fresh pinned memory: only where nothing is pinned before.
+    PinPage { layer: usize, chunk: usize, page: usize },
     /// One page of expert weights into its slots.
     LoadPage { layer: usize, chunk: usize, page: usize },
-    /// The experts of one chunk over one group's rows; the last chunk combines.
+    /// Rows sorted by expert, and the experts of one chunk over a group's rows; the last chunk combines.
     Experts { layer: usize, group: usize, chunk: usize },
     /// Final norm, LM head and greedy ids of the rows that are sampled.
-    Head { group: usize },
-    /// Next tokens chosen, finished sequences leave, the group's next pass is fixed.
-    Sample { group: usize },
+    Head { micro_batch: usize },
+    /// Next tokens chosen, finished sequences leave, the micro-batch's next pass is fixed.
+    Sample { micro_batch: usize },
+    /// The host waits for all that was started before: FlexGen's `synchronize()`.
+    Barrier { number: usize },
 }
 
 impl Work {
-    pub fn lane(self) -> Lane {
-        match self {
-            Work::Embed { .. }
-            | Work::PreAttention { .. }
-            | Work::GpuAttention { .. }
-            | Work::PostAttention { .. }
-            | Work::Experts { .. }
-            | Work::Head { .. } => Lane::Gpu,
-            Work::KvToDevice { .. } | Work::RowsToDevice { .. } | Work::LoadPage { .. } => Lane::HostToDevice,
-            Work::RowsToHost { .. } => Lane::DeviceToHost,
-            Work::CpuAttention { .. } | Work::Sample { .. } => Lane::Cpu,
-        }
-    }
-
     pub fn name(self) -> &'static str {
         match self {
             Work::Embed { .. } => "embed",
@@ -77,16 +72,18 @@ impl Work {
             Work::GpuAttention { .. } => "gpu_attention",
             Work::RowsToDevice { .. } => "rows_to_device",
             Work::PostAttention { .. } => "post_attention",
+            Work::PinPage { .. } => "pin",
             Work::LoadPage { .. } => "page",
             Work::Experts { .. } => "experts",
             Work::Head { .. } => "head",
             Work::Sample { .. } => "sample",
+            Work::Barrier { .. } => "barrier",
         }
     }
 
     pub fn layer(self) -> Option<usize> {
         match self {
-            Work::Embed { .. } | Work::Head { .. } | Work::Sample { .. } => None,
+            Work::Embed { .. } | Work::Head { .. } | Work::Sample { .. } | Work::Barrier { .. } => None,
             Work::KvToDevice { layer, .. }
             | Work::PreAttention { layer, .. }
             | Work::RowsToHost { layer, .. }
@@ -94,8 +91,26 @@ impl Work {
             | Work::GpuAttention { layer, .. }
             | Work::RowsToDevice { layer, .. }
             | Work::PostAttention { layer, .. }
+            | Work::PinPage { layer, .. }
             | Work::LoadPage { layer, .. }
             | Work::Experts { layer, .. } => Some(layer),
+        }
+    }
+
+    /// The micro-batch whose rows it is about, where it is about one.
+    pub fn micro_batch(self) -> Option<usize> {
+        match self {
+            Work::Embed { micro_batch }
+            | Work::KvToDevice { micro_batch, .. }
+            | Work::PreAttention { micro_batch, .. }
+            | Work::RowsToHost { micro_batch, .. }
+            | Work::CpuAttention { micro_batch, .. }
+            | Work::GpuAttention { micro_batch, .. }
+            | Work::RowsToDevice { micro_batch, .. }
+            | Work::PostAttention { micro_batch, .. }
+            | Work::Head { micro_batch }
+            | Work::Sample { micro_batch } => Some(micro_batch),
+            Work::PinPage { .. } | Work::LoadPage { .. } | Work::Experts { .. } | Work::Barrier { .. } => None,
         }
     }
 }
@@ -107,7 +122,8 @@ pub struct TaskId(pub usize);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Task {
     pub work: Work,
-    /// Tasks that must have ended before this one starts.
+    pub lane: Lane,
+    /// Tasks that must have ended before this one starts, beside the one before it on its lane.
     pub after: Vec<TaskId>,
 }
 
@@ -126,8 +142,8 @@ impl Schedule {
         &self.tasks[id.0]
     }
 
-    pub(super) fn push(&mut self, work: Work, after: impl IntoIterator<Item = TaskId>) -> TaskId {
-        self.tasks.push(Task { work, after: after.into_iter().collect() });
+    pub(super) fn push(&mut self, work: Work, lane: Lane, after: impl IntoIterator<Item = TaskId>) -> TaskId {
+        self.tasks.push(Task { work, lane, after: after.into_iter().collect() });
         TaskId(self.tasks.len() - 1)
     }
 }

@@ -1,19 +1,24 @@
-//! When each task of a schedule ran.
+//! When each task of a schedule ran, or will run.
 
 use std::time::Duration;
 
 use super::task::{Lane, TaskId, Work};
 
-/// One task's time, counted from the start of its pass.
+/// One task's time, counted from an origin that all spans of a timeline share (a run's first moment, or a pass's).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     pub task: TaskId,
     pub work: Work,
+    pub lane: Lane,
     pub start: Duration,
     pub end: Duration,
+    /// Bytes that it moved.
+    pub bytes: u64,
+    /// Rows that it was about.
+    pub rows: usize,
 }
 
-/// Start and end of every task of a pass.
+/// Start and end of the tasks of a pass, in order of their starts. Predicted and measured ones are the same type.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Timeline {
     pub spans: Vec<Span>,
@@ -26,8 +31,50 @@ impl Timeline {
         end.saturating_sub(self.spans.iter().map(|span| span.start).min().unwrap_or_default())
     }
 
-    /// Time in which a lane ran a task.
+    /// Time in which a lane ran at least one task. Copies of a lane may overlap at their edges; that is counted once.
     pub fn busy(&self, lane: Lane) -> Duration {
-        self.spans.iter().filter(|span| span.work.lane() == lane).map(|span| span.end - span.start).sum()
+        union(self.spans.iter().filter(|span| span.lane == lane && !matches!(span.work, Work::Barrier { .. })))
     }
+
+    /// Time in which some lane ran a task.
+    pub fn busy_any(&self) -> Duration {
+        union(self.spans.iter().filter(|span| !matches!(span.work, Work::Barrier { .. })))
+    }
+
+    /// Bytes that tasks of a lane moved.
+    pub fn bytes(&self, lane: Lane) -> u64 {
+        self.spans.iter().filter(|span| span.lane == lane).map(|span| span.bytes).sum()
+    }
+
+    /// Bytes of expert pages.
+    pub fn page_bytes(&self) -> u64 {
+        self.spans.iter().filter(|span| matches!(span.work, Work::LoadPage { .. })).map(|span| span.bytes).sum()
+    }
+
+    /// Pauses of a lane longer than `shortest`, between its first and its last task.
+    pub fn gaps(&self, lane: Lane, shortest: Duration) -> Vec<(Duration, Duration)> {
+        let mut spans: Vec<_> =
+            self.spans.iter().filter(|span| span.lane == lane).map(|span| (span.start, span.end)).collect();
+        spans.sort_unstable();
+        let mut gaps = Vec::new();
+        let mut end = spans.first().map_or(Duration::ZERO, |span| span.1);
+        for (start, until) in spans {
+            if start > end + shortest {
+                gaps.push((end, start));
+            }
+            end = end.max(until);
+        }
+        gaps
+    }
+}
+
+fn union<'a>(spans: impl Iterator<Item = &'a Span>) -> Duration {
+    let mut spans: Vec<_> = spans.map(|span| (span.start, span.end)).collect();
+    spans.sort_unstable();
+    let (mut total, mut end) = (Duration::ZERO, Duration::ZERO);
+    for (start, until) in spans {
+        total += until.saturating_sub(start.max(end));
+        end = end.max(until);
+    }
+    total
 }

@@ -9,7 +9,7 @@ use fulmen::gpu::ShaderPatch;
 use fulmen::plan::Wishes;
 use fulmen::policy::AttentionPlace;
 use fulmen::request::batch_file::{BatchReader, GenerationDefaults, ReadOptions};
-use fulmen::request::batcher::GroupRows;
+use fulmen::request::batcher::MicroBatchRows;
 use fulmen::request::chat_template::ChatTemplate;
 use fulmen::request::tokenizer::Tokenizer;
 use fulmen::request::{Completion, Request, RequestOutput};
@@ -50,7 +50,7 @@ pub fn tasks(limit: u64) -> (Vec<Request>, BTreeMap<String, String>) {
 
 /// What a pass of a run held.
 pub struct Recorded {
-    pub passes: Vec<Vec<GroupRows>>,
+    pub passes: Vec<Vec<MicroBatchRows>>,
     pub outputs: BTreeMap<String, RequestOutput>,
     pub summary: RunSummary,
 }
@@ -85,7 +85,7 @@ pub fn run(model: &Path, setting: Setting, requests: Vec<Request>) -> Recorded {
                     let before = outputs.insert(output.custom_id.clone(), output);
                     assert!(before.is_none(), "each request is answered once");
                 }
-                Event::Pass(pass) => passes.push(pass.groups.to_vec()),
+                Event::Pass(pass) => passes.push(pass.micro_batches.into_iter().cloned().collect()),
                 Event::Text { .. } | Event::Logits { .. } => {}
             }
             ControlFlow::Continue(())
@@ -130,8 +130,8 @@ fn policies_change_no_token() -> Result<(), Failed> {
     let variants: Vec<(&str, Wishes)> = vec![
         ("three sequences", Wishes { max_sequences: Some(3), ..wishes() }),
         ("chunks of 7", Wishes { prompt_chunk: Some(7), ..wishes() }),
-        ("passes of 5 rows", Wishes { pass_rows: Some(5), groups: Some(1), ..wishes() }),
-        ("five groups", Wishes { groups: Some(5), ..wishes() }),
+        ("passes of 5 rows", Wishes { pass_rows: Some(5), micro_batches: Some(1), ..wishes() }),
+        ("five micro-batches", Wishes { micro_batches: Some(5), ..wishes() }),
         ("a ring of three experts", Wishes { resident_experts: Some(0), ring_experts: Some(3), ..wishes() }),
         ("a ring of two layers", Wishes { resident_experts: Some(0), ring_experts: Some(16), ..wishes() }),
         (
@@ -169,7 +169,7 @@ fn preemption_changes_no_token() -> Result<(), Failed> {
     assert_eq!(base.summary.batch.preemptions, 0);
     for wishes in [
         Wishes { kv_bytes: pool, ..Wishes::default() },
-        Wishes { kv_bytes: pool, groups: Some(1), prompt_chunk: Some(7), ..Wishes::default() },
+        Wishes { kv_bytes: pool, micro_batches: Some(1), prompt_chunk: Some(7), ..Wishes::default() },
     ] {
         let other = run(&model, wishes.into(), requests());
         assert!(other.summary.batch.preemptions > 0, "{wishes:?}: sequences are preempted");
@@ -181,7 +181,7 @@ fn preemption_changes_no_token() -> Result<(), Failed> {
 /// The same for decode attention on the GPU, within itself: against the CPU only rounding differs.
 fn gpu_attention_changes_no_token_within_itself() -> Result<(), Failed> {
     let model = examples("model");
-    let gpu = Wishes { attention: AttentionPlace::Gpu, ..Wishes::default() };
+    let gpu = Wishes { attention: Some(AttentionPlace::Gpu), ..Wishes::default() };
     let base = run(&model, gpu.into(), mixed_requests());
     for wishes in
         [Wishes { max_sequences: Some(3), prompt_chunk: Some(7), ..gpu }, Wishes { kv_bytes: Some(256 * 1024), ..gpu }]
@@ -256,8 +256,8 @@ fn a_failing_completion_ends_its_request_alone() -> Result<(), Failed> {
             "bitcast<f32>(select(bitcast<u32>({read}), 0x7fc00000u, ids[row] == 7u && arrayLength(&table) == 28800u))"
         ),
     };
-    for groups in [1, 2] {
-        let wishes = Wishes { groups: Some(groups), ..Wishes::default() };
+    for micro_batches in [1, 2] {
+        let wishes = Wishes { micro_batches: Some(micro_batches), ..Wishes::default() };
         let setting = Setting { wishes, gpu_memory: None, patches: vec![patch.clone()] };
         let recorded = run(&examples("model"), setting, requests.clone());
         assert_eq!((recorded.outputs.len(), recorded.summary.failed), (6, 1));
@@ -279,7 +279,7 @@ fn the_plan_foretells_device_memory() -> Result<(), Failed> {
     for folder in Golden::all().into_iter().chain([examples("model")]) {
         for wishes in [
             Wishes::default(),
-            Wishes { resident_experts: Some(1), ring_experts: Some(3), groups: Some(3), ..Wishes::default() },
+            Wishes { resident_experts: Some(1), ring_experts: Some(3), micro_batches: Some(3), ..Wishes::default() },
         ] {
             let prepared = Engine::builder(&folder).device(device()).wishes(wishes).prepare()?;
             let foretold = prepared.plan().memory.device();
@@ -316,6 +316,7 @@ pub fn trials() -> Vec<Trial> {
 
 pub fn accuracy_with(patches: Vec<ShaderPatch>, attention: AttentionPlace, n_tasks: u64) -> f64 {
     let (requests, answers) = tasks(n_tasks);
-    let setting = Setting { wishes: Wishes { attention, ..Wishes::default() }, gpu_memory: None, patches };
+    let setting =
+        Setting { wishes: Wishes { attention: Some(attention), ..Wishes::default() }, gpu_memory: None, patches };
     accuracy(&run(&examples("model"), setting, requests).outputs, &answers)
 }

@@ -94,7 +94,7 @@ pub fn answer(folder: &Path, wishes: Wishes, requests: Vec<Request>) -> Answers 
 
 fn matches_transformers(folder: &Path, attention: AttentionPlace) -> Result<(), Failed> {
     let golden = Golden::open(folder);
-    let wishes = Wishes { attention, ..Wishes::default() };
+    let wishes = Wishes { attention: Some(attention), ..Wishes::default() };
     let answers = answer(folder, wishes, vec![golden.request("golden")]);
     let vocab = golden.logits.len() / golden.ids.len();
     // The last token is generated, not fed.

@@ -1,11 +1,11 @@
-//! The batcher against an engine without a GPU: it plans groups in any interleaving, "computes" rows by storing keys and values
+//! The batcher against an engine without a GPU: it plans micro-batches in any interleaving, "computes" rows by storing keys and values
 //! that tell whose they are, and looks at every row that attention would read.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use fulmen::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, KvLayout, SpillFile};
-use fulmen::request::batcher::{BatchCounters, BatchLimits, Batcher, GroupRows, Row, SequenceId};
+use fulmen::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows, Row, SequenceId};
 use half::f16;
 
 use crate::common::{Random, threads};
@@ -41,12 +41,12 @@ impl Case {
         let crowded = random.below(2) == 0;
         let blocks = if crowded { 4 + random.below(4) } else { one_to(random, 9) };
         let longest = 1 + if crowded { 95 + random.below(32) } else { one_to(random, blocks * BLOCK_TOKENS - 1) };
-        let rows_per_group = one_to(random, 40);
+        let rows_per_micro_batch = one_to(random, 40);
         let limits = BatchLimits {
             max_sequences: if crowded { 3 + random.below(6) } else { one_to(random, 8) },
-            groups: one_to(random, 3),
-            rows_per_group,
-            prompt_chunk: one_to(random, rows_per_group),
+            micro_batches: one_to(random, 3),
+            rows_per_micro_batch,
+            prompt_chunk: one_to(random, rows_per_micro_batch),
             workspace_blocks: longest.div_ceil(BLOCK_TOKENS) + random.below(6),
             gpu_decode: random.below(2) == 0,
         };
@@ -101,7 +101,7 @@ struct Live {
 }
 
 struct Flight {
-    rows: GroupRows,
+    rows: MicroBatchRows,
     /// Layers that have run.
     layers: usize,
 }
@@ -133,7 +133,7 @@ impl<'c> World<'c> {
             arrived: 0,
             live: BTreeMap::new(),
             failed: vec![false; case.asks.len()],
-            flights: (0..case.limits.groups).map(|_| None).collect(),
+            flights: (0..case.limits.micro_batches).map(|_| None).collect(),
             ended: 0,
             chunks: 0,
             forks: 0,
@@ -156,12 +156,12 @@ impl<'c> World<'c> {
         self.arrived += 1;
     }
 
-    /// Plans an idle group and holds its rows against every limit.
-    fn plan(&mut self, group: usize) {
-        assert!(self.flights[group].is_none());
-        let rows = self.batcher.plan_group(group).unwrap();
+    /// Plans an idle micro-batch and holds its rows against every limit.
+    fn plan(&mut self, micro_batch: usize) {
+        assert!(self.flights[micro_batch].is_none());
+        let rows = self.batcher.plan_micro_batch(micro_batch).unwrap();
         let limits = self.case.limits;
-        assert!(rows.rows.len() <= limits.rows_per_group);
+        assert!(rows.rows.len() <= limits.rows_per_micro_batch);
         assert!(rows.rows[rows.n_decode()..].iter().all(|row| !row.decode), "decode rows come first: {rows:?}");
         assert!(self.batcher.len() - self.batcher.queued() <= limits.max_sequences);
         let mut workspace = 0;
@@ -189,17 +189,17 @@ impl<'c> World<'c> {
         let decode = rows.n_decode();
         self.mixed += usize::from(decode > 0 && decode < rows.rows.len());
         if !rows.rows.is_empty() {
-            self.flights[group] = Some(Flight { rows, layers: 0 });
+            self.flights[micro_batch] = Some(Flight { rows, layers: 0 });
         }
     }
 
-    /// Runs one layer of a group's pass, or ends the pass. True where it ended.
-    fn step(&mut self, group: usize, threads: &rayon::ThreadPool) -> bool {
-        let Some(flight) = &mut self.flights[group] else { return false };
+    /// Runs one layer of a micro-batch's pass, or ends the pass. True where it ended.
+    fn step(&mut self, micro_batch: usize, threads: &rayon::ThreadPool) -> bool {
+        let Some(flight) = &mut self.flights[micro_batch] else { return false };
         let layer = flight.layers;
         if layer < LAYOUT.layers {
             flight.layers += 1;
-            let flight = self.flights[group].as_ref().expect("looked at above");
+            let flight = self.flights[micro_batch].as_ref().expect("looked at above");
             let coded = |row: &Row| kv_row(self.ask(row.sequence), row.sequence, layer, row.position);
             let data: Vec<f16> = flight.rows.rows.iter().flat_map(coded).map(f16::from_bits).collect();
             self.batcher.write_rows(layer, &flight.rows.rows, &data, threads);
@@ -213,7 +213,7 @@ impl<'c> World<'c> {
             }
             return false;
         }
-        let rows = self.flights[group].take().expect("looked at above").rows;
+        let rows = self.flights[micro_batch].take().expect("looked at above").rows;
         self.batcher.complete(&rows);
         for run in rows.runs() {
             self.live.get_mut(&run[0].sequence).expect("in flight").in_flight = false;
@@ -268,14 +268,14 @@ impl<'c> World<'c> {
         }
     }
 
-    /// Nothing is under way: when every group has been planned, somebody has rows.
+    /// Nothing is under way: when every micro-batch has been planned, somebody has rows.
     fn plan_all_from_rest(&mut self, first: usize) {
-        let groups = self.flights.len();
-        for group in 0..groups {
-            self.plan((first + group) % groups);
+        let micro_batches = self.flights.len();
+        for micro_batch in 0..micro_batches {
+            self.plan((first + micro_batch) % micro_batches);
         }
         let busy = self.flights.iter().any(Option::is_some);
-        assert!(busy || self.live.is_empty(), "no group has rows and {} sequences wait", self.live.len());
+        assert!(busy || self.live.is_empty(), "no micro_batch has rows and {} sequences wait", self.live.len());
     }
 
     /// Counts the passes in a row that ended while the oldest sequence had no rows under way.
@@ -294,16 +294,16 @@ impl<'c> World<'c> {
         while self.arrived < self.case.asks.len() || !self.live.is_empty() {
             steps += 1;
             assert!(steps < 100 * (rows + 10), "nothing ends: {:?}", self.case);
-            let group = random.below(self.flights.len());
+            let micro_batch = random.below(self.flights.len());
             match random.below(8) {
                 0 => self.arrive(),
-                _ if self.flights.iter().all(|flight| flight.is_none()) => self.plan_all_from_rest(group),
-                1 if self.flights[group].is_none() => self.plan(group),
-                // The engine plans a group in the task that ends its pass.
+                _ if self.flights.iter().all(|flight| flight.is_none()) => self.plan_all_from_rest(micro_batch),
+                1 if self.flights[micro_batch].is_none() => self.plan(micro_batch),
+                // The engine plans a micro-batch in the task that ends its pass.
                 _ => {
-                    if self.step(group, threads) {
+                    if self.step(micro_batch, threads) {
                         if random.below(4) > 0 {
-                            self.plan(group);
+                            self.plan(micro_batch);
                         }
                         self.pass_ended();
                     }
@@ -319,7 +319,7 @@ impl<'c> World<'c> {
     }
 }
 
-/// Any arrivals, lengths, limits and interleavings of groups: each sequence's rows come once and in order, within every limit,
+/// Any arrivals, lengths, limits and interleavings of micro-batches: each sequence's rows come once and in order, within every limit,
 /// and find the keys and values of all rows before them.
 #[test]
 fn every_sequence_is_computed_once_and_finds_its_own_rows() {
@@ -349,8 +349,15 @@ fn every_sequence_is_computed_once_and_finds_its_own_rows() {
     assert!(chunks > 1000 && forks > 200 && mixed > 500, "{chunks} chunks, {forks} forks, {mixed} mixed passes");
 }
 
-fn limits(max_sequences: usize, groups: usize) -> BatchLimits {
-    BatchLimits { max_sequences, groups, rows_per_group: 64, prompt_chunk: 32, workspace_blocks: 4, gpu_decode: false }
+fn limits(max_sequences: usize, micro_batches: usize) -> BatchLimits {
+    BatchLimits {
+        max_sequences,
+        micro_batches,
+        rows_per_micro_batch: 64,
+        prompt_chunk: 32,
+        workspace_blocks: 4,
+        gpu_decode: false,
+    }
 }
 
 fn ask(prompt: usize, length: usize) -> Ask {
@@ -358,19 +365,19 @@ fn ask(prompt: usize, length: usize) -> Ask {
 }
 
 /// Three sequences for which six blocks were expected to be enough; each comes to need a third one.
-fn three_that_outgrow_the_pool(groups: usize) -> Case {
-    Case { limits: limits(3, groups), blocks: 6, asks: vec![ask(1, 90); 3] }
+fn three_that_outgrow_the_pool(micro_batches: usize) -> Case {
+    Case { limits: limits(3, micro_batches), blocks: 6, asks: vec![ask(1, 90); 3] }
 }
 
 impl World<'_> {
-    /// One pass of a group, from plan to end; the requests that had rows.
-    fn pass(&mut self, group: usize, threads: &rayon::ThreadPool) -> Vec<u64> {
-        if self.flights[group].is_none() {
-            self.plan(group);
+    /// One pass of a micro-batch, from plan to end; the requests that had rows.
+    fn pass(&mut self, micro_batch: usize, threads: &rayon::ThreadPool) -> Vec<u64> {
+        if self.flights[micro_batch].is_none() {
+            self.plan(micro_batch);
         }
-        let rows = self.flights[group].as_ref().map(|flight| flight.rows.clone()).unwrap_or_default();
-        while self.flights[group].is_some() {
-            self.step(group, threads);
+        let rows = self.flights[micro_batch].as_ref().map(|flight| flight.rows.clone()).unwrap_or_default();
+        while self.flights[micro_batch].is_some() {
+            self.step(micro_batch, threads);
         }
         rows.runs().map(|run| run[0].sequence.request).collect()
     }
@@ -453,7 +460,7 @@ fn a_spill_folder_that_takes_nothing_is_an_error_and_loses_no_block() {
     let mut world = World::new(&case, Path::new("/nonexistent/spill"));
     (0..3).for_each(|_| world.arrive());
     (0..64).for_each(|_| drop(world.pass(0, &threads)));
-    let error = world.batcher.plan_group(0).unwrap_err().to_string();
+    let error = world.batcher.plan_micro_batch(0).unwrap_err().to_string();
     assert_eq!(error, "the KV spill file in /nonexistent/spill: creating it");
     assert_eq!(world.batcher.counters(), BatchCounters { peak_running: 3, ..Default::default() });
     world.batcher.clear();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use fulmen::schedule::{Cost, Lane, Resource, Schedule, Span, Task, TaskId, Timeline, Work, simulate};
+use fulmen::schedule::{Cost, Lane, Resource, Schedule, Task, TaskId, Timeline, Work, simulate};
 use proptest::prelude::*;
 
 /// A task of each lane; the number tells them apart.
@@ -15,19 +15,22 @@ fn h2d(number: usize) -> Work {
 }
 
 fn d2h(number: usize) -> Work {
-    Work::RowsToHost { layer: number, group: 0 }
+    Work::RowsToHost { layer: number, micro_batch: 0 }
 }
 
 fn cpu(number: usize) -> Work {
-    Work::CpuAttention { layer: number, group: 0 }
-}
-
-fn lane(span: &Span) -> Lane {
-    span.work.lane()
+    Work::CpuAttention { layer: number, micro_batch: 0 }
 }
 
 fn task(work: Work, after: &[usize]) -> Task {
-    Task { work, after: after.iter().map(|id| TaskId(*id)).collect() }
+    let lane = match work {
+        Work::Experts { .. } => Lane::Gpu,
+        Work::LoadPage { .. } => Lane::HostToDevice,
+        Work::RowsToHost { .. } => Lane::DeviceToHost,
+        Work::CpuAttention { .. } => Lane::Cpu,
+        other => unreachable!("{other:?} is not made here"),
+    };
+    Task { work, lane, after: after.iter().map(|id| TaskId(*id)).collect() }
 }
 
 /// Start and end of each task in launch order, in seconds.
@@ -178,7 +181,7 @@ fn cost_of(tasks: &[RandomTask], shared: bool) -> impl Fn(Work) -> Cost {
         let id = work.layer().expect("all have their number there");
         let (_, seconds, _, shares) = &tasks[id];
         let shares = shares.map(|share| if shared { f64::from(share) / 4.0 } else { 0.0 });
-        Cost { seconds: f64::from(*seconds), shares }
+        Cost { shares, ..Cost::alone(f64::from(*seconds)) }
     }
 }
 
@@ -206,7 +209,7 @@ proptest! {
         let duration = times.iter().map(|time| time.1).fold(0.0, f64::max);
         prop_assert!(duration < total + rounding);
         for lane_of in Lane::ALL {
-            let busy: f64 = timeline.spans.iter().filter(|span| lane(span) == lane_of).map(|span| (span.end - span.start).as_secs_f64()).sum();
+            let busy: f64 = timeline.spans.iter().filter(|span| span.lane == lane_of).map(|span| (span.end - span.start).as_secs_f64()).sum();
             prop_assert!(duration > busy - rounding);
         }
     }

@@ -14,7 +14,8 @@ fn sort(ids: &[u32], n_experts: usize) -> (Vec<u32>, Vec<u32>) {
         (n..words.len()).for_each(|i| assert_untouched("expert_sort", &words, i));
         words[..n].to_vec()
     };
-    (cut(download(offsets.whole()), n_experts + 1), cut(download(permutation.whole()), ids.len()))
+    let there = ids.iter().filter(|id| (**id as usize) < n_experts).count();
+    (cut(download(offsets.whole()), n_experts + 1), cut(download(permutation.whole()), there))
 }
 
 pub fn trials() -> Vec<Trial> {
@@ -26,6 +27,16 @@ pub fn trials() -> Vec<Trial> {
                     let ids: Vec<u32> = (0..n_assignments).map(|_| random.below(n_experts) as u32).collect();
                     assert_eq!(sort(&ids, n_experts), expert_sort(&ids, n_experts), "{n_assignments} on {n_experts}");
                 }
+            }
+            Ok(())
+        }),
+        Trial::test("expert_sort::rows_that_are_not_there_go_nowhere", || {
+            let mut random = Random::new(7);
+            for n_experts in [1, 8, 256] {
+                let ids: Vec<u32> = (0..700)
+                    .map(|_| if random.below(3) == 0 { u32::MAX } else { random.below(n_experts) as u32 })
+                    .collect();
+                assert_eq!(sort(&ids, n_experts), expert_sort(&ids, n_experts), "{n_experts} experts");
             }
             Ok(())
         }),

@@ -2,6 +2,7 @@
 //! its bits among other rows.
 
 mod attention;
+mod copy_rows;
 mod decode_attention;
 mod embed;
 mod expert_combine;
@@ -21,6 +22,7 @@ use libtest_mimic::Trial;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    trials.extend(copy_rows::trials());
     trials.extend(decode_attention::trials());
     trials.extend(embed::trials());
     trials.extend(expert_combine::trials());

@@ -1,0 +1,454 @@
+//! Where the bytes of pages wait before they cross the link, and how they get into it.
+//!
+//! | source | what it is | costs |
+//! |---|---|---|
+//! | imported | anonymous memory in huge pages, filled once from the files past the page cache, lent to the driver | a load |
+//! | pinned | memory of the driver, filled once | a load; the driver may allow only a part of the RAM |
+//! | mapped | the files' own mapping, lent to the driver | nothing, where the driver takes it (few do) |
+//! | staged | a few pinned buffers; each page is read from its file when it is due | a read per page and pass; needs no RAM |
+//! | relay | pageable memory, copied into fresh pinned memory for each page: what FlexGen does without pinned weights | for comparison only |
+//!
+//! In: weights, a [`PagePlan`], a wish. Out: a [`PageSource`] that starts the copies of any page. Where nobody wished, the best
+//! that the machine grants is taken, and [`PageSource::why`] says why not a better one.
+//!
+//! Guarantees: weights are in RAM at most once (what is read for filling goes past the page cache or is given back); a page's
+//! memory is not refilled before its copy has run.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use rayon::prelude::*;
+
+use super::host_memory;
+use super::pages::{Page, PagePlan, Piece};
+use crate::checkpoint::{ReadError, Reader, Weights};
+use crate::gpu::{CopyRange, Gpu, GpuError, HostBuffer, HostMemoryRefused, Line, Place, Ticket};
+use crate::model::Role;
+use crate::policy::SourceKind;
+use crate::units::human_bytes;
+
+/// Largest piece of memory asked for at a time. Drivers refuse larger ones sooner (NVIDIA's limit is about 4 GiB).
+const ARENA_BYTES: u64 = 1 << 30;
+/// A page's pieces start at multiples of this in their arena.
+const PIECE_ALIGNMENT: u64 = 64;
+/// Staging buffers of the staged source: one is read into while others cross the link.
+pub const STAGING_BUFFERS: usize = 4;
+/// Memory is filled, and pages are read, in portions of this size, so that all threads have work.
+const PORTION_BYTES: u64 = 4 << 20;
+
+/// A page could not be brought.
+#[derive(Debug, thiserror::Error)]
+pub enum PageError {
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Memory(#[from] HostMemoryRefused),
+    #[error("page source {wanted} was asked for: {cause}")]
+    Unavailable { wanted: SourceKind, cause: String },
+}
+
+/// What the machine is asked for.
+pub struct SourceRequest<'a> {
+    pub gpu: &'a Arc<Gpu>,
+    pub weights: &'a Weights,
+    pub plan: &'a PagePlan,
+    pub layers: usize,
+    /// None: the best there is.
+    pub wish: Option<SourceKind>,
+    /// Host memory that may be taken for weights, in bytes.
+    pub host_bytes: u64,
+    pub threads: &'a rayon::ThreadPool,
+}
+
+/// See the module's text.
+pub struct PageSource {
+    kind: SourceKind,
+    why: Vec<String>,
+    bytes: Bytes,
+}
+
+/// Where a page's bytes start: arena, and offset in it.
+type At = (usize, u64);
+
+enum Bytes {
+    /// Each page's pieces one after the other. By number of the page, layer by layer.
+    Resident {
+        arenas: Vec<HostBuffer>,
+        at: Vec<At>,
+    },
+    /// Each file's mapping, cut into arenas.
+    Mapped {
+        files: HashMap<std::path::PathBuf, Vec<HostBuffer>>,
+    },
+    Staged {
+        buffers: Mutex<Vec<(HostBuffer, Option<Ticket>)>>,
+        reader: Reader,
+    },
+    Relay {
+        arenas: Vec<memmap2::MmapMut>,
+        at: Vec<At>,
+        fresh: Mutex<HashMap<usize, HostBuffer>>,
+    },
+}
+
+/// Offset of each piece within its page, and the page's size.
+fn lay_out(page: &Page) -> (Vec<u64>, u64) {
+    let mut end = 0u64;
+    let offsets = page
+        .pieces
+        .iter()
+        .map(|piece| {
+            let start = end;
+            end = (end + piece.bytes.end - piece.bytes.start).next_multiple_of(PIECE_ALIGNMENT);
+            start
+        })
+        .collect();
+    (offsets, end)
+}
+
+fn role(layer: usize, piece: &Piece) -> Role {
+    Role::Expert { layer, expert: piece.expert, matrix: piece.matrix }
+}
+
+/// All pages of a layer, in order of use.
+fn layer_pages(plan: &PagePlan) -> Vec<&Page> {
+    plan.chunks().iter().flat_map(|chunk| &chunk.pages).collect()
+}
+
+/// A mapping of `bytes` that starts at a page's boundary, in huge pages where the system gives them.
+fn anonymous(bytes: u64) -> Result<memmap2::MmapMut, HostMemoryRefused> {
+    let refused = |cause: std::io::Error| HostMemoryRefused {
+        what: "memory for expert pages".to_owned(),
+        needed: bytes,
+        cause: cause.to_string(),
+    };
+    let map = memmap2::MmapMut::map_anon(bytes as usize).map_err(refused)?;
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage); // only advice: small pages work, a little slower
+    Ok(map)
+}
+
+/// Cuts the pages of all layers into arenas: the size of each arena, and each page's place.
+fn cut_arenas(plan: &PagePlan, layers: usize) -> (Vec<u64>, Vec<At>) {
+    let sizes: Vec<u64> = layer_pages(plan).iter().map(|page| lay_out(page).1).collect();
+    let (mut arenas, mut at) = (vec![0u64], Vec::with_capacity(layers * sizes.len()));
+    for size in (0..layers).flat_map(|_| &sizes) {
+        let last = arenas.last_mut().expect("never empty");
+        if *last > 0 && *last + size > ARENA_BYTES {
+            arenas.push(0);
+        }
+        let index = arenas.len() - 1;
+        at.push((index, arenas[index]));
+        arenas[index] += size;
+    }
+    let whole = |bytes: &mut u64| *bytes = bytes.next_multiple_of(4096).max(4096);
+    arenas.iter_mut().for_each(whole);
+    (arenas, at)
+}
+
+/// A stretch of memory that portions are written to from many threads.
+#[derive(Clone, Copy)]
+struct Memory(*mut u8);
+// SAFETY: portions are disjoint.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+/// One portion of a piece: what to read, and where to.
+struct Portion {
+    role: Role,
+    range: Range<u64>,
+    to: Memory,
+}
+
+fn portions(layer: usize, page: &Page, start: *mut u8) -> Vec<Portion> {
+    let (offsets, _) = lay_out(page);
+    let mut out = Vec::new();
+    for (piece, offset) in page.pieces.iter().zip(offsets) {
+        let mut from = piece.bytes.start;
+        while from < piece.bytes.end {
+            let to = (from + PORTION_BYTES).min(piece.bytes.end);
+            // SAFETY: the page's place in memory is as long as `lay_out` says.
+            let at = unsafe { start.add((offset + from - piece.bytes.start) as usize) };
+            out.push(Portion { role: role(layer, piece), range: from..to, to: Memory(at) });
+            from = to;
+        }
+    }
+    out
+}
+
+fn read_all(
+    weights: &Weights,
+    reader: &Reader,
+    threads: &rayon::ThreadPool,
+    portions: Vec<Portion>,
+) -> Result<(), ReadError> {
+    threads.install(|| {
+        portions.into_par_iter().try_for_each(|Portion { role, range, to }| {
+            // SAFETY: portions are disjoint stretches of memory that this call has to itself.
+            let into = unsafe { std::slice::from_raw_parts_mut({ to }.0, (range.end - range.start) as usize) };
+            weights.read(reader, role, range, into)
+        })
+    })
+}
+
+impl PageSource {
+    /// Opens the wished source, or the best there is. `progress(done, total)` in bytes.
+    pub fn open(request: &SourceRequest<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<PageSource, PageError> {
+        let mut why = Vec::new();
+        let kinds = match request.wish {
+            Some(kind) => vec![kind],
+            None => vec![SourceKind::Imported, SourceKind::Pinned, SourceKind::Mapped, SourceKind::Staged],
+        };
+        let last = kinds.len() - 1;
+        for (index, kind) in kinds.into_iter().enumerate() {
+            match Self::open_kind(request, kind, progress) {
+                Ok(bytes) => return Ok(PageSource { kind, why, bytes }),
+                Err(PageError::Read(error)) => return Err(error.into()),
+                Err(error) if index == last => {
+                    return Err(match request.wish {
+                        Some(wanted) => PageError::Unavailable { wanted, cause: error.to_string() },
+                        None => error,
+                    });
+                }
+                Err(error) => {
+                    tracing::info!(source = %kind, %error, "page source refused");
+                    why.push(format!("not {kind}: {error}"));
+                }
+            }
+        }
+        unreachable!("the last kind returns")
+    }
+
+    fn open_kind(
+        request: &SourceRequest<'_>,
+        kind: SourceKind,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Bytes, PageError> {
+        match kind {
+            SourceKind::Imported | SourceKind::Pinned => Self::fill(request, kind, progress),
+            SourceKind::Mapped => Self::map(request),
+            SourceKind::Staged => {
+                let largest = layer_pages(request.plan).iter().map(|page| lay_out(page).1).max().unwrap_or(4);
+                let buffer = |_| Ok((request.gpu.pinned("staging buffer", largest)?, None));
+                let buffers = (0..STAGING_BUFFERS).map(buffer).collect::<Result<Vec<_>, HostMemoryRefused>>()?;
+                Ok(Bytes::Staged { buffers: Mutex::new(buffers), reader: Reader::new() })
+            }
+            SourceKind::Relay => {
+                Self::enough_memory(request)?;
+                let (sizes, at) = cut_arenas(request.plan, request.layers);
+                let mut arenas = sizes.iter().map(|bytes| anonymous(*bytes)).collect::<Result<Vec<_>, _>>()?;
+                let starts: Vec<Memory> = arenas.iter_mut().map(|arena| Memory(arena.as_mut_ptr())).collect();
+                Self::fill_arenas(request, &starts, &at, progress)?;
+                Ok(Bytes::Relay { arenas, at, fresh: Mutex::default() })
+            }
+        }
+    }
+
+    /// Weights in memory must leave the system alive.
+    fn enough_memory(request: &SourceRequest<'_>) -> Result<(), PageError> {
+        let needed: u64 = cut_arenas(request.plan, request.layers).0.iter().sum();
+        let there = request.host_bytes.min(host_memory::available_bytes().unwrap_or(u64::MAX));
+        if needed > there {
+            let cause = format!("{} are left for weights (--host-memory sets it)", human_bytes(there));
+            return Err(HostMemoryRefused { what: "memory for expert pages".to_owned(), needed, cause }.into());
+        }
+        Ok(())
+    }
+
+    fn fill(
+        request: &SourceRequest<'_>,
+        kind: SourceKind,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Bytes, PageError> {
+        Self::enough_memory(request)?;
+        let (sizes, at) = cut_arenas(request.plan, request.layers);
+        // Importing pins, and so touches, every page of memory: from many threads it is touched faster by filling it first.
+        // Whether the driver imports at all is asked with a small piece.
+        if kind == SourceKind::Imported {
+            let probe = Arc::new(anonymous(4096)?);
+            // SAFETY: the mapping is as long as that, and `probe` keeps it.
+            unsafe { request.gpu.import("a probe", probe.as_ptr().cast_mut(), 4096, probe.clone())? };
+        }
+        let mut maps = Vec::new();
+        let mut arenas = Vec::new();
+        for bytes in &sizes {
+            match kind {
+                SourceKind::Imported => maps.push(anonymous(*bytes)?),
+                _ => arenas.push(request.gpu.pinned("memory for expert pages", *bytes)?),
+            }
+        }
+        let starts: Vec<Memory> = match kind {
+            SourceKind::Imported => maps.iter_mut().map(|map| Memory(map.as_mut_ptr())).collect(),
+            // SAFETY: nobody else knows of this memory yet.
+            _ => arenas.iter().map(|arena| Memory(unsafe { arena.slice_mut::<u8>(0..4) }.as_mut_ptr())).collect(),
+        };
+        Self::fill_arenas(request, &starts, &at, progress)?;
+        for map in maps {
+            let (start, bytes) = (map.as_ptr().cast_mut(), map.len() as u64);
+            // SAFETY: the mapping is that long, moves with its owner, and nobody writes it any more.
+            arenas.push(unsafe { request.gpu.import("expert pages", start, bytes, Arc::new(map))? });
+        }
+        Ok(Bytes::Resident { arenas, at })
+    }
+
+    fn fill_arenas(
+        request: &SourceRequest<'_>,
+        starts: &[Memory],
+        at: &[At],
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), PageError> {
+        let reader = Reader::new();
+        let pages = layer_pages(request.plan);
+        let total = request.plan.bytes_per_pass();
+        let mut done = 0;
+        for layer in 0..request.layers {
+            let mut work = Vec::new();
+            for (number, page) in pages.iter().enumerate() {
+                let (arena, offset) = at[layer * pages.len() + number];
+                // SAFETY: `cut_arenas` placed the page within its arena.
+                work.extend(portions(layer, page, unsafe { starts[arena].0.add(offset as usize) }));
+                done += page.bytes();
+            }
+            read_all(request.weights, &reader, request.threads, work)?;
+            progress(done, total);
+        }
+        Ok(())
+    }
+
+    fn map(request: &SourceRequest<'_>) -> Result<Bytes, PageError> {
+        let unavailable = |cause: &str| PageError::Unavailable { wanted: SourceKind::Mapped, cause: cause.to_owned() };
+        let checkpoint = request.weights.files().ok_or_else(|| unavailable("made-up weights lie in no file"))?;
+        let mut files = HashMap::new();
+        for (path, map) in checkpoint.mappings() {
+            let whole = (map.len() as u64).next_multiple_of(4096);
+            let mut arenas = Vec::new();
+            for start in (0..whole).step_by(ARENA_BYTES as usize) {
+                let bytes = (whole - start).min(ARENA_BYTES);
+                // SAFETY: a mapping reaches to the end of its last page; `map` is its owner.
+                let arena = unsafe {
+                    let pointer = map.as_ptr().cast_mut().add(start as usize);
+                    request.gpu.import("a mapped file", pointer, bytes, map.clone())?
+                };
+                arenas.push(arena);
+            }
+            files.insert(path.to_owned(), arenas);
+        }
+        Ok(Bytes::Mapped { files })
+    }
+
+    pub fn kind(&self) -> SourceKind {
+        self.kind
+    }
+
+    /// Why each better source was not taken.
+    pub fn why(&self) -> &[String] {
+        &self.why
+    }
+
+    /// Copies page `number` of a layer when `after` has been reached: each piece to where `target` says.
+    pub fn load<'a>(
+        &self,
+        request: &LoadRequest<'_>,
+        target: impl Fn(&Piece) -> Place<'a>,
+        after: &[Ticket],
+    ) -> Result<Ticket, PageError> {
+        let LoadRequest { gpu, weights, plan, threads, layer, number } = *request;
+        let pages = layer_pages(plan);
+        let page = pages[number];
+        let (offsets, bytes) = lay_out(page);
+        // A piece's last bytes may be no whole word; what is copied beyond them is never read.
+        let length = |piece: &Piece| (piece.bytes.end - piece.bytes.start).next_multiple_of(4);
+        let from_buffer = |buffer: &HostBuffer, start: u64| -> Result<Ticket, GpuError> {
+            let copies: Vec<CopyRange<'_>> = page
+                .pieces
+                .iter()
+                .zip(&offsets)
+                .map(|(piece, offset)| CopyRange::new(buffer.at(start + offset), target(piece), length(piece)))
+                .collect();
+            gpu.copy(Line::ToDevice, &by_ends(copies), after)
+        };
+        match &self.bytes {
+            Bytes::Resident { arenas, at } => {
+                let (arena, offset) = at[layer * pages.len() + number];
+                Ok(from_buffer(&arenas[arena], offset)?)
+            }
+            Bytes::Mapped { files } => {
+                let checkpoint = weights.files().expect("the mapping is of files");
+                let mut copies = Vec::new();
+                for piece in &page.pieces {
+                    let view = checkpoint.tensor(role(layer, piece));
+                    let arenas = &files[view.path];
+                    let (mut from, end) = (view.range.start + piece.bytes.start, view.range.start + piece.bytes.end);
+                    let to = target(piece);
+                    let mut done = 0;
+                    while from < end {
+                        let (arena, offset) = ((from / ARENA_BYTES) as usize, from % ARENA_BYTES);
+                        let bytes = (end - from).min(ARENA_BYTES - offset);
+                        copies.push(CopyRange::new(arenas[arena].at(offset), to.plus(done), bytes));
+                        (from, done) = (from + bytes, done + bytes);
+                    }
+                }
+                Ok(gpu.copy(Line::ToDevice, &by_ends(copies), after)?)
+            }
+            Bytes::Staged { buffers, reader } => {
+                let mut buffers = buffers.lock().expect("staging lock");
+                // The one whose copy was started first.
+                buffers.rotate_left(1);
+                let (buffer, busy) = buffers.last_mut().expect("there are staging buffers");
+                if let Some(ticket) = busy.take() {
+                    gpu.wait_for(ticket)?;
+                }
+                // SAFETY: the buffer's last copy has run, and this lock keeps others out.
+                let start = unsafe { buffer.slice_mut::<u8>(0..bytes) }.as_mut_ptr();
+                read_all(weights, reader, threads, portions(layer, page, start))?;
+                let ticket = from_buffer(buffer, 0)?;
+                *busy = Some(ticket);
+                Ok(ticket)
+            }
+            Bytes::Relay { fresh, .. } => {
+                let key = layer * pages.len() + number;
+                let buffer = fresh.lock().expect("relay lock").remove(&key).expect("the schedule pins before it loads");
+                // The copy keeps the buffer's memory until it has run.
+                Ok(from_buffer(&buffer, 0)?)
+            }
+        }
+    }
+
+    /// Relay: copies a page into fresh pinned memory, on the calling thread.
+    pub fn pin(&self, request: &LoadRequest<'_>) -> Result<(), PageError> {
+        let Bytes::Relay { arenas, at, fresh } = &self.bytes else { return Ok(()) };
+        let pages = layer_pages(request.plan);
+        let key = request.layer * pages.len() + request.number;
+        let (_, bytes) = lay_out(pages[request.number]);
+        let buffer = request.gpu.pinned("a relayed page", bytes)?;
+        let (arena, offset) = at[key];
+        // SAFETY: nobody else knows of this buffer yet.
+        let into = unsafe { buffer.slice_mut::<u8>(0..bytes) };
+        into.copy_from_slice(&arenas[arena][offset as usize..][..bytes as usize]);
+        fresh.lock().expect("relay lock").insert(key, buffer);
+        Ok(())
+    }
+}
+
+/// Copies between the same ends side by side, so that they become one command.
+fn by_ends(mut copies: Vec<CopyRange<'_>>) -> Vec<CopyRange<'_>> {
+    copies.sort_by_key(CopyRange::ends);
+    copies
+}
+
+/// Which page, and what it takes to bring it.
+#[derive(Clone, Copy)]
+pub struct LoadRequest<'a> {
+    pub gpu: &'a Gpu,
+    pub weights: &'a Weights,
+    pub plan: &'a PagePlan,
+    pub threads: &'a rayon::ThreadPool,
+    /// Below L.
+    pub layer: usize,
+    /// Of the layer's pages, over all chunks.
+    pub number: usize,
+}
