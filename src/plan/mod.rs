@@ -9,6 +9,7 @@
 //! MoE-Lightning paper, for machines and models known by name ([`presets`]); [`published`] puts its predictions beside what the
 //! paper measured, and [`plot`] draws the roofline.
 
+pub mod ablation;
 mod fit;
 pub mod hrm;
 pub mod linear;
