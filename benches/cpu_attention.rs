@@ -89,7 +89,7 @@ fn attend_all(
     let width = SHAPE.q_heads * SHAPE.head_width;
     let rows = tables.iter().zip(q.chunks_exact(width)).zip(out.chunks_exact_mut(width));
     let mut rows: Vec<DecodeRow> = rows.map(|((table, q), out)| DecodeRow { q, out, context, table }).collect();
-    attend(isa, cache, 0, &SHAPE, &mut rows, threads);
+    attend(isa, cache, 0, &SHAPE, None, &mut rows, threads);
 }
 
 /// -1 .. 1, different for any two neighbours.
@@ -125,7 +125,7 @@ fn check_last_row(cache: &KvCache, context: usize, tables: &[BlockTable], q: &[f
             values.extend(block[rows.end + row..][..SHAPE.head_width].iter().map(|x| x.to_f32()));
         }
     }
-    let expected = reference::attention::attention(&SHAPE, &q[q.len() - width..], &keys, &values);
+    let expected = reference::attention::attention(&SHAPE, None, &q[q.len() - width..], &keys, &values);
     for (ours, expected) in out[out.len() - width..].iter().zip(expected) {
         assert!((ours - expected).abs() <= 1e-5, "context {context}: {ours} instead of {expected}");
     }

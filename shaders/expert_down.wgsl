@@ -1,16 +1,21 @@
-// y[a, d] = sum over f of h[pos, f] * down[e][d, f]
+// y[a, d] = sum over f of h[pos, f] * down[e][d, f] + bias
 // for every sorted position pos, where a = permutation[pos] and e is the expert that pos belongs to.
 // Tiles as in expert_gate_up: TILE_ROWS positions of one expert x TILE_COLS outputs to a workgroup, 8 rows x 4 outputs to an
 // invocation.
 // Reference: src/reference/expert_down.rs      Needs: shared/weight_*, kernels/slabs.rs (down_quad), shared/expert_tile
-struct Params { n_assignments: u32, n_experts: u32, d_model: u32, expert_width: u32 }
+struct Params {
+    n_assignments: u32, n_experts: u32, d_model: u32, expert_width: u32,
+    row_stride: u32, k_stride: u32, scales_at: u32,
+    biased: u32,
+}
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       h: array<f32>;           // [T * A, F] by sorted position
 @group(0) @binding(1) var<storage, read>       permutation: array<u32>; // [T * A] assignment of each sorted position
 @group(0) @binding(2) var<storage, read>       offsets: array<u32>;     // [E + 1] first sorted position of each expert
 @group(0) @binding(3) var<storage, read>       places: array<vec2<u32>>;// [E] slab and offset in words
 @group(0) @binding(4) var<storage, read_write> y: array<f32>;           // [T * A, D] by assignment
-// Bindings 5 to 8: the slabs of down; per expert [D, F] weights.
+// Bindings 5 to 8: the slabs of down; element (d, f) of an expert's down is weight d * row_stride + f * k_stride of its place.
+@group(0) @binding(9) var<storage, read>       bias: array<f32>;        // [E, D], where biased
 
 override TILE_ROWS: u32 = 16u; // a multiple of 8
 override TILE_COLS: u32 = 64u; // a multiple of 4
@@ -37,11 +42,17 @@ fn h_quad(position: u32, k: u32) -> vec4<f32> {
 // Columns of one invocation lie COL_LANES apart, so neighbouring lanes read and write neighbouring ones.
 fn store(position: u32, output: u32, values: vec4<f32>) {
     if position >= tile.end { return; }
+    var sums = values;
+    if params.biased != 0u {
+        let outputs = vec4(output) + vec4(0u, 1u, 2u, 3u) * COL_LANES;
+        let b = tile.expert * params.d_model + min(outputs, vec4(params.d_model - 1u));
+        sums += vec4(bias[b.x], bias[b.y], bias[b.z], bias[b.w]);
+    }
     let at = permutation[position] * params.d_model + output;
-    if output < params.d_model { y[at] = values.x; }
-    if output + COL_LANES < params.d_model { y[at + COL_LANES] = values.y; }
-    if output + 2u * COL_LANES < params.d_model { y[at + 2u * COL_LANES] = values.z; }
-    if output + 3u * COL_LANES < params.d_model { y[at + 3u * COL_LANES] = values.w; }
+    if output < params.d_model { y[at] = sums.x; }
+    if output + COL_LANES < params.d_model { y[at + COL_LANES] = sums.y; }
+    if output + 2u * COL_LANES < params.d_model { y[at + 2u * COL_LANES] = sums.z; }
+    if output + 3u * COL_LANES < params.d_model { y[at + 3u * COL_LANES] = sums.w; }
 }
 
 @compute @workgroup_size(COL_LANES, TILE_ROWS / 8u)
@@ -69,13 +80,18 @@ fn main(
             h_tile[i % STEP_QUADS * ROW_PITCH + i / STEP_QUADS] = quad;
         }
         for (var i = lane; i < STEP_QUADS * TILE_COLS; i += LANES) {
-            let k = first_k + i % STEP_QUADS * 4u;
-            let output = first_output + i / STEP_QUADS;
+            // Along a row of weights where it is contiguous, else across rows.
+            let along_k = params.k_stride == 1u;
+            let quad_k = select(i / TILE_COLS, i % STEP_QUADS, along_k);
+            let tile_col = select(i % TILE_COLS, i / STEP_QUADS, along_k);
+            let k = first_k + quad_k * 4u;
+            let output = first_output + tile_col;
             var quad = vec4(0.0);
             if output < params.d_model && k < params.expert_width {
-                quad = down_quad(tile.place, output * params.expert_width + k, params.expert_width - k);
+                let element = output * params.row_stride + k * params.k_stride;
+                quad = down_quad(tile.place, element, params.expert_width - k);
             }
-            down_tile[i % STEP_QUADS * COL_PITCH + i / STEP_QUADS] = quad;
+            down_tile[quad_k * COL_PITCH + tile_col] = quad;
         }
         workgroupBarrier();
         for (var quad = 0u; quad < STEP_QUADS; quad++) {

@@ -1,17 +1,24 @@
-// h[pos, f] = silu(sum over k of x[t, k] * gate[e][f, k]) * (sum over k of x[t, k] * up[e][f, k])
+// h[pos, f] = activate(sum over k of x[t, k] * gate[e][f, k] + bias, sum over k of x[t, k] * up[e][f, k] + bias)
 // for every sorted position pos, where t = permutation[pos] / A and e is the expert that pos belongs to.
 // One workgroup per tile of TILE_ROWS positions of one expert x TILE_COLS features. For every STEP values of k it lays the x,
 // gate and up of its tile into workgroup memory, four k to a vec4; an invocation owns 8 rows x 4 features of both products,
 // so that 16 vec4 loads feed 256 multiply-adds.
-// Reference: src/reference/expert_gate_up.rs      Needs: shared/weight_*, kernels/slabs.rs (gate_quad, up_quad), shared/expert_tile
-struct Params { n_assignments: u32, n_experts: u32, n_chosen: u32, d_model: u32, expert_width: u32 }
+// Reference: src/reference/expert_gate_up.rs      Needs: shared/weight_*, kernels/slabs.rs (gate_quad, up_quad), shared/expert_tile,
+// shared/expert_activation
+struct Params {
+    n_assignments: u32, n_experts: u32, n_chosen: u32, d_model: u32, expert_width: u32,
+    row_stride: u32, k_stride: u32, up_first: u32, scales_at: u32,
+    biased: u32, limit: f32,
+}
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       x: array<f32>;           // [T, D]
 @group(0) @binding(1) var<storage, read>       permutation: array<u32>; // [T * A] assignment of each sorted position
 @group(0) @binding(2) var<storage, read>       offsets: array<u32>;     // [E + 1] first sorted position of each expert
 @group(0) @binding(3) var<storage, read>       places: array<vec2<u32>>;// [E] slab and offset in words, of gate and of up
 @group(0) @binding(4) var<storage, read_write> h: array<f32>;           // [T * A, F] by sorted position
-// Bindings 5 to 8: the slabs of gate, 9 to 12: those of up; per expert [F, D] weights.
+// Bindings 5 to 8: the slabs of gate, 9 to 12: those of up; element (f, k) of an expert's gate is weight
+// f * row_stride + k * k_stride of its place, of its up that plus up_first.
+@group(0) @binding(13) var<storage, read>      bias: array<f32>;        // [E, F, 2] of gate and up, where biased
 
 override TILE_ROWS: u32 = 16u; // a multiple of 8
 override TILE_COLS: u32 = 64u; // a multiple of 4
@@ -40,7 +47,15 @@ fn x_quad(row: u32, k: u32) -> vec4<f32> {
 // Columns of one invocation lie COL_LANES apart, so neighbouring lanes read and write neighbouring ones.
 fn store(position: u32, feature: u32, gate: vec4<f32>, up: vec4<f32>) {
     if position >= tile.end { return; }
-    let values = gate / (1.0 + exp(-gate)) * up;
+    let features = vec4(feature) + vec4(0u, 1u, 2u, 3u) * COL_LANES;
+    var gate_bias = vec4(0.0);
+    var up_bias = vec4(0.0);
+    if params.biased != 0u {
+        let b = 2u * (tile.expert * params.expert_width + min(features, vec4(params.expert_width - 1u)));
+        gate_bias = vec4(bias[b.x], bias[b.y], bias[b.z], bias[b.w]);
+        up_bias = vec4(bias[b.x + 1u], bias[b.y + 1u], bias[b.z + 1u], bias[b.w + 1u]);
+    }
+    let values = activate(gate + gate_bias, up + up_bias);
     let at = position * params.expert_width + feature;
     if feature < params.expert_width { h[at] = values.x; }
     if feature + COL_LANES < params.expert_width { h[at + COL_LANES] = values.y; }
@@ -81,16 +96,21 @@ fn main(
             x_tile[i % STEP_QUADS * ROW_PITCH + i / STEP_QUADS] = quad;
         }
         for (var i = lane; i < STEP_QUADS * TILE_COLS; i += LANES) {
-            let k = first_k + i % STEP_QUADS * 4u;
-            let feature = first_feature + i / STEP_QUADS;
+            // Along a row of weights where it is contiguous, else across rows.
+            let along_k = params.k_stride == 1u;
+            let quad_k = select(i / TILE_COLS, i % STEP_QUADS, along_k);
+            let tile_col = select(i % TILE_COLS, i / STEP_QUADS, along_k);
+            let k = first_k + quad_k * 4u;
+            let feature = first_feature + tile_col;
             var gate_k = vec4(0.0);
             var up_k = vec4(0.0);
             if feature < params.expert_width && k < params.d_model {
-                gate_k = gate_quad(tile.place, feature * params.d_model + k, params.d_model - k);
-                up_k = up_quad(tile.place, feature * params.d_model + k, params.d_model - k);
+                let element = feature * params.row_stride + k * params.k_stride;
+                gate_k = gate_quad(tile.place, element, params.d_model - k);
+                up_k = up_quad(tile.place, element + params.up_first, params.d_model - k);
             }
-            gate_tile[i % STEP_QUADS * COL_PITCH + i / STEP_QUADS] = gate_k;
-            up_tile[i % STEP_QUADS * COL_PITCH + i / STEP_QUADS] = up_k;
+            gate_tile[quad_k * COL_PITCH + tile_col] = gate_k;
+            up_tile[quad_k * COL_PITCH + tile_col] = up_k;
         }
         workgroupBarrier();
         for (var quad = 0u; quad < STEP_QUADS; quad++) {

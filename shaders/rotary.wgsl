@@ -1,7 +1,7 @@
-// Rotary embedding of the fused projection: q in place; k and v rounded to f16 for the host's cache and the GPU's blocks.
+// Rotary embedding of the fused projection, whose elements are clamped first: q in place; k and v rounded to f16 for the host's cache and the GPU's blocks.
 // One invocation per pair of elements of a row: heads x K/2.
 // Reference: src/reference/rotary.rs      Needs: shared/f16 (pack_f16)
-struct Params { n_rows: u32, q_heads: u32, kv_heads: u32, head_width: u32 }
+struct Params { n_rows: u32, q_heads: u32, kv_heads: u32, head_width: u32, clip: f32 }
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read_write> qkv: array<f32>;           // [T, (H + 2 G) K] q heads, k heads, v heads; only q changes
 @group(0) @binding(1) var<storage, read>       positions: array<u32>;     // [T], each below P
@@ -13,11 +13,18 @@ var<immediate> params: Params;
 const BLOCK_TOKENS: u32 = 32u;
 const NO_SLOT: u32 = 0xffffffffu;
 
+// An element of qkv within ±clip; 0 is no clip. select, not clamp: a NaN stays one.
+fn clipped(at: u32) -> f32 {
+    let value = qkv[at];
+    if params.clip == 0.0 { return value; }
+    return select(select(value, params.clip, value > params.clip), -params.clip, value < -params.clip);
+}
+
 // The pair (j, j + K/2) of the head that starts at `head`, turned by its angle.
 fn rotated_pair(head: u32, row: u32, j: u32) -> vec2<f32> {
     let half = params.head_width / 2u;
-    let low = qkv[head + j];
-    let high = qkv[head + half + j];
+    let low = clipped(head + j);
+    let high = clipped(head + half + j);
     let turn = rope_table[positions[row] * half + j];
     return vec2(fma(-high, turn.y, low * turn.x), fma(low, turn.y, high * turn.x));
 }
@@ -51,7 +58,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var word: u32;
     if is_value {
         kv_head -= params.kv_heads;
-        word = pack_f16(qkv[head + 2u * j], qkv[head + 2u * j + 1u]);
+        word = pack_f16(clipped(head + 2u * j), clipped(head + 2u * j + 1u));
     } else {
         word = pack_f16(rotated(head, row, 2u * j), rotated(head, row, 2u * j + 1u));
     }

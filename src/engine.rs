@@ -41,9 +41,11 @@ use crate::schedule::{Lane, Schedule, ScheduleFault, Timeline, Work, build, chec
 
 mod answers;
 mod pass;
+mod warm;
 
 use answers::Answers;
 use pass::{HostLane, Pass};
+pub use warm::{WarmSequence, WarmTokens};
 
 /// Why a model could not be opened, or a run had to stop. Requests that fail do not stop a run.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +64,8 @@ pub enum EngineError {
     Kv(#[from] KvError),
     #[error("{0} worker threads could not be started: {1}")]
     Threads(usize, String),
+    #[error("pages and KV pool stay where they are, so the same experts have to stream in the same pages")]
+    OtherPages,
     #[error("the schedule is wrong, which is a bug: {0}")]
     Schedule(#[from] ScheduleFault),
     #[error(transparent)]
@@ -181,6 +185,11 @@ impl EngineBuilder {
         self
     }
 
+    /// The plan alone.
+    pub fn plan_only(self) -> Result<Plan, EngineError> {
+        Ok(self.prepare()?.plan)
+    }
+
     /// Validates the checkpoint, opens the adapter and plans. Loads nothing.
     pub fn prepare(self) -> Result<Prepared, EngineError> {
         let weights = match &self.model {
@@ -256,8 +265,36 @@ impl Prepared {
     }
 
     fn load_once(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, EngineError> {
-        let (builder, gpu, plan) = (&self.builder, &self.gpu, self.plan);
-        let (config, policy) = (self.weights.config().clone(), plan.policy);
+        let Prepared { builder, weights, gpu, limits, plan } = self;
+        let opened = Opened { builder: builder.clone(), weights: weights.clone(), gpu: gpu.clone(), limits: *limits };
+        opened.assemble(*plan, None, progress)
+    }
+}
+
+/// What an engine is made of whatever its policy.
+struct Opened {
+    builder: EngineBuilder,
+    weights: Arc<Weights>,
+    gpu: Arc<Gpu>,
+    limits: MachineLimits,
+}
+
+/// What is dear to make and survives a change of policy.
+struct Kept {
+    kv: KvCache,
+    kv_arenas: Vec<HostBuffer>,
+    source: Option<PageSource>,
+}
+
+impl Opened {
+    fn assemble(
+        self,
+        plan: Plan,
+        kept: Option<Kept>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Engine, EngineError> {
+        let (builder, gpu, weights) = (&self.builder, &self.gpu, &self.weights);
+        let (config, policy) = (weights.config().clone(), plan.policy);
         let shape = config.shape;
         let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
         let limits = BatchLimits {
@@ -268,22 +305,17 @@ impl Prepared {
             workspace_blocks: policy.workspace_blocks,
             gpu_decode: policy.attention == AttentionPlace::Gpu,
         };
-        let kv = KvCache::new(layout, policy.kv_blocks)?;
-        // Only where all context crosses the link every pass: lending pins the whole pool.
-        let kv_arenas = match policy.attention {
-            AttentionPlace::Gpu => lend_pool(gpu, &kv),
-            AttentionPlace::Cpu => Vec::new(),
+        let (kv, mut kv_arenas, source) = match kept {
+            Some(Kept { kv, kv_arenas, source }) => (kv, kv_arenas, source),
+            None => (KvCache::new(layout, policy.kv_blocks)?, Vec::new(), None),
         };
+        // Only where all context crosses the link every pass: lending pins the whole pool.
+        if policy.attention == AttentionPlace::Gpu && kv_arenas.is_empty() {
+            kv_arenas = lend_pool(gpu, &kv);
+        }
         let batcher = Batcher::new(limits, kv, SpillFile::new(&builder.spill_folder, layout));
         let threads = attention_threads(policy.threads)?;
-        let page_plan = PagePlan::new(PageShape {
-            experts: shape.experts,
-            resident: policy.resident_experts,
-            ring: policy.ring_experts,
-            matrix_bytes: ModelBytes::of(self.weights.inventory()).matrix,
-            page_bytes: policy.page_bytes,
-            layers: shape.layers,
-        });
+        let page_plan = page_plan(&config, weights, &plan);
         let extents = Extents {
             micro_batches: policy.micro_batches,
             expert_groups: policy.expert_groups,
@@ -296,11 +328,13 @@ impl Prepared {
         };
         let pipelines = Pipelines::with_patches(gpu.clone(), builder.patches.clone());
         let lent = !kv_arenas.is_empty();
-        let mut machine = Machine::open(pipelines, &self.weights, page_plan, extents, lent, progress)?;
-        if machine.plan().streamed() > 0 {
+        let mut machine = Machine::open(pipelines, weights, page_plan, extents, lent, progress)?;
+        if let Some(source) = source {
+            machine.set_source(source);
+        } else if machine.plan().streamed() > 0 {
             let request = SourceRequest {
                 gpu,
-                weights: &self.weights,
+                weights,
                 plan: machine.plan(),
                 layers: shape.layers,
                 wish: policy.source,
@@ -313,7 +347,6 @@ impl Prepared {
         let mut eos_tokens = config.eos_tokens.clone();
         eos_tokens.extend(&builder.more_eos_tokens);
         Ok(Engine {
-            weights: self.weights.clone(),
             config,
             plan,
             machine,
@@ -324,8 +357,20 @@ impl Prepared {
             tokenizer: builder.tokenizer.clone(),
             eos_tokens,
             loaded_pages: 0,
+            opened: self,
         })
     }
+}
+
+fn page_plan(config: &ModelConfig, weights: &Weights, plan: &Plan) -> PagePlan {
+    PagePlan::new(PageShape {
+        experts: config.shape.experts,
+        resident: plan.policy.resident_experts,
+        ring: plan.policy.ring_experts,
+        matrix_bytes: ModelBytes::of(weights.inventory()).matrix,
+        page_bytes: plan.policy.page_bytes,
+        layers: config.shape.layers,
+    })
 }
 
 /// The pool as the driver knows it, in pieces; empty where it does not take it.
@@ -422,7 +467,7 @@ pub struct RunSummary {
 pub struct Engine {
     // Before what it may still be copying from.
     machine: Machine,
-    weights: Arc<Weights>,
+    opened: Opened,
     config: ModelConfig,
     plan: Plan,
     batcher: Batcher,
@@ -482,6 +527,59 @@ impl Engine {
 
     pub fn gpu(&self) -> &Gpu {
         self.machine.gpu()
+    }
+
+    /// Brings all pages of a pass, twice, with nothing else running; the second time as bytes and duration. None where nothing
+    /// streams. What the slots held is gone.
+    pub fn measure_pages(&mut self) -> Result<Option<(u64, Duration)>, EngineError> {
+        self.loaded_pages = 0;
+        if self.machine.plan().streamed() == 0 {
+            return Ok(None);
+        }
+        let layers = self.config.shape.layers;
+        let mut measured = (0, Duration::ZERO);
+        for _ in 0..2 {
+            let started = Instant::now();
+            let (mut bytes, mut last) = (0, None);
+            for layer in 0..layers {
+                for (chunk, pages) in self.machine.plan().chunks().iter().map(|chunk| chunk.pages.len()).enumerate() {
+                    for page in 0..pages {
+                        self.machine.pin_page(&self.opened.weights, &self.threads, layer, chunk, page)?;
+                        let (weights, threads) = (&self.opened.weights, &self.threads);
+                        last = Some(self.machine.load_page(weights, threads, layer, chunk, page, &[])?);
+                        bytes += self.machine.page_bytes(chunk, page);
+                    }
+                }
+            }
+            last.map_or(Ok(()), |ticket| self.machine.gpu().wait_for(ticket))?;
+            measured = (bytes, started.elapsed());
+        }
+        Ok(Some(measured))
+    }
+
+    /// The same model under another policy: how schedules are compared. Pages and KV pool stay where they are, so neither
+    /// what streams nor how it is cut may change; weights that stay are brought to the GPU again.
+    pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
+        let Engine { machine, opened, config, plan: before, batcher, kv_arenas, .. } = self;
+        let bytes = ModelBytes::of(opened.weights.inventory());
+        let pool = Some(before.memory.kv_pool);
+        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool), ..wishes };
+        let mut plan = fit(&config, &bytes, &opened.limits, &asked)?;
+        let pages = page_plan(&config, &opened.weights, &plan);
+        if pages != *machine.plan() || plan.policy.kv_blocks != before.policy.kv_blocks {
+            return Err(EngineError::OtherPages);
+        }
+        plan.policy.source = wishes.source;
+        let source = machine.into_source();
+        // Memory of dropped buffers comes back when wgpu has looked.
+        opened.gpu.flush()?;
+        opened.gpu.wait()?;
+        opened.gpu.flush()?;
+        let source = match (source, wishes.source) {
+            (Some(source), Some(wish)) => Some(source.used_as(wish)?),
+            (source, _) => source,
+        };
+        opened.assemble(plan, Some(Kept { kv: batcher.into_cache(), kv_arenas, source }), &mut |_, _| {})
     }
 
     /// Answers every request. They are taken from the iterator as there is room, and their events come in the order in which
@@ -564,10 +662,13 @@ impl Engine {
         let schedule = build(policy.schedule, &shape);
         check(&schedule, &shape)?;
         let (start, bytes, _keep) = self.batcher.kv().memory();
-        let pool =
-            KvPool { pointer: start, layer_bytes: bytes / self.config.shape.layers as u64, arenas: &self.kv_arenas };
+        let pool = KvPool {
+            pointer: start,
+            layer_bytes: bytes / self.config.shape.layers as u64,
+            arenas: &self.kv_arenas,
+        };
         let pass = Pass {
-            weights: &self.weights,
+            weights: &self.opened.weights,
             config: &self.config,
             machine: &self.machine,
             threads: &self.threads,

@@ -20,7 +20,7 @@
 //! | the pass becomes a list of tasks | host | [`schedule`] |
 //! | the tasks are carried out in order and timed | both | [`execute`], [`engine`] (`engine/pass.rs`) |
 //! | its token becomes a residual row | GPU | `embed` |
-//! | per layer: norm, Q K V, rotary | GPU | `rms_norm`, `matmul`, `rotary` |
+//! | per layer: norm, Q K V (biases, their norms), rotary | GPU | `rms_norm` or `layer_norm`, `matmul`, `add_bias`, `qk_norm`, `rotary` |
 //! | its query, key and value come to the host; key and value go into the sequence's block | link, host | [`memory::kv_cache`] |
 //! | it attends over its blocks | CPU | [`cpu::attention`] (prompt rows: GPU, `prompt_attention`) |
 //! | output projection, norm, router; rows are sorted by expert | GPU | `matmul`, `router_topk`, `expert_sort` |

@@ -4,9 +4,9 @@
 // Slab of an expert that is not on the GPU.
 const ABSENT: u32 = 0xffffffffu;
 
-// Sorted positions first .. end, all of the expert whose matrix lies at `place` (slab, offset in words). Nothing to do
+// Sorted positions first .. end, all of `expert`, whose matrix lies at `place` (slab, offset in words). Nothing to do
 // where first >= end.
-struct RowTile { first: u32, end: u32, place: vec2<u32> }
+struct RowTile { first: u32, end: u32, expert: u32, place: vec2<u32> }
 
 // The numbers of expert e's tiles start at offsets[e] / TILE_ROWS + e. That leaves every expert enough of them, since
 // floor((o + n) / R) + 1 >= floor(o / R) + ceil(n / R), it needs no prefix sum over experts, and the last number is below
@@ -24,7 +24,7 @@ fn row_tile(number: u32) -> RowTile {
     let place = places[expert];
     let first = offsets[expert] + (number - first_tile(expert)) * TILE_ROWS;
     let end = select(min(first + TILE_ROWS, offsets[expert + 1u]), first, place.x == ABSENT);
-    return RowTile(first, end, place);
+    return RowTile(first, end, expert, place);
 }
 
 // Four columns' sums for one row, four values of k further: x holds the row's, w[j] the four columns' at the j-th.

@@ -2,13 +2,16 @@
 // which share every load of K and V. Softmax runs online over the blocks of the context in ascending order: a row's result
 // depends on its position, its window and its context alone, so no cut of a prompt and no other row changes a bit of it.
 // Needs: workgroup_id as (entry of rows, KV head and four of its query heads), params, the bindings below.
-struct Params { n_rows: u32, q_heads: u32, kv_heads: u32, head_width: u32, q_stride: u32, window: u32, scale: f32 }
+struct Params {
+    n_rows: u32, q_heads: u32, kv_heads: u32, head_width: u32, q_stride: u32, window: u32, scale: f32, has_sinks: u32,
+}
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       qkv: array<f32>;         // [T, q_stride], each row's H query heads of K first
 @group(0) @binding(1) var<storage, read>       rows: array<vec4<u32>>;  // [R] row t, position, first entry of block_table, unused
 @group(0) @binding(2) var<storage, read>       block_table: array<u32>; // block of context tokens 32 i .. 32 i + 32
 @group(0) @binding(3) var<storage, read>       kv_blocks: array<u32>;   // [blocks, G, 2, BLOCK_TOKENS, K] f16, two to a word
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;         // [T, H, K]
+@group(0) @binding(5) var<storage, read>       sinks: array<f32>;       // [H] scores without a value, where has_sinks
 
 override WG_SIZE: u32 = 32u; // at least BLOCK_TOKENS
 
@@ -50,6 +53,12 @@ fn attend(row: vec4<u32>, heads: u32, lane: u32) {
     let begin = select(0u, end - params.window, params.window != 0u && end > params.window);
     var greatest = vec4(LOWEST);
     var total = vec4(0.0);
+    if params.has_sinks != 0u {
+        // As if a token before all others had the sink for a score, and zeros for a value.
+        let h = first_head + min(vec4(0u, 1u, 2u, 3u), vec4(n_heads - 1u));
+        greatest = max(vec4(sinks[h.x], sinks[h.y], sinks[h.z], sinks[h.w]), vec4(LOWEST));
+        total = vec4(1.0);
+    }
     for (var block = begin / BLOCK_TOKENS; block * BLOCK_TOKENS < end; block++) {
         // The visible tokens of the block. The others are never read: they may hold anything.
         let first = max(begin, block * BLOCK_TOKENS) - block * BLOCK_TOKENS;

@@ -120,8 +120,8 @@ pub enum Fault {
     MissingTensor { tensor: String, shape: Vec<usize> },
     #[error("{file}: tensor {tensor}: shape is {had:?}, config.json makes it {needed:?}")]
     WrongShape { file: String, tensor: String, needed: Vec<usize>, had: Vec<usize> },
-    #[error("{file}: tensor {tensor}: type {dtype} is not supported (supported: bf16, f16, f32)")]
-    UnsupportedDtype { file: String, tensor: String, dtype: String },
+    #[error("{file}: tensor {tensor}: type {dtype} is not supported (supported: {supported})")]
+    UnsupportedDtype { file: String, tensor: String, dtype: String, supported: &'static str },
     #[error("{file}: tensor {tensor}: {why}")]
     Unknown { file: String, tensor: String, why: &'static str },
 }

@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use super::fault::{Fault, Faults, shown};
 use super::{Dtype, dtype_name};
-use crate::model::{ModelConfig, Role, tensors};
+use crate::model::expert_layout::{Packing, Source};
+use crate::model::{ExpertMatrix, ModelConfig, Role, tensors};
 
 /// Roles and where their bytes are. Its fields are private: holding one is the proof that nothing is missing.
 #[derive(Debug, Clone)]
@@ -43,6 +44,17 @@ impl Placed {
     pub fn bytes(&self) -> u64 {
         self.range.end - self.range.start
     }
+}
+
+/// Bytes of a tensor that belong in an expert's slot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotSource {
+    /// The tensor.
+    pub role: Role,
+    /// From the start of the tensor.
+    pub range: Range<u64>,
+    /// Where in the slot they go: the first of its bytes.
+    pub at: u64,
 }
 
 /// A tensor as a file lists it: not believed yet.
@@ -86,10 +98,12 @@ impl Inventory {
                 faults.push(Fault::MissingTensor { tensor: spec.name, shape: spec.shape });
                 continue;
             };
-            let dtype = Dtype::of_safetensors(listed.dtype);
+            let packing = config.forward.experts.packing(spec.role);
+            let dtype = Dtype::of_safetensors(listed.dtype, packing);
             if dtype.is_none() {
                 let (file, dtype) = (file_name(listed.file), dtype_name(listed.dtype));
-                faults.push(Fault::UnsupportedDtype { file, tensor: spec.name.clone(), dtype });
+                let supported = if packing == Packing::Floats { "bf16, f16, f32" } else { "u8: MXFP4" };
+                faults.push(Fault::UnsupportedDtype { file, tensor: spec.name.clone(), dtype, supported });
             }
             if listed.shape != spec.shape {
                 let (file, tensor, had) = (file_name(listed.file), spec.name, listed.shape.to_vec());
@@ -163,9 +177,56 @@ impl Inventory {
         self.by_role.get(&role.stored_as(&self.config)).map(|&i| &self.tensors[i])
     }
 
+    /// Bytes of each slot of an expert, by [`ExpertMatrix::ALL`]. `None` where experts are not all of one type.
+    pub fn slot_bytes(&self) -> Option<[u64; 3]> {
+        let dtype = self.expert_dtype()?;
+        let element_bytes = if dtype == Dtype::Mxfp4 { 0 } else { dtype.size_bytes() as u64 };
+        Some(self.config.forward.experts.slot_bytes(&self.config.shape, element_bytes))
+    }
+
+    /// Where `slot`, a range of the bytes of one expert's slot of `matrix`, lies in the tensors, in order.
+    ///
+    /// # Panics
+    ///
+    /// If this model has no such expert, or the slot no such bytes.
+    pub fn slot_sources(&self, layer: usize, expert: usize, matrix: ExpertMatrix, slot: Range<u64>) -> Vec<SlotSource> {
+        let mut sources = Vec::new();
+        let mut at = 0; // of the slot, where the next source begins
+        for (role, whole) in self.slot_parts(layer, expert, matrix) {
+            let end_of_part = at + (whole.end - whole.start);
+            let (start, end) = (slot.start.max(at), slot.end.min(end_of_part));
+            if start < end {
+                sources.push(SlotSource { role, range: whole.start + start - at..whole.start + end - at, at: start });
+            }
+            at = end_of_part;
+        }
+        assert!(slot.end <= at, "bytes {slot:?} of the {matrix:?} slot, which has {at}");
+        sources
+    }
+
+    /// The ranges of tensors that fill one expert's slot of `matrix`, in order.
+    pub(super) fn slot_parts(
+        &self,
+        layer: usize,
+        expert: usize,
+        matrix: ExpertMatrix,
+    ) -> impl Iterator<Item = (Role, Range<u64>)> {
+        self.config.forward.experts.sources(layer, expert, matrix).into_iter().map(|Source { role, share }| {
+            let tensor = self.find(role).unwrap_or_else(|| panic!("{role:?} is no role of this model"));
+            let range = match share {
+                None => 0..tensor.bytes(),
+                Some(expert) => {
+                    let bytes = tensor.bytes() / self.config.shape.experts as u64;
+                    expert as u64 * bytes..(expert as u64 + 1) * bytes
+                }
+            };
+            (role, range)
+        })
+    }
+
     /// The type that all expert matrices have; None where they differ, which one grouped kernel cannot read.
     pub fn expert_dtype(&self) -> Option<Dtype> {
-        let mut dtypes = self.tensors.iter().filter(|t| matches!(t.role, Role::Expert { .. })).map(|t| t.dtype);
+        let mut dtypes = self.tensors.iter().filter(|t| t.role.in_slots()).map(|t| t.dtype);
         let first = dtypes.next()?;
         dtypes.all(|dtype| dtype == first).then_some(first)
     }

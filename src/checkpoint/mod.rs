@@ -12,7 +12,7 @@
 //!
 //! Guarantees of a [`Checkpoint`]:
 //! * every tensor that the family needs is there once, with the shape that config.json implies, as bf16, f16 or f32
-//!   (types may differ from tensor to tensor);
+//!   (types may differ from tensor to tensor), or as the bytes of MXFP4 where config.json says so;
 //! * no tensor is there that the family does not know, except those known to hold nothing (`rotary_emb.inv_freq`);
 //! * every view lies inside its file, overlaps no other, and is exactly as long as its shape and type say;
 //! * what the index says is true: its shards exist, are plain names within the folder, and hold the tensors it puts there;
@@ -40,7 +40,7 @@ use std::path::{Path, PathBuf};
 
 pub use dtype::Dtype;
 pub use fault::{CheckpointError, Fault, Faults};
-pub use inventory::{Inventory, Placed};
+pub use inventory::{Inventory, Placed, SlotSource};
 pub use summary::Summary;
 pub use synthetic::Synthetic;
 pub use weights::{ReadError, Reader, Weights};
@@ -136,7 +136,7 @@ impl Checkpoint {
 impl TensorView<'_> {
     /// Number of elements.
     pub fn elements(&self) -> usize {
-        self.bytes.len() / self.dtype.size_bytes()
+        self.shape.iter().product()
     }
 }
 

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{Dtype, Inventory};
-use crate::model::{Family, Kind, Role, Shape, Sizes};
+use crate::model::{ExpertMatrix, Family, Forward, Kind, Shape, Sizes};
 use crate::units::{human_bytes, human_count};
 
 /// A checkpoint in numbers. The JSON form has the same fields under the same names; sizes are bytes.
@@ -15,6 +15,8 @@ pub struct Summary {
     pub family: Family,
     pub architecture: &'static str,
     pub shape: Shape,
+    /// What this model does otherwise than Mixtral.
+    pub forward: Forward,
     pub norm_eps: f32,
     pub rope_theta: f64,
     pub sliding_window: Option<usize>,
@@ -51,7 +53,9 @@ pub struct Experts {
     pub count: u64,
     pub smallest_expert_bytes: u64,
     pub largest_expert_bytes: u64,
-    /// One matrix: the piece in which pages carry experts.
+    /// Slots of one expert: three, or two where gate and up share one.
+    pub matrices: u64,
+    /// One of them: the piece in which pages carry experts.
     pub smallest_matrix_bytes: u64,
     pub largest_matrix_bytes: u64,
 }
@@ -90,18 +94,21 @@ impl Summary {
             .iter()
             .map(|(file, file_bytes)| ShardSummary { file: file.clone(), file_bytes: *file_bytes, tensors: 0 })
             .collect();
-        let mut experts: BTreeMap<(usize, usize), u64> = BTreeMap::new();
-        let mut matrices = Vec::new();
         for tensor in inventory.tensors() {
             bytes[tensor.role.kind()] += tensor.bytes();
             shards[tensor.file].tensors += 1;
             let held = dtypes.entry(tensor.dtype.name()).or_default();
             held.tensors += 1;
             held.bytes += tensor.bytes();
-            if let Role::Expert { layer, expert, .. } = tensor.role {
-                *experts.entry((layer, expert)).or_default() += tensor.bytes();
-                matrices.push(tensor.bytes());
-            }
+        }
+        // Biases of experts are not among them: they stay on the GPU.
+        let (mut experts, mut matrices) = (Vec::new(), Vec::new());
+        for (layer, expert) in (0..shape.layers).flat_map(|layer| (0..shape.experts).map(move |e| (layer, e))) {
+            let slots = ExpertMatrix::ALL.map(|matrix| {
+                inventory.slot_parts(layer, expert, matrix).map(|(_, range)| range.end - range.start).sum::<u64>()
+            });
+            experts.push(slots.iter().sum::<u64>());
+            matrices.extend(slots.into_iter().filter(|bytes| *bytes > 0));
         }
         let parameters = Sizes::parameters(config);
         let kv_elements = shape.kv_elements_per_token() as u64;
@@ -111,6 +118,7 @@ impl Summary {
             family: config.family,
             architecture: config.family.architecture(),
             shape,
+            forward: config.forward.clone(),
             norm_eps: config.norm_eps,
             rope_theta: config.rope_theta,
             sliding_window: config.sliding_window,
@@ -128,8 +136,9 @@ impl Summary {
             total_bytes: bytes.total(),
             experts: Experts {
                 count: experts.len() as u64,
-                smallest_expert_bytes: experts.values().copied().min().unwrap_or(0),
-                largest_expert_bytes: experts.values().copied().max().unwrap_or(0),
+                smallest_expert_bytes: experts.iter().copied().min().unwrap_or(0),
+                largest_expert_bytes: experts.iter().copied().max().unwrap_or(0),
+                matrices: if config.forward.experts.gate_holds_up() { 2 } else { 3 },
                 smallest_matrix_bytes: matrices.iter().copied().min().unwrap_or(0),
                 largest_matrix_bytes: matrices.iter().copied().max().unwrap_or(0),
             },
@@ -154,8 +163,18 @@ impl fmt::Display for Summary {
         line(f, "heads", format!("H {q_heads} query, G {kv_heads} key/value, K {head_width} wide"))?;
         line(f, "experts", format!("E {experts} per layer, A {experts_per_token} per token, F {expert_width} wide"))?;
         line(f, "vocabulary", format!("V {vocab}{}", if self.tied_embeddings { ", LM head tied to it" } else { "" }))?;
-        let window = self.sliding_window.map_or(String::new(), |window| format!(", sliding window {window}"));
+        let windowed = self.forward.windowed_layers.iter().filter(|windowed| **windowed).count();
+        let of_layers = match windowed {
+            0 => String::new(),
+            n => format!(" in {n} of {layers} layers"),
+        };
+        let window =
+            self.sliding_window.map_or(String::new(), |window| format!(", sliding window {window}{of_layers}"));
         line(f, "positions", format!("{}{window}", self.max_positions))?;
+        let differences = self.forward.to_string();
+        if !differences.is_empty() {
+            line(f, "forward", differences)?;
+        }
 
         let Parameters { total, active, .. } = self.parameters;
         line(f, "parameters", format!("{} total, {} active per token", human_count(total), human_count(active)))?;
@@ -178,10 +197,10 @@ impl fmt::Display for Summary {
                 format!("{} to {}", human_bytes(smallest), human_bytes(largest))
             }
         };
-        let Experts { count, .. } = self.experts;
+        let Experts { count, matrices, .. } = self.experts;
         let one = range(self.experts.smallest_expert_bytes, self.experts.largest_expert_bytes);
         let matrix = range(self.experts.smallest_matrix_bytes, self.experts.largest_matrix_bytes);
-        line(f, "expert", format!("{one} each, 3 matrices of {matrix}; {count} in all"))?;
+        line(f, "expert", format!("{one} each, {matrices} matrices of {matrix}; {count} in all"))?;
         let KvBytes { f16, f32 } = self.kv_bytes_per_token;
         line(f, "KV cache", format!("{} per token in f16, {} in f32", human_bytes(f16), human_bytes(f32)))?;
 

@@ -114,22 +114,14 @@ impl Reader {
         let fail = |source| ReadError { path: path.to_owned(), offset, bytes: into.len(), source };
         let opened = self.open(path).map_err(fail)?;
         if !opened.direct {
-            read_exact_at(&opened.file, into, offset).map_err(|source| ReadError {
-                path: path.to_owned(),
-                offset,
-                bytes: into.len(),
-                source,
-            })?;
+            read_exact_at(&opened.file, into, offset)
+                .map_err(|source| ReadError { path: path.to_owned(), offset, bytes: into.len(), source })?;
             give_back_cache(&opened.file, offset, into.len() as u64);
             return Ok(());
         }
         let length = into.len();
-        read_direct(&opened.file, offset, into).map_err(|source| ReadError {
-            path: path.to_owned(),
-            offset,
-            bytes: length,
-            source,
-        })
+        read_direct(&opened.file, offset, into)
+            .map_err(|source| ReadError { path: path.to_owned(), offset, bytes: length, source })
     }
 }
 

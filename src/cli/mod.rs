@@ -11,6 +11,7 @@ macro_rules! say {
     }};
 }
 
+mod bench;
 mod devices;
 mod generate;
 mod inspect;
@@ -64,6 +65,8 @@ enum Command {
     Inspect(inspect::Arguments),
     /// List the graphics adapters.
     Devices(devices::Arguments),
+    /// Measure this machine.
+    Bench(bench::Arguments),
     /// Score a results file against known answers.
     Score(score::Arguments),
 }
@@ -96,6 +99,7 @@ pub fn main() -> ExitCode {
         Command::Plan(arguments) => plan::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),
+        Command::Bench(arguments) => bench::run(arguments),
         Command::Score(arguments) => score::run(arguments),
     };
     match result {

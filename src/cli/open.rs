@@ -163,7 +163,8 @@ impl EngineArguments {
 
     /// Adds all that these flags say to a builder.
     pub fn apply(&self, builder: EngineBuilder) -> Result<EngineBuilder> {
-        let mut builder = builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);
+        let mut builder =
+            builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);
         if let Some(device) = &self.device {
             builder = builder.device(DeviceChoice::from(device.as_str()));
         }
@@ -204,13 +205,7 @@ const TEST_FAULTS: &str = "FULMEN_TEST_FAULTS";
 /// The adapter, and the plan.
 pub fn say_prepared(prepared: &Prepared) {
     let adapter = prepared.gpu().summary();
-    say!(
-        "adapter {} ({}, {}); copies on {}",
-        adapter.name,
-        adapter.kind,
-        adapter.backend,
-        prepared.gpu().transfer_words()
-    );
+    say!("adapter {} ({}, {}); copies on {}", adapter.name, adapter.kind, adapter.backend, prepared.gpu().transfer_words());
     say!("{}", prepared.plan());
 }
 
@@ -225,11 +220,7 @@ pub fn load(prepared: Prepared) -> Result<Engine> {
     }
     if let Some(source) = engine.page_source() {
         let why = source.why().join("; ");
-        say!(
-            "pages   from {} memory{}",
-            source.kind(),
-            if why.is_empty() { String::new() } else { format!(" ({why})") }
-        );
+        say!("pages   from {} memory{}", source.kind(), if why.is_empty() { String::new() } else { format!(" ({why})") });
     }
     Ok(engine)
 }

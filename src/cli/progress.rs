@@ -99,3 +99,36 @@ impl RunProgress {
         }
     }
 }
+
+/// Passes of a benchmark.
+pub struct PassProgress {
+    bar: Option<ProgressBar>,
+    name: String,
+    passes: usize,
+    last_line: Instant,
+}
+
+impl PassProgress {
+    pub fn new(name: &str, passes: usize) -> Self {
+        let style = ProgressStyle::with_template("{msg:<20} {wide_bar} {pos}/{len} passes {eta}").expect("valid");
+        let bar = std::io::stderr()
+            .is_terminal()
+            .then(|| ProgressBar::new(passes as u64).with_style(style).with_message(name.to_owned()));
+        Self { bar, name: name.to_owned(), passes, last_line: Instant::now() }
+    }
+
+    pub fn update(&mut self, done: usize) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done as u64);
+        } else if self.last_line.elapsed() > LINE_EVERY {
+            self.last_line = Instant::now();
+            say!("{}: {done} of {} passes", self.name, self.passes);
+        }
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

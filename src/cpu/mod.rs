@@ -13,8 +13,7 @@ pub fn pin_thread(index: usize) {
         if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut allowed) != 0 {
             return;
         }
-        let cores: Vec<usize> =
-            (0..libc::CPU_SETSIZE as usize).filter(|core| libc::CPU_ISSET(*core, &allowed)).collect();
+        let cores: Vec<usize> = (0..libc::CPU_SETSIZE as usize).filter(|core| libc::CPU_ISSET(*core, &allowed)).collect();
         if let Some(core) = cores.get(index) {
             let mut one: libc::cpu_set_t = std::mem::zeroed();
             libc::CPU_SET(*core, &mut one);

@@ -86,6 +86,11 @@ impl<'e> Answers<'e> {
         self.failed
     }
 
+    /// Tokens of the first completion of each request that is not finished.
+    pub fn tokens_so_far(&self) -> BTreeMap<u64, Vec<u32>> {
+        self.asked.iter().map(|(ordinal, asked)| (*ordinal, asked.choices[0].tokens.clone())).collect()
+    }
+
     pub fn generated(&self) -> u64 {
         self.generated
     }

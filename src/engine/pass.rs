@@ -142,7 +142,7 @@ fn device_rows(
         let on_gpu = !(first.decode && decode_on_host);
         let blocks_at = out.block_table.len();
         if on_gpu {
-            let window = config.sliding_window.unwrap_or(usize::MAX);
+            let window = config.widest_window().unwrap_or(usize::MAX);
             let first_visible = (first.position + 1).saturating_sub(window) / BLOCK_TOKENS;
             let blocks = batcher.table(first.sequence).blocks();
             for (block, id) in blocks.iter().enumerate().take(last.position / BLOCK_TOKENS + 1) {
@@ -197,7 +197,7 @@ impl Device for Pass<'_> {
             }
             Work::PreAttention { layer, micro_batch } => machine.pre_attention(layer, number(micro_batch), after)?,
             Work::RowsToHost { micro_batch, .. } => machine.rows_to_host(number(micro_batch), after)?,
-            Work::GpuAttention { micro_batch, .. } => machine.gpu_attention(number(micro_batch), after)?,
+            Work::GpuAttention { layer, micro_batch } => machine.gpu_attention(layer, number(micro_batch), after)?,
             Work::RowsToDevice { micro_batch, .. } => machine.rows_to_device(number(micro_batch), after)?,
             Work::PostAttention { layer, micro_batch } => machine.post_attention(layer, number(micro_batch), after)?,
             Work::LoadPage { layer, chunk, page } => {
@@ -271,7 +271,7 @@ impl HostLane<'_, '_> {
             q_heads: shape.q_heads,
             kv_heads: shape.kv_heads,
             head_width: shape.head_width,
-            window: pass.config.sliding_window,
+            window: pass.config.window(layer),
             scale: attention_scale(pass.config),
         };
         // SAFETY: as above; the output of the layer before went to the device before this task.
@@ -287,7 +287,8 @@ impl HostLane<'_, '_> {
                 table: self.batcher.table(row.sequence),
             })
             .collect();
-        attend(self.isa, self.batcher.kv(), layer, &attention, &mut decode, pass.threads);
+        let sinks = pass.machine.sinks(layer);
+        attend(self.isa, self.batcher.kv(), layer, &attention, sinks, &mut decode, pass.threads);
     }
 
     fn sample(&mut self, micro_batch: usize) -> Result<(), WorkError> {

@@ -23,19 +23,21 @@ use std::sync::Mutex;
 use half::f16;
 
 use crate::checkpoint::{Dtype, Reader, Weights};
-use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
+use crate::gpu::{
+    Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant,
+};
 use crate::kernels::lm_head_sample::Sample;
 use crate::kernels::{
-    copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, lm_head_sample,
-    matmul, paged_attention, prompt_attention, rms_norm, rotary, router_topk,
-    slabs::{N_SLABS, Place},
+    add_bias, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, layer_norm,
+    lm_head_sample, matmul, paged_attention, prompt_attention, qk_norm, rms_norm, rotary, router_topk,
+    slabs::{Layout, N_SLABS, Place},
 };
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
-use crate::model::{ExpertMatrix, ModelConfig, Role};
+use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role};
 use crate::policy::RowPath;
-use crate::reference::rotary::rope_table;
+use crate::reference::rotary::{rope_table, yarn_rope_table};
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -202,7 +204,10 @@ pub struct Machine {
     up: Slabs,
     down: Slabs,
     slots_per_slab: usize,
-    slot_bytes: u64,
+    /// By [`ExpertMatrix::ALL`].
+    matrix_bytes: [u64; 3],
+    /// `[H]` of each layer, where the model has sinks.
+    sinks: Vec<Vec<f32>>,
     groups: Vec<GroupBuffers>,
     micro_batches: Vec<MicroBatchBuffers>,
     workspaces: Vec<Workspace>,
@@ -210,7 +215,9 @@ pub struct Machine {
     router_logits: Buffer,
     /// [T * A, F]
     hidden: Buffer,
+    /// `[E]` of gate, and of up in its slabs.
     places: Buffer,
+    down_places: Buffer,
     head_rows: Buffer,
     head_normed: Buffer,
     logits: Buffer,
@@ -277,20 +284,22 @@ impl Machine {
         let config = weights.config().clone();
         let shape = config.shape;
         let expert_dtype = weights.inventory().expert_dtype().expect("mixed types were refused before");
-        let matrix_bytes = (shape.expert_matrix_elements() * expert_dtype.size_bytes()) as u64;
-        let slot_bytes = PageShape::slot_bytes(matrix_bytes);
-        let slots_per_slab = ((gpu.max_binding_bytes() / slot_bytes) as usize).max(1);
-        let slabs = |what: &str| -> Result<Slabs, GpuError> {
+        let matrix_bytes = weights.inventory().slot_bytes().expect("mixed types were refused before");
+        let slot_bytes = matrix_bytes.map(PageShape::slot_bytes);
+        let largest = slot_bytes.into_iter().max().expect("three kinds");
+        let slots_per_slab = ((gpu.max_binding_bytes() / largest) as usize).max(1);
+        let slabs = |what: &str, slot_bytes: u64| -> Result<Slabs, GpuError> {
             let mut left = plan.n_slots();
             let mut buffers = Vec::new();
-            while left > 0 {
+            while left > 0 && slot_bytes > 0 {
                 let n = left.min(slots_per_slab);
                 buffers.push(gpu.shared_buffer(&format!("{what} slab {}", buffers.len()), n as u64 * slot_bytes)?);
                 left -= n;
             }
             Ok(Slabs { buffers })
         };
-        let (gate, up, down) = (slabs("gate")?, slabs("up")?, slabs("down")?);
+        let [gate, up, down] = slot_bytes;
+        let (gate, up, down) = (slabs("gate", gate)?, slabs("up", up)?, slabs("down", down)?);
         let rows = extents.group_rows();
         let assignments = rows * shape.experts_per_token;
         let groups = (0..extents.expert_groups)
@@ -341,7 +350,7 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, PageError>>()?;
         let table = PageTable::new(&plan);
-        let rope = rope_table(shape.head_width, config.rope_theta as f32, extents.max_positions);
+        let rope = rotary_table(&config, extents.max_positions);
         let hidden_rows = extents.group_rows() * shape.experts_per_token;
         let mut machine = Machine {
             config,
@@ -355,7 +364,8 @@ impl Machine {
             up,
             down,
             slots_per_slab,
-            slot_bytes,
+            matrix_bytes,
+            sinks: Vec::new(),
             groups,
             micro_batches,
             workspaces,
@@ -363,6 +373,7 @@ impl Machine {
             router_logits: gpu.buffer("router logits", words(rows * shape.experts))?,
             hidden: gpu.buffer("expert hidden rows", words(hidden_rows * shape.expert_width))?,
             places: gpu.buffer("expert places", words(2 * shape.experts))?,
+            down_places: gpu.buffer("expert places of down", words(2 * shape.experts))?,
             head_rows: gpu.buffer("sampled residual rows", words(extents.head_rows * shape.d_model))?,
             head_normed: gpu.buffer("normed sampled rows", words(extents.head_rows * shape.d_model))?,
             logits: gpu.buffer("logits", words(extents.head_rows * shape.vocab))?,
@@ -384,34 +395,43 @@ impl Machine {
                 experts.map(move |expert| (layer, expert))
             })
             .collect();
-        let placed = weights.inventory().tensors();
-        let dense: Vec<_> = placed
+        let dense: Vec<_> = weights
+            .inventory()
+            .tensors()
             .iter()
-            .filter(|tensor| !matches!(tensor.role, Role::Expert { .. }))
+            .filter(|tensor| !tensor.role.in_slots())
             .map(|tensor| (tensor.role, tensor.dtype, tensor.bytes()))
             .collect();
-        let total =
-            dense.iter().map(|(_, _, bytes)| *bytes).sum::<u64>() + resident.len() as u64 * 3 * self.matrix_bytes();
+        let total = dense.iter().map(|(_, _, bytes)| *bytes).sum::<u64>()
+            + resident.len() as u64 * self.matrix_bytes.iter().sum::<u64>();
         let mut done = 0;
         let gpu = self.pipelines.gpu().clone();
         let reader = Reader::new();
         for (role, dtype, bytes) in dense {
-            let buffer = gpu.buffer_with(&format!("{role:?}"), &weights.tensor(&reader, role)?)?;
+            let dense = self.upload(role, dtype, &weights.tensor(&reader, role)?)?;
             gpu.flush()?;
-            self.dense.insert(role, Dense { buffer, dtype });
+            self.dense.insert(role, dense);
             done += bytes;
             progress(done, total);
         }
         for (layer, expert) in resident {
-            for matrix in [ExpertMatrix::Gate, ExpertMatrix::Up, ExpertMatrix::Down] {
-                let bytes = weights.tensor(&reader, Role::Expert { layer, expert, matrix })?;
-                let piece = Piece { expert, matrix, bytes: 0..bytes.len() as u64 };
+            for (matrix, n_bytes) in ExpertMatrix::ALL.into_iter().zip(self.matrix_bytes) {
+                if n_bytes == 0 {
+                    continue;
+                }
+                let mut bytes = vec![0u8; n_bytes as usize];
+                for source in weights.inventory().slot_sources(layer, expert, matrix, 0..n_bytes) {
+                    let length = (source.range.end - source.range.start) as usize;
+                    let into = &mut bytes[source.at as usize..][..length];
+                    weights.read(&reader, source.role, source.range, into)?;
+                }
+                let piece = Piece { expert, matrix, bytes: 0..n_bytes };
                 let slot = self.plan.slot(0, layer, expert);
                 let (slab, at) = self.slab_place(slot, &piece);
                 gpu.write(slab, at, &bytes);
                 self.table.get_mut().expect("table lock").arrive(slot, layer, &piece, None);
                 gpu.flush()?;
-                done += bytes.len() as u64;
+                done += n_bytes;
                 progress(done, total);
             }
         }
@@ -419,8 +439,20 @@ impl Machine {
         Ok(())
     }
 
-    fn matrix_bytes(&self) -> u64 {
-        (self.config.shape.expert_matrix_elements() * self.expert_dtype.size_bytes()) as u64
+    /// A tensor that stays, as the checkpoint has it or, for small ones that are added, in f32.
+    fn upload(&mut self, role: Role, dtype: Dtype, bytes: &[u8]) -> Result<Dense, GpuError> {
+        let gpu = self.pipelines.gpu();
+        let label = format!("{role:?}");
+        if !role.kept_as_f32() {
+            return Ok(Dense { buffer: gpu.buffer_with(&label, bytes)?, dtype });
+        }
+        let values = dtype.read_all(bytes);
+        let buffer = gpu.buffer_with(&label, bytemuck::cast_slice(&values))?;
+        if let Role::Sinks { layer } = role {
+            assert_eq!(self.sinks.len(), layer, "tensors come in the order of a forward pass");
+            self.sinks.push(values);
+        }
+        Ok(Dense { buffer, dtype: Dtype::F32 })
     }
 
     pub fn plan(&self) -> &PagePlan {
@@ -444,12 +476,22 @@ impl Machine {
         self.source.as_ref()
     }
 
+    /// Gives the device back and keeps the source.
+    pub fn into_source(self) -> Option<PageSource> {
+        self.source
+    }
+
     pub fn set_source(&mut self, source: PageSource) {
         self.source = Some(source);
     }
 
     fn dense(&self, role: Role) -> &Dense {
         &self.dense[&role.stored_as(&self.config)]
+    }
+
+    /// `[H]` scores that join the softmax of a layer's attention and have no value.
+    pub fn sinks(&self, layer: usize) -> Option<&[f32]> {
+        self.sinks.get(layer).map(Vec::as_slice)
     }
 
     /// Takes a micro-batch's rows for one pass; the first `n_host_queries` of them attend on the host.
@@ -562,12 +604,83 @@ impl Machine {
         y: Slice<'_>,
     ) -> Result<(), GpuError> {
         let gain = self.dense(role);
-        let params = rms_norm::Params {
+        let (n_rows, d_model, eps) = (n_rows as u32, self.config.shape.d_model as u32, self.config.norm_eps);
+        match self.config.forward.norm {
+            Norm::Rms => {
+                let params = rms_norm::Params { n_rows, d_model, eps };
+                rms_norm::record(recorder, gain.dtype, params, x, gain.buffer.whole(), y)
+            }
+            Norm::Layer => {
+                let params = layer_norm::Params { n_rows, d_model, eps };
+                layer_norm::record(recorder, gain.dtype, params, x, gain.buffer.whole(), y)
+            }
+        }
+    }
+
+    /// `y[.., y_offset ..] += bias`, where the model has biases.
+    fn add_bias(
+        &self,
+        recorder: &mut Recorder<'_>,
+        role: Role,
+        n_rows: usize,
+        y: Slice<'_>,
+        (y_stride, y_offset): (usize, usize),
+    ) -> Result<(), GpuError> {
+        if !self.config.forward.biases {
+            return Ok(());
+        }
+        let bias = &self.dense(role).buffer;
+        let params = add_bias::Params {
             n_rows: n_rows as u32,
-            d_model: self.config.shape.d_model as u32,
-            eps: self.config.norm_eps,
+            n_columns: (bias.size() / 4) as u32,
+            y_stride: y_stride as u32,
+            y_offset: y_offset as u32,
         };
-        rms_norm::record(recorder, gain.dtype, params, x, gain.buffer.whole(), y)
+        add_bias::record(recorder, params, bias.whole(), y)
+    }
+
+    /// Queries, keys and values of rows into `qkv`: projected, with biases, and normed.
+    fn project_qkv(
+        &self,
+        recorder: &mut Recorder<'_>,
+        layer: usize,
+        n_rows: usize,
+        x: Slice<'_>,
+        qkv: Slice<'_>,
+    ) -> Result<(), GpuError> {
+        let shape = &self.config.shape;
+        let (q, kv, all) = (shape.q_width(), shape.kv_width(), shape.qkv_width());
+        if self.config.forward.fused_qkv {
+            let (role, extents) = (Role::QueryKeyValue { layer }, (shape.d_model, all));
+            self.project(recorder, role, n_rows, extents, x, qkv, (all, 0), false)?;
+        } else {
+            for (role, bias, width, offset) in [
+                (Role::Query { layer }, Role::QueryBias { layer }, q, 0),
+                (Role::Key { layer }, Role::KeyBias { layer }, kv, q),
+                (Role::Value { layer }, Role::ValueBias { layer }, kv, q + kv),
+            ] {
+                self.project(recorder, role, n_rows, (shape.d_model, width), x, qkv, (all, offset), false)?;
+                self.add_bias(recorder, bias, n_rows, qkv, (all, offset))?;
+            }
+        }
+        let Some(norm) = self.config.forward.qk_norm else { return Ok(()) };
+        for (role, width, offset) in [(Role::QueryNorm { layer }, q, 0), (Role::KeyNorm { layer }, kv, q)] {
+            let segment = match norm {
+                QkNorm::PerHead => shape.head_width,
+                QkNorm::Whole => width,
+            };
+            let params = qk_norm::Params {
+                n_rows: n_rows as u32,
+                n_segments: (width / segment) as u32,
+                width: segment as u32,
+                stride: all as u32,
+                offset: offset as u32,
+                eps: self.config.norm_eps,
+            };
+            let gain = self.dense(role);
+            qk_norm::record(recorder, gain.dtype, params, gain.buffer.whole(), qkv)?;
+        }
+        Ok(())
     }
 
     /// `y[.., y_offset ..] = x W^T`, or `+=` with `accumulate`.
@@ -607,17 +720,13 @@ impl Machine {
         let x = self.region(&group.x, micro_batch, shape.d_model);
         let normed = self.region(&group.normed, micro_batch, shape.d_model);
         self.norm(r, Role::AttentionNorm { layer }, n, x, normed)?;
-        let (q, kv, all) = (shape.q_width(), shape.kv_width(), shape.qkv_width());
-        for (role, width, offset) in
-            [(Role::Query { layer }, q, 0), (Role::Key { layer }, kv, q), (Role::Value { layer }, kv, q + kv)]
-        {
-            self.project(r, role, n, (shape.d_model, width), normed, buffers.qkv.whole(), (all, offset), false)?;
-        }
+        self.project_qkv(r, layer, n, normed, buffers.qkv.whole())?;
         let params = rotary::Params {
             n_rows: n as u32,
             q_heads: shape.q_heads as u32,
             kv_heads: shape.kv_heads as u32,
             head_width: shape.head_width as u32,
+            clip: self.config.forward.qkv_clip.unwrap_or(0.0),
         };
         let bindings = rotary::Bindings {
             qkv: buffers.qkv.whole(),
@@ -693,7 +802,7 @@ impl Machine {
     }
 
     /// Prompt rows, and decode rows where [`DeviceRows::decode`] named any, attend over the workspace.
-    pub fn gpu_attention(&self, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
+    pub fn gpu_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let shape = &self.config.shape;
         let buffers = &self.micro_batches[micro_batch];
         let mut recorder = Recorder::timed(&self.pipelines);
@@ -703,8 +812,9 @@ impl Machine {
             kv_heads: shape.kv_heads as u32,
             head_width: shape.head_width as u32,
             q_stride: shape.qkv_width() as u32,
-            window: self.config.sliding_window.unwrap_or(0) as u32,
+            window: self.config.window(layer).unwrap_or(0) as u32,
             scale: attention_scale(&self.config),
+            has_sinks: self.config.forward.sinks as u32,
         };
         let bindings = |rows| paged_attention::Bindings {
             qkv: buffers.qkv.whole(),
@@ -712,6 +822,7 @@ impl Machine {
             block_table: buffers.block_table.whole(),
             kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
             out: buffers.attention.whole(),
+            sinks: self.where_there(self.config.forward.sinks, Role::Sinks { layer }),
         };
         // Nothing of an attention kernel depends on a weight type.
         let (r, variant) = (&mut recorder, Variant::new(Dtype::F32));
@@ -759,15 +870,17 @@ impl Machine {
         let normed = self.region(&group.normed, micro_batch, shape.d_model);
         let role = Role::AttentionOutput { layer };
         self.project(r, role, n, output, buffers.attention.whole(), x, (shape.d_model, 0), true)?;
+        self.add_bias(r, Role::AttentionOutputBias { layer }, n, x, (shape.d_model, 0))?;
         self.norm(r, Role::ExpertNorm { layer }, n, x, normed)?;
         let router = (shape.d_model, shape.experts);
         let logits = self.router_logits.whole();
         self.project(r, Role::Router { layer }, n, router, normed, logits, (shape.experts, 0), false)?;
+        self.add_bias(r, Role::RouterBias { layer }, n, logits, (shape.experts, 0))?;
         let params = router_topk::Params {
             n_rows: n as u32,
             n_experts: shape.experts as u32,
             n_chosen: shape.experts_per_token as u32,
-            renormalise: 1,
+            renormalise: self.config.forward.renormalise as u32,
         };
         let chosen = self.region(&group.chosen, micro_batch, shape.experts_per_token);
         let chosen_weights = self.region(&group.chosen_weights, micro_batch, shape.experts_per_token);
@@ -782,8 +895,20 @@ impl Machine {
             ExpertMatrix::Up => &self.up,
             ExpertMatrix::Down => &self.down,
         };
-        let at = (slot % self.slots_per_slab) as u64 * self.slot_bytes + piece.bytes.start;
+        let at = self.place(slot, piece.matrix).offset_words as u64 * 4 + piece.bytes.start;
         (&slabs.buffers[slot / self.slots_per_slab], at)
+    }
+
+    /// Where the slab of `matrix` has a slot.
+    fn place(&self, slot: usize, matrix: ExpertMatrix) -> Place {
+        let slot_bytes = PageShape::slot_bytes(self.matrix_bytes[matrix as usize]);
+        let word = (slot % self.slots_per_slab) as u64 * slot_bytes / 4;
+        Place { slab: (slot / self.slots_per_slab) as u32, offset_words: word as u32 }
+    }
+
+    /// The buffer of a role that not every model has; else any, for a binding that is not read.
+    fn where_there(&self, there: bool, role: Role) -> Slice<'_> {
+        if there { self.dense(role).buffer.whole() } else { self.places.whole() }
     }
 
     /// Number of a page among its layer's.
@@ -880,16 +1005,21 @@ impl Machine {
             let (chosen, offsets) = (buffers.chosen.whole(), buffers.offsets.whole());
             expert_sort::record(r, params, chosen, offsets, buffers.permutation.whole())?;
         }
-        let (places, mut tickets) = self.places(layer, chunk);
+        let (places, down_places, mut tickets) = self.places(layer, chunk);
         tickets.extend(after);
         r.upload(&self.places, 0, bytemuck::cast_slice(&places))?;
-        let params = expert_gate_up::Params {
-            n_assignments,
-            n_experts: shape.experts as u32,
-            n_chosen: n_chosen as u32,
-            d_model: shape.d_model as u32,
-            expert_width: shape.expert_width as u32,
+        r.upload(&self.down_places, 0, bytemuck::cast_slice(&down_places))?;
+        let forward = &self.config.forward;
+        let biased = forward.biases as u32;
+        let (n_experts, n_chosen_u32) = (shape.experts as u32, n_chosen as u32);
+        let (d_model, expert_width) = (shape.d_model as u32, shape.expert_width as u32);
+        let limit = match forward.activation {
+            Activation::SwiGlu => 0.0,
+            Activation::ClampedSwiGlu { limit } => limit,
         };
+        let params = expert_gate_up::Params::plain(n_assignments, n_experts, n_chosen_u32, d_model, expert_width)
+            .with_layout(Layout::gate_up(forward.experts, shape));
+        let params = expert_gate_up::Params { biased, limit, ..params };
         let bindings = expert_gate_up::Bindings {
             x: buffers.normed.whole(),
             permutation: buffers.permutation.whole(),
@@ -897,23 +1027,22 @@ impl Machine {
             places: self.places.whole(),
             h: self.hidden.whole(),
             gate: self.gate.bindings(),
-            up: self.up.bindings(),
+            up: if forward.experts.gate_holds_up() { self.gate.bindings() } else { self.up.bindings() },
+            bias: self.where_there(forward.biases, Role::GateUpBias { layer }),
         };
         let variant = Variant::new(self.expert_dtype);
         expert_gate_up::record(r, &variant, params, bindings)?;
-        let params = expert_down::Params {
-            n_assignments,
-            n_experts: shape.experts as u32,
-            d_model: shape.d_model as u32,
-            expert_width: shape.expert_width as u32,
-        };
+        let params = expert_down::Params::plain(n_assignments, n_experts, d_model, expert_width)
+            .with_layout(Layout::down(forward.experts, shape));
+        let params = expert_down::Params { biased, ..params };
         let bindings = expert_down::Bindings {
             h: self.hidden.whole(),
             permutation: buffers.permutation.whole(),
             offsets: buffers.offsets.whole(),
-            places: self.places.whole(),
+            places: self.down_places.whole(),
             y: buffers.expert_out.whole(),
             down: self.down.bindings(),
+            bias: self.where_there(forward.biases, Role::DownBias { layer }),
         };
         expert_down::record(r, &variant, params, bindings)?;
         if chunk + 1 == self.plan.chunks().len() {
@@ -928,19 +1057,20 @@ impl Machine {
         recorder.submit_after(&tickets)
     }
 
-    /// Where the experts of a chunk lie, and when the last of them will be there.
-    fn places(&self, layer: usize, chunk: usize) -> (Vec<Place>, Vec<Ticket>) {
+    /// Where the experts of a chunk lie (gate and up, then down), and when the last of them will be there.
+    fn places(&self, layer: usize, chunk: usize) -> (Vec<Place>, Vec<Place>, Vec<Ticket>) {
         let mut places = vec![Place::ABSENT; self.config.shape.experts];
+        let mut down_places = places.clone();
         let mut tickets = Vec::new();
         let table = self.table.lock().expect("table lock");
         for expert in self.plan.chunks()[chunk].experts.clone() {
             let slot = self.plan.slot(self.ring_start, layer, expert);
             let held = table.holds(slot, layer, expert);
             tickets.extend(held.unwrap_or_else(|| panic!("expert {expert} of layer {layer} is not in slot {slot}")));
-            let word = (slot % self.slots_per_slab) as u64 * self.slot_bytes / 4;
-            places[expert] = Place { slab: (slot / self.slots_per_slab) as u32, offset_words: word as u32 };
+            places[expert] = self.place(slot, ExpertMatrix::Gate);
+            down_places[expert] = self.place(slot, ExpertMatrix::Down);
         }
-        (places, tickets)
+        (places, down_places, tickets)
     }
 
     /// Between the regions of a group's micro-batches there are rows that nobody computed: no expert takes them.
@@ -997,6 +1127,15 @@ impl Machine {
             }
         }
         Ok(heads)
+    }
+}
+
+/// Cosine and sine of every position and pair, as the model turns its queries and keys.
+fn rotary_table(config: &ModelConfig, n_positions: usize) -> Vec<f32> {
+    let (head_width, theta) = (config.shape.head_width, config.rope_theta as f32);
+    match &config.forward.yarn {
+        Some(yarn) => yarn_rope_table(head_width, theta, yarn, n_positions),
+        None => rope_table(head_width, theta, n_positions),
     }
 }
 

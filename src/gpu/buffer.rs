@@ -93,6 +93,18 @@ unsafe impl Send for HostMemory {}
 unsafe impl Sync for HostMemory {}
 
 impl HostBuffer {
+    /// Ordinary memory that no copy reaches.
+    pub(crate) fn of(mut map: memmap2::MmapMut) -> Self {
+        let pointer = NonNull::new(map.as_mut_ptr()).expect("a mapping is nowhere near address 0");
+        let bytes = map.len() as u64;
+        Self { memory: HostMemory { pointer, bytes, handle: vk::Buffer::null(), keep: Arc::new(map) }, view: None }
+    }
+
+    /// A transfer queue has a name for it.
+    pub(crate) fn reached_by_copies(&self) -> bool {
+        self.memory.handle != vk::Buffer::null()
+    }
+
     pub fn size(&self) -> u64 {
         self.memory.bytes
     }
@@ -144,7 +156,12 @@ impl HostBuffer {
 impl Buffer {
     /// Where copies of a transfer start or end.
     pub fn at(&self, offset: u64) -> Place<'_> {
-        Place { handle: self.handle.unwrap_or_default(), keep: self.keep.as_ref(), end: End::Device(&self.raw), offset }
+        Place {
+            handle: self.handle.unwrap_or_default(),
+            keep: self.keep.as_ref(),
+            end: End::Device(&self.raw),
+            offset,
+        }
     }
 }
 

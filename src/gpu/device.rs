@@ -279,9 +279,10 @@ impl Gpu {
                     memory_hints: wgpu::MemoryHints::MemoryUsage,
                     ..Default::default()
                 };
-                let (device, queue) =
-                    pollster::block_on(adapter.request_device(&descriptor)).map_err(|error| open(error.to_string()))?;
-                let transfer = PlainTransfer::new(device.clone(), queue.clone(), faults.clone(), options.test_faults);
+                let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+                    .map_err(|error| open(error.to_string()))?;
+                let transfer =
+                    PlainTransfer::new(device.clone(), queue.clone(), faults.clone(), options.test_faults);
                 (device, queue, Arc::new(transfer) as Arc<dyn Transfer>)
             }
         };

@@ -26,6 +26,8 @@ pub enum Part {
     Weight,
     /// Text that a function beside the kernel makes, where WGSL could only repeat itself.
     Made(fn() -> String),
+    /// The same where it depends on the variant's dtype: how a kernel reads weights that may come in blocks (MXFP4).
+    MadeFor(fn(Dtype) -> String),
 }
 
 /// A field of a kernel's `Params`, as the Rust side lays it out; the macro `params!` lists them.
@@ -91,6 +93,11 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// Reads weights of experts, so it exists for MXFP4 as well.
+    fn reads_blocks(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part, Part::MadeFor(_)))
+    }
+
     /// Reads weights, so it exists once per dtype.
     pub fn reads_weights(&self) -> bool {
         self.parts.iter().any(|part| matches!(part, Part::Weight))
@@ -105,8 +112,9 @@ impl Kernel {
 
     /// Every variant there is: each dtype (one where it reads no weights) with each combination of tunable values.
     pub fn variants(&self) -> Vec<Variant> {
-        let dtypes = if self.reads_weights() { &[Dtype::Bf16, Dtype::F16, Dtype::F32][..] } else { &[Dtype::F32] };
-        let mut variants: Vec<Variant> = dtypes.iter().map(|dtype| Variant::new(*dtype)).collect();
+        let dtypes = if self.reads_weights() { &Dtype::ALL[..] } else { &[Dtype::F32] };
+        let blocks = self.reads_blocks().then_some(Dtype::Mxfp4);
+        let mut variants: Vec<Variant> = dtypes.iter().copied().chain(blocks).map(Variant::new).collect();
         for (name, values) in self.tunables {
             variants = variants
                 .iter()
@@ -130,6 +138,7 @@ impl Kernel {
             Dtype::Bf16 => include_str!("../../shaders/shared/weight_bf16.wgsl"),
             Dtype::F16 => include_str!("../../shaders/shared/weight_f16.wgsl"),
             Dtype::F32 => include_str!("../../shaders/shared/weight_f32.wgsl"),
+            Dtype::Mxfp4 => include_str!("../../shaders/shared/weight_mxfp4.wgsl"),
         };
         self.parts
             .iter()
@@ -137,6 +146,7 @@ impl Kernel {
                 Part::Text(text) => Cow::Borrowed(*text),
                 Part::Weight => Cow::Borrowed(weight_part),
                 Part::Made(make) => Cow::Owned(make()),
+                Part::MadeFor(make) => Cow::Owned(make(weights)),
             })
             .collect::<Vec<_>>()
             .join("\n")

@@ -30,10 +30,7 @@ pub static COPY_ROWS: Kernel = Kernel {
 /// Copies the first `row_words` words of every row.
 pub fn record(recorder: &mut Recorder<'_>, params: Params, from: Slice<'_>, to: Slice<'_>) -> Result<(), GpuError> {
     let Params { n_rows, row_words, from_stride, to_stride } = params;
-    assert!(
-        row_words <= from_stride.min(to_stride),
-        "copy_rows: {row_words} words of rows of {from_stride} and {to_stride}"
-    );
+    assert!(row_words <= from_stride.min(to_stride), "copy_rows: {row_words} words of rows of {from_stride} and {to_stride}");
     let workgroups = [n_rows, row_words.div_ceil(WORDS_PER_WORKGROUP), 1];
     recorder.dispatch(&COPY_ROWS, &Variant::new(Dtype::F32), &params, &[from, to], workgroups)
 }

@@ -7,6 +7,7 @@
 //! Given up: more rows in a dispatch than workgroups fit in one dimension (65,535 on most drivers) where a kernel gives each
 //! row a workgroup. The recorder panics there; a pass stays far below.
 
+pub mod add_bias;
 pub mod copy_rows;
 pub mod decode_attention;
 pub mod embed;
@@ -19,6 +20,7 @@ pub mod lm_head_sample;
 pub mod matmul;
 pub mod paged_attention;
 pub mod prompt_attention;
+pub mod qk_norm;
 pub mod rms_norm;
 pub mod rotary;
 pub mod router_topk;
@@ -34,6 +36,7 @@ pub const MAX_EXPERTS: u32 = 256;
 
 /// Every kernel there is. Tests walk this list.
 pub static ALL: &[&Kernel] = &[
+    &add_bias::ADD_BIAS,
     &copy_rows::COPY_ROWS,
     &decode_attention::DECODE_ATTENTION,
     &embed::EMBED,
@@ -45,6 +48,7 @@ pub static ALL: &[&Kernel] = &[
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,
     &prompt_attention::PROMPT_ATTENTION,
+    &qk_norm::QK_NORM,
     &rms_norm::RMS_NORM,
     &rotary::ROTARY,
     &router_topk::ROUTER_TOPK,

@@ -19,6 +19,8 @@ params! {
         pub window: u32,
         /// Factor on `q · k`, usually `1 / sqrt(K)`.
         pub scale: f32,
+        /// 1: each query head has a sink, a score that joins its softmax and has no value.
+        pub has_sinks: u32,
     }
 }
 
@@ -52,9 +54,11 @@ pub struct Bindings<'a> {
     pub kv_blocks: Slice<'a>,
     /// `[T, H, K]` f32: out, only the rows of `rows`.
     pub out: Slice<'a>,
+    /// `[H]` f32. Any buffer where there are none.
+    pub sinks: Slice<'a>,
 }
 
-pub(super) const ACCESS: &[Access] = &[Read, Read, Read, Read, ReadWrite];
+pub(super) const ACCESS: &[Access] = &[Read, Read, Read, Read, ReadWrite, Read];
 pub(super) const TUNABLES: &[(&str, &[u32])] = &[("WG_SIZE", &[32, 64, 128])];
 
 pub(super) fn record(
@@ -71,7 +75,7 @@ pub(super) fn record(
         kernel.name
     );
     assert!(q_heads.is_multiple_of(kv_heads), "{}: {q_heads} query heads on {kv_heads} KV heads", kernel.name);
-    let Bindings { qkv, rows, block_table, kv_blocks, out } = bindings;
+    let Bindings { qkv, rows, block_table, kv_blocks, out, sinks } = bindings;
     let workgroups = [n_rows, kv_heads * (q_heads / kv_heads).div_ceil(4), 1];
-    recorder.dispatch(kernel, variant, &params, &[qkv, rows, block_table, kv_blocks, out], workgroups)
+    recorder.dispatch(kernel, variant, &params, &[qkv, rows, block_table, kv_blocks, out, sinks], workgroups)
 }

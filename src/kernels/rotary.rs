@@ -14,6 +14,8 @@ params! {
         pub kv_heads: u32,
         /// K, even
         pub head_width: u32,
+        /// Every element is clamped to ±this first; 0: none is.
+        pub clip: f32,
     }
 }
 
@@ -52,7 +54,7 @@ pub struct Bindings<'a> {
     pub kv_blocks: Slice<'a>,
 }
 
-/// Rotates the q heads of every row, and writes its rotated k and its v as f16 to `kv_rows` and, where it has a slot, to
+/// Clamps, rotates the q heads of every row, and writes its rotated k and its v as f16 to `kv_rows` and, where it has a slot, to
 /// `kv_blocks`.
 pub fn record(recorder: &mut Recorder<'_>, params: Params, bindings: Bindings<'_>) -> Result<(), GpuError> {
     assert!(params.head_width.is_multiple_of(2), "rotary: a head of odd width {} has no pairs", params.head_width);

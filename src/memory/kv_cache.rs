@@ -144,6 +144,8 @@ pub enum KvError {
         *needed_bytes as f64 / (1u64 << 30) as f64
     )]
     Refused { needed_bytes: usize, n_blocks: usize, bytes_per_block: usize, source: io::Error },
+    #[error("the warm sequences do not fit: {0}")]
+    Warm(#[source] OutOfBlocks),
     /// `directory` because the file itself has no name.
     #[error("the KV spill file in {}: {action}", directory.display())]
     Spill { directory: PathBuf, action: String, source: io::Error },
@@ -324,6 +326,37 @@ impl KvCache {
                 }
             });
         });
+    }
+
+    /// Fills the blocks of sequences with made-up keys and values, in -0.5..0.5, which depend on the sequence's number, the layer
+    /// and the place in the sequence.
+    pub(crate) fn make_up(&mut self, tables: &[(u64, &BlockTable)], threads: &rayon::ThreadPool) {
+        let elements = self.layout.block_elements();
+        // Each block is a window of one stretch of noise.
+        let noise: Vec<f16> = (0..2 * elements as u64 + 65_536)
+            .map(|at| {
+                let mixed = (at + 1).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                f16::from_f32(((mixed ^ mixed >> 31) >> 40) as f32 / (1u64 << 24) as f32 - 0.5)
+            })
+            .collect();
+        let mut wanted: Vec<Option<(u64, u64)>> = vec![None; self.total_blocks()];
+        for (number, table) in tables {
+            for (place, block) in table.blocks.iter().enumerate() {
+                wanted[block.index()] = Some((*number, place as u64));
+            }
+        }
+        for layer in 0..self.layout.layers {
+            let blocks = self.layer_mut(layer);
+            threads.install(|| {
+                blocks.par_chunks_exact_mut(elements).zip(&wanted).for_each(|(block, wanted)| {
+                    let Some((number, place)) = wanted else { return };
+                    let mixed = (number * 1_000_003 + place * 8191 + layer as u64 * 127 + 1)
+                        .wrapping_mul(0x94d0_49bb_1331_11eb);
+                    let start = (mixed >> 20) as usize % (noise.len() - elements);
+                    block.copy_from_slice(&noise[start..start + elements]);
+                });
+            });
+        }
     }
 
     /// One layer of a block, `[G, 2, BLOCK_TOKENS, K]`. Slots that its owner has not written hold anything, NaN included.

@@ -75,23 +75,11 @@ type At = (usize, u64);
 
 enum Bytes {
     /// Each page's pieces one after the other. By number of the page, layer by layer.
-    Resident {
-        arenas: Vec<HostBuffer>,
-        at: Vec<At>,
-    },
+    Resident { arenas: Vec<HostBuffer>, at: Vec<At> },
     /// Each file's mapping, cut into arenas.
-    Mapped {
-        files: HashMap<std::path::PathBuf, Vec<HostBuffer>>,
-    },
-    Staged {
-        buffers: Mutex<Vec<(HostBuffer, Option<Ticket>)>>,
-        reader: Reader,
-    },
-    Relay {
-        arenas: Vec<memmap2::MmapMut>,
-        at: Vec<At>,
-        fresh: Mutex<HashMap<usize, HostBuffer>>,
-    },
+    Mapped { files: HashMap<std::path::PathBuf, Vec<HostBuffer>> },
+    Staged { buffers: Mutex<Vec<(HostBuffer, Option<Ticket>)>>, reader: Reader },
+    Relay { arenas: Vec<HostBuffer>, at: Vec<At>, fresh: Mutex<HashMap<usize, HostBuffer>> },
 }
 
 /// Offset of each piece within its page, and the page's size.
@@ -107,10 +95,6 @@ fn lay_out(page: &Page) -> (Vec<u64>, u64) {
         })
         .collect();
     (offsets, end)
-}
-
-fn role(layer: usize, piece: &Piece) -> Role {
-    Role::Expert { layer, expert: piece.expert, matrix: piece.matrix }
 }
 
 /// All pages of a layer, in order of use.
@@ -164,17 +148,22 @@ struct Portion {
     to: Memory,
 }
 
-fn portions(layer: usize, page: &Page, start: *mut u8) -> Vec<Portion> {
+/// What fills a page that starts at `start`: the bytes of tensors that its pieces are made of.
+fn portions(weights: &Weights, layer: usize, page: &Page, start: *mut u8) -> Vec<Portion> {
     let (offsets, _) = lay_out(page);
     let mut out = Vec::new();
     for (piece, offset) in page.pieces.iter().zip(offsets) {
-        let mut from = piece.bytes.start;
-        while from < piece.bytes.end {
-            let to = (from + PORTION_BYTES).min(piece.bytes.end);
-            // SAFETY: the page's place in memory is as long as `lay_out` says.
-            let at = unsafe { start.add((offset + from - piece.bytes.start) as usize) };
-            out.push(Portion { role: role(layer, piece), range: from..to, to: Memory(at) });
-            from = to;
+        let inventory = weights.inventory();
+        for source in inventory.slot_sources(layer, piece.expert, piece.matrix, piece.bytes.clone()) {
+            let first = offset + source.at - piece.bytes.start;
+            let mut from = source.range.start;
+            while from < source.range.end {
+                let to = (from + PORTION_BYTES).min(source.range.end);
+                // SAFETY: the page's place in memory is as long as `lay_out` says, and sources lie within their piece.
+                let at = unsafe { start.add((first + from - source.range.start) as usize) };
+                out.push(Portion { role: source.role, range: from..to, to: Memory(at) });
+                from = to;
+            }
         }
     }
     out
@@ -243,6 +232,7 @@ impl PageSource {
                 let mut arenas = sizes.iter().map(|bytes| anonymous(*bytes)).collect::<Result<Vec<_>, _>>()?;
                 let starts: Vec<Memory> = arenas.iter_mut().map(|arena| Memory(arena.as_mut_ptr())).collect();
                 Self::fill_arenas(request, &starts, &at, progress)?;
+                let arenas = arenas.into_iter().map(HostBuffer::of).collect();
                 Ok(Bytes::Relay { arenas, at, fresh: Mutex::default() })
             }
         }
@@ -310,7 +300,7 @@ impl PageSource {
             for (number, page) in pages.iter().enumerate() {
                 let (arena, offset) = at[layer * pages.len() + number];
                 // SAFETY: `cut_arenas` placed the page within its arena.
-                work.extend(portions(layer, page, unsafe { starts[arena].0.add(offset as usize) }));
+                work.extend(portions(request.weights, layer, page, unsafe { starts[arena].0.add(offset as usize) }));
                 done += page.bytes();
             }
             read_all(request.weights, &reader, request.threads, work)?;
@@ -320,7 +310,8 @@ impl PageSource {
     }
 
     fn map(request: &SourceRequest<'_>) -> Result<Bytes, PageError> {
-        let unavailable = |cause: &str| PageError::Unavailable { wanted: SourceKind::Mapped, cause: cause.to_owned() };
+        let unavailable =
+            |cause: &str| PageError::Unavailable { wanted: SourceKind::Mapped, cause: cause.to_owned() };
         let checkpoint = request.weights.files().ok_or_else(|| unavailable("made-up weights lie in no file"))?;
         let mut files = HashMap::new();
         for (path, map) in checkpoint.mappings() {
@@ -342,6 +333,24 @@ impl PageSource {
 
     pub fn kind(&self) -> SourceKind {
         self.kind
+    }
+
+    /// The same bytes used in another way: memory that was lent or pinned can be relayed, and the other way round.
+    pub fn used_as(self, kind: SourceKind) -> Result<PageSource, PageError> {
+        use SourceKind::{Imported, Pinned, Relay};
+        let bytes = match (self.bytes, kind) {
+            (bytes, kind) if kind == self.kind => bytes,
+            (Bytes::Resident { arenas, at }, Relay) => Bytes::Relay { arenas, at, fresh: Mutex::default() },
+            // What was never lent has no name for copies.
+            (Bytes::Relay { arenas, at, .. }, Imported | Pinned) if arenas.iter().all(HostBuffer::reached_by_copies) => {
+                Bytes::Resident { arenas, at }
+            }
+            _ => {
+                let cause = format!("the weights are {} and would have to be loaded again", self.kind);
+                return Err(PageError::Unavailable { wanted: kind, cause });
+            }
+        };
+        Ok(PageSource { kind, why: self.why, bytes })
     }
 
     /// Why each better source was not taken.
@@ -380,16 +389,20 @@ impl PageSource {
                 let checkpoint = weights.files().expect("the mapping is of files");
                 let mut copies = Vec::new();
                 for piece in &page.pieces {
-                    let view = checkpoint.tensor(role(layer, piece));
-                    let arenas = &files[view.path];
-                    let (mut from, end) = (view.range.start + piece.bytes.start, view.range.start + piece.bytes.end);
                     let to = target(piece);
-                    let mut done = 0;
-                    while from < end {
-                        let (arena, offset) = ((from / ARENA_BYTES) as usize, from % ARENA_BYTES);
-                        let bytes = (end - from).min(ARENA_BYTES - offset);
-                        copies.push(CopyRange::new(arenas[arena].at(offset), to.plus(done), bytes));
-                        (from, done) = (from + bytes, done + bytes);
+                    let inventory = weights.inventory();
+                    for source in inventory.slot_sources(layer, piece.expert, piece.matrix, piece.bytes.clone()) {
+                        let tensor = checkpoint.tensor(source.role);
+                        let arenas = &files[tensor.path];
+                        let (mut from, end) =
+                            (tensor.range.start + source.range.start, tensor.range.start + source.range.end);
+                        let mut done = source.at - piece.bytes.start;
+                        while from < end {
+                            let (arena, offset) = ((from / ARENA_BYTES) as usize, from % ARENA_BYTES);
+                            let bytes = (end - from).min(ARENA_BYTES - offset);
+                            copies.push(CopyRange::new(arenas[arena].at(offset), to.plus(done), bytes));
+                            (from, done) = (from + bytes, done + bytes);
+                        }
                     }
                 }
                 Ok(gpu.copy(Line::ToDevice, &by_ends(copies), after)?)
@@ -404,7 +417,7 @@ impl PageSource {
                 }
                 // SAFETY: the buffer's last copy has run, and this lock keeps others out.
                 let start = unsafe { buffer.slice_mut::<u8>(0..bytes) }.as_mut_ptr();
-                read_all(weights, reader, threads, portions(layer, page, start))?;
+                read_all(weights, reader, threads, portions(weights, layer, page, start))?;
                 let ticket = from_buffer(buffer, 0)?;
                 *busy = Some(ticket);
                 Ok(ticket)
@@ -426,9 +439,10 @@ impl PageSource {
         let (_, bytes) = lay_out(pages[request.number]);
         let buffer = request.gpu.pinned("a relayed page", bytes)?;
         let (arena, offset) = at[key];
-        // SAFETY: nobody else knows of this buffer yet.
-        let into = unsafe { buffer.slice_mut::<u8>(0..bytes) };
-        into.copy_from_slice(&arenas[arena][offset as usize..][..bytes as usize]);
+        // SAFETY: nobody else knows of this buffer yet, and nobody writes what was filled.
+        let (into, from) =
+            unsafe { (buffer.slice_mut::<u8>(0..bytes), arenas[arena].slice::<u8>(offset..offset + bytes)) };
+        into.copy_from_slice(from);
         fresh.lock().expect("relay lock").insert(key, buffer);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Paged expert weights: which bytes travel together, and where on the GPU they land.
 //!
-//! In: the extents of an expert matrix, how many experts a layer has, how many stay resident, how many the ring holds, and the
+//! In: the bytes of an expert's slots, how many experts a layer has, how many stay resident, how many the ring holds, and the
 //! size of a page. Out: a [`PagePlan`] – chunks of experts that compute together, the pages that bring them, and the slot of
 //! every expert – and a [`PageTable`] that knows which expert each slot holds now, and the ticket of the copies that
 //! brought it.
@@ -17,7 +17,7 @@
 //! is rewritten only after the whole ring has gone by. A pass that begins at slot `ring_start` of the ring ends where the next
 //! one begins ([`PagePlan::next_ring_start`]); what is loaded ahead for the next pass is layer L, L + 1, … of this one.
 //!
-//! Guarantees: pages of a chunk cover each byte of its matrices exactly once; two experts of one chunk never share a slot. Given
+//! Guarantees: pages of a chunk cover each byte of its slots exactly once; two experts of one chunk never share a slot. Given
 //! up: experts stream in their order in the layer, not by popularity.
 
 use std::ops::Range;
@@ -34,8 +34,8 @@ pub struct PageShape {
     pub resident: usize,
     /// Slots for streamed experts. Not used where all are resident.
     pub ring: usize,
-    /// Bytes of one matrix; gate, up and down have the same.
-    pub matrix_bytes: u64,
+    /// Bytes of an expert's slots by [`ExpertMatrix::ALL`]; 0 where it has none of that kind.
+    pub matrix_bytes: [u64; 3],
     /// No page is larger; a matrix that is gets cut.
     pub page_bytes: u64,
     pub layers: usize,
@@ -48,12 +48,13 @@ impl PageShape {
     }
 }
 
-/// A range of one expert matrix.
+/// A range of one slot of an expert. Which bytes of which tensors belong there, a checkpoint's
+/// [`Inventory::slot_sources`](crate::checkpoint::Inventory::slot_sources) says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     pub expert: usize,
     pub matrix: ExpertMatrix,
-    /// Bytes of the matrix; the start is a multiple of 4.
+    /// Bytes of the slot; the start is a multiple of 4.
     pub bytes: Range<u64>,
 }
 
@@ -154,12 +155,12 @@ impl PagePlan {
 }
 
 /// Pages of at most `page_bytes` that cover every matrix of `experts`, in order of use: gate and up before down.
-fn cut(experts: Range<usize>, matrix_bytes: u64, page_bytes: u64) -> Vec<Page> {
+fn cut(experts: Range<usize>, matrix_bytes: [u64; 3], page_bytes: u64) -> Vec<Page> {
     let page_bytes = (page_bytes / 4 * 4).max(4);
     let mut pages = vec![Page::default()];
     let mut room = page_bytes;
     for expert in experts {
-        for matrix in [ExpertMatrix::Gate, ExpertMatrix::Up, ExpertMatrix::Down] {
+        for (matrix, matrix_bytes) in ExpertMatrix::ALL.into_iter().zip(matrix_bytes) {
             let mut start = 0;
             while start < matrix_bytes {
                 if room == 0 {
@@ -181,7 +182,7 @@ fn cut(experts: Range<usize>, matrix_bytes: u64, page_bytes: u64) -> Vec<Page> {
 #[derive(Debug)]
 pub struct PageTable {
     slots: Vec<Option<Holding>>,
-    /// Bytes of one expert, all three matrices.
+    /// Bytes of one expert, all its slots.
     expert_bytes: u64,
 }
 
@@ -196,7 +197,7 @@ struct Holding {
 
 impl PageTable {
     pub fn new(plan: &PagePlan) -> Self {
-        Self { slots: vec![None; plan.n_slots()], expert_bytes: 3 * plan.shape.matrix_bytes }
+        Self { slots: vec![None; plan.n_slots()], expert_bytes: plan.shape.matrix_bytes.iter().sum() }
     }
 
     /// A piece of an expert goes to its slot, and will be there when `ticket` is reached; what the slot held before is gone.

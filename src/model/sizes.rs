@@ -37,7 +37,7 @@ impl Sizes {
     pub fn parameters(config: &ModelConfig) -> Sizes {
         let mut sizes = Sizes::default();
         for tensor in tensors(config) {
-            sizes[tensor.role.kind()] += tensor.elements();
+            sizes[tensor.role.kind()] += tensor.parameters(config);
         }
         sizes
     }

@@ -2,11 +2,12 @@
 //!
 //! In: a [`ModelConfig`]. Out: one [`TensorSpec`] for every tensor that the family keeps on disk, no role twice, no name
 //! twice. Where the embedding table is also the LM head, [`Role::LmHead`] has no tensor of its own:
-//! [`Role::stored_as`] says where its bytes are.
+//! [`Role::stored_as`] says where its bytes are. Where a tensor holds all experts of a layer, [`ExpertLayout`] says which part of
+//! it is one expert's.
 //!
-//! Given up: one tensor plays one role. DBRX keeps all experts of a layer in one tensor; its file will need specs that
-//! name a range of rows, and only [`TensorSpec`] and `checkpoint::inventory` will see the difference.
+//! [`ExpertLayout`]: super::ExpertLayout
 
+use super::expert_layout::Packing;
 use super::{Kind, ModelConfig};
 
 /// One of the three matrices of an expert.
@@ -24,20 +25,91 @@ impl ExpertMatrix {
     pub const ALL: [ExpertMatrix; 3] = [ExpertMatrix::Gate, ExpertMatrix::Up, ExpertMatrix::Down];
 }
 
+/// A tensor that holds something of all experts of a layer. Its first axis counts experts, or is a multiple of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ExpertPart {
+    Gate,
+    Up,
+    Down,
+    /// Gate and up, row by row in turns.
+    GateUp,
+    GateUpScales,
+    DownScales,
+}
+
 /// What a tensor is for. Layers and experts count from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
     Embedding,
     FinalNorm,
     LmHead,
-    AttentionNorm { layer: usize },
-    Query { layer: usize },
-    Key { layer: usize },
-    Value { layer: usize },
-    AttentionOutput { layer: usize },
-    ExpertNorm { layer: usize },
-    Router { layer: usize },
-    Expert { layer: usize, expert: usize, matrix: ExpertMatrix },
+    AttentionNorm {
+        layer: usize,
+    },
+    Query {
+        layer: usize,
+    },
+    Key {
+        layer: usize,
+    },
+    Value {
+        layer: usize,
+    },
+    /// Query, Key and Value in one.
+    QueryKeyValue {
+        layer: usize,
+    },
+    QueryBias {
+        layer: usize,
+    },
+    KeyBias {
+        layer: usize,
+    },
+    ValueBias {
+        layer: usize,
+    },
+    QueryNorm {
+        layer: usize,
+    },
+    KeyNorm {
+        layer: usize,
+    },
+    /// One logit per query head.
+    Sinks {
+        layer: usize,
+    },
+    AttentionOutput {
+        layer: usize,
+    },
+    AttentionOutputBias {
+        layer: usize,
+    },
+    ExpertNorm {
+        layer: usize,
+    },
+    Router {
+        layer: usize,
+    },
+    RouterBias {
+        layer: usize,
+    },
+    Expert {
+        layer: usize,
+        expert: usize,
+        matrix: ExpertMatrix,
+    },
+    Experts {
+        layer: usize,
+        part: ExpertPart,
+    },
+    /// `[E, 2 F]`, gate and up in turns. Stays on the GPU.
+    GateUpBias {
+        layer: usize,
+    },
+    /// `[E, D]`. Stays on the GPU.
+    DownBias {
+        layer: usize,
+    },
 }
 
 impl Role {
@@ -45,14 +117,47 @@ impl Role {
     pub fn kind(self) -> Kind {
         match self {
             Role::Embedding => Kind::Embedding,
-            Role::FinalNorm | Role::AttentionNorm { .. } | Role::ExpertNorm { .. } => Kind::Norms,
+            Role::FinalNorm
+            | Role::AttentionNorm { .. }
+            | Role::ExpertNorm { .. }
+            | Role::QueryNorm { .. }
+            | Role::KeyNorm { .. } => Kind::Norms,
             Role::LmHead => Kind::Head,
-            Role::Query { .. } | Role::Key { .. } | Role::Value { .. } | Role::AttentionOutput { .. } => {
-                Kind::Attention
+            Role::Query { .. }
+            | Role::Key { .. }
+            | Role::Value { .. }
+            | Role::QueryKeyValue { .. }
+            | Role::QueryBias { .. }
+            | Role::KeyBias { .. }
+            | Role::ValueBias { .. }
+            | Role::Sinks { .. }
+            | Role::AttentionOutput { .. }
+            | Role::AttentionOutputBias { .. } => Kind::Attention,
+            Role::Router { .. } | Role::RouterBias { .. } => Kind::Routers,
+            Role::Expert { .. } | Role::Experts { .. } | Role::GateUpBias { .. } | Role::DownBias { .. } => {
+                Kind::Experts
             }
-            Role::Router { .. } => Kind::Routers,
-            Role::Expert { .. } => Kind::Experts,
         }
+    }
+
+    /// Its bytes go through expert slots; everything else stays on the GPU as a buffer of its own.
+    pub fn in_slots(self) -> bool {
+        matches!(self, Role::Expert { .. } | Role::Experts { .. })
+    }
+
+    /// Small numbers that are added one by one: kept as f32 whatever the checkpoint has.
+    pub fn kept_as_f32(self) -> bool {
+        matches!(
+            self,
+            Role::QueryBias { .. }
+                | Role::KeyBias { .. }
+                | Role::ValueBias { .. }
+                | Role::Sinks { .. }
+                | Role::AttentionOutputBias { .. }
+                | Role::RouterBias { .. }
+                | Role::GateUpBias { .. }
+                | Role::DownBias { .. }
+        )
     }
 
     /// The role under which the bytes of this one are stored: itself, or the embedding for a tied LM head.
@@ -77,6 +182,15 @@ impl TensorSpec {
     /// Elements of the tensor. Fits, because the shape came out of a validated config.
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|&extent| extent as u64).product()
+    }
+
+    /// Weights that the elements stand for.
+    pub fn parameters(&self, config: &ModelConfig) -> u64 {
+        match config.forward.experts.packing(self.role) {
+            Packing::Floats => self.elements(),
+            Packing::Mxfp4Blocks => 2 * self.elements(),
+            Packing::Mxfp4Scales => 0,
+        }
     }
 }
 

@@ -6,9 +6,9 @@ use crate::checkpoint::{Inventory, Placed};
 use crate::execute::machine::{Extents, host_row_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
-use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
-use crate::model::{ModelConfig, Role};
+use crate::model::ModelConfig;
+use crate::memory::page_source::STAGING_BUFFERS;
 use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
@@ -19,8 +19,8 @@ pub struct ModelBytes {
     pub dense: u64,
     /// The largest tensor of those; each has to fit one binding.
     pub largest_dense: u64,
-    /// One expert matrix.
-    pub matrix: u64,
+    /// One expert's slots, by `ExpertMatrix::ALL`.
+    pub matrix: [u64; 3],
     /// All files.
     pub files: u64,
 }
@@ -28,16 +28,32 @@ pub struct ModelBytes {
 impl ModelBytes {
     /// Of a checkpoint whose experts have one type.
     pub fn of(inventory: &Inventory) -> Self {
-        let expert = |tensor: &&Placed| matches!(tensor.role, Role::Expert { .. });
-        let tensors = inventory.tensors();
-        // Each is padded to whole words on the device.
-        let dense = || tensors.iter().filter(|t| !expert(t)).map(|t| t.bytes().next_multiple_of(4));
+        let bytes = |tensor: &Placed| match tensor.role.kept_as_f32() {
+            true => 4 * tensor.shape.iter().product::<usize>() as u64,
+            false => tensor.bytes().next_multiple_of(4), // padded to whole words on the device
+        };
+        let dense = || inventory.tensors().iter().filter(|tensor| !tensor.role.in_slots()).map(bytes);
         Self {
             dense: dense().sum(),
             largest_dense: dense().max().unwrap_or(0),
-            matrix: tensors.iter().find(expert).map_or(0, Placed::bytes),
+            matrix: inventory.slot_bytes().unwrap_or_default(),
             files: inventory.files().iter().map(|(_, bytes)| bytes).sum(),
         }
+    }
+
+    /// Bytes of one expert, without the padding of its slots.
+    pub fn expert(&self) -> u64 {
+        self.matrix.iter().sum()
+    }
+
+    /// Bytes that one expert takes on the device.
+    pub fn expert_slots(&self) -> u64 {
+        self.matrix.iter().map(|bytes| PageShape::slot_bytes(*bytes)).sum()
+    }
+
+    /// The largest slot: all kinds have as many slots in a slab as its kind has.
+    pub fn largest_slot(&self) -> u64 {
+        self.matrix.iter().map(|bytes| PageShape::slot_bytes(*bytes)).max().expect("three kinds")
     }
 }
 
@@ -167,6 +183,35 @@ pub fn fit(
     machine: &MachineLimits,
     wishes: &Wishes,
 ) -> Result<Plan, PlanError> {
+    let mut most_pool = u64::MAX;
+    loop {
+        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool)?;
+        let (needed, allowed) = (plan.memory.host(), machine.host_bytes);
+        if needed <= allowed {
+            return Ok(plan);
+        }
+        // What the workspaces take on the host depends on the pool, so only now it is known to be too large.
+        if wishes.kv_bytes.is_some() || plan.memory.kv_pool < needed - allowed {
+            return Err(PlanError::Memory {
+                what: "the KV pool, weights kept, rows, context and pages on their way need".into(),
+                needed,
+                side: "host",
+                allowed,
+                option: "--host-memory",
+            });
+        }
+        most_pool = plan.memory.kv_pool - (needed - allowed);
+    }
+}
+
+/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has.
+fn fit_with_pool(
+    config: &ModelConfig,
+    bytes: &ModelBytes,
+    machine: &MachineLimits,
+    wishes: &Wishes,
+    most_pool: u64,
+) -> Result<Plan, PlanError> {
     let shape = &config.shape;
     let words = |n: usize| 4 * n as u64;
     let default_rows = DEFAULT_PASS_ROWS.max(wishes.max_sequences.unwrap_or(0));
@@ -175,8 +220,7 @@ pub fn fit(
     let schedule = wishes.schedule.unwrap_or(ScheduleKind::Grouped);
     let attention = match (schedule.attention(), wishes.attention) {
         (Some(place), Some(wish)) if place != wish => {
-            let (value, with) =
-                (wish.name().to_owned(), format!("--schedule {schedule}, which attends on the {}", place.name()));
+            let (value, with) = (wish.name().to_owned(), format!("--schedule {schedule}, which attends on the {}", place.name()));
             return Err(PlanError::Conflict { option: "--attention", value, with });
         }
         (place, wish) => place.or(wish).unwrap_or_default(),
@@ -208,12 +252,13 @@ pub fn fit(
     let widest = widest.max(shape.experts).max(4); // router logits; an attended row
     let rows_that_bind = (machine.binding_bytes / words(widest)) as usize / group_size;
     // Regions of a group's buffers are padded.
+    let padded = |rows: usize| if group_size > 1 { rows.next_multiple_of(64) } else { rows };
     let rows_that_bind = if group_size > 1 { rows_that_bind / 64 * 64 } else { rows_that_bind };
     let wished_rows = pass_rows / micro_batches;
     if wishes.pass_rows.is_some() && wished_rows > rows_that_bind || rows_that_bind == 0 {
         return Err(PlanError::Binding {
             what: "a group's expert rows",
-            needed: words(widest) * (wished_rows * group_size) as u64,
+            needed: words(widest) * (padded(wished_rows.max(1)) * group_size) as u64,
             limit: machine.binding_bytes,
             option: "--max-num-batched-tokens (or raise --expert-groups)",
         });
@@ -235,7 +280,7 @@ pub fn fit(
         let allowed = "at least 4 bytes".to_owned();
         return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
     }
-    let expert_weights = 3 * bytes.matrix;
+    let expert_weights = bytes.expert();
     let all_experts = (shape.layers * shape.experts) as u64 * expert_weights;
     let in_flight = page_bytes.min(all_experts).saturating_mul(STAGING_BUFFERS as u64);
     let staging = (row_bytes * micro_batches as u64).saturating_add(in_flight);
@@ -254,7 +299,7 @@ pub fn fit(
     let pool_bytes = wishes.kv_bytes.unwrap_or_else(|| {
         let all = (max_sequences as u64 * blocks_for(longest) as u64).saturating_mul(block_bytes);
         let share = if keep { host_left } else { host_left / 2 };
-        all.min(share).max(block_bytes.min(host_left))
+        all.min(share).max(block_bytes.min(host_left)).min(most_pool)
     });
     if pool_bytes > host_left {
         return Err(PlanError::Memory {
@@ -349,7 +394,7 @@ pub fn fit(
         + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
-        + words(2 * shape.experts);
+        + words(4 * shape.experts);
     let kv_workspace = (workspaces * workspace_blocks) as u64 * layer_block_bytes;
     let mut memory = MemoryUse {
         dense_weights: bytes.dense,
@@ -364,8 +409,8 @@ pub fn fit(
         mapped_weights: bytes.files,
     };
     let fixed = memory.device();
-    let slot_bytes = PageShape::slot_bytes(bytes.matrix);
-    let expert_bytes = 3 * slot_bytes;
+    let slot_bytes = bytes.largest_slot();
+    let expert_bytes = bytes.expert_slots();
     let slots_that_bind = N_SLABS * (machine.binding_bytes / slot_bytes) as usize;
     if slots_that_bind == 0 {
         return Err(PlanError::Binding {
@@ -438,7 +483,7 @@ pub fn fit(
             head_rows,
         },
         memory,
-        streamed_bytes_per_pass: (shape.layers * streamed) as u64 * 3 * bytes.matrix,
+        streamed_bytes_per_pass: (shape.layers * streamed) as u64 * bytes.expert(),
         experts_per_layer: shape.experts,
     })
 }
@@ -515,13 +560,7 @@ impl fmt::Display for Plan {
         write!(
             f,
             "batch   up to {} sequences in {} micro-batches of {} rows a pass, {} expert groups, prompts in pieces of up to {}, contexts up to {} tokens, decode attention on the {attention}, schedule {}",
-            p.max_sequences,
-            p.micro_batches,
-            p.rows_per_micro_batch,
-            p.expert_groups,
-            p.prompt_chunk,
-            p.max_model_len,
-            p.schedule,
+            p.max_sequences, p.micro_batches, p.rows_per_micro_batch, p.expert_groups, p.prompt_chunk, p.max_model_len, p.schedule,
         )
     }
 }

@@ -1,5 +1,6 @@
 //! One file per op, same stem as its kernel: plain loops, f64 sums. The oracle for `kernels/` and `cpu/`, and the clearest code here.
 
+pub mod add_bias;
 pub mod attention;
 pub mod copy_rows;
 pub mod decode_attention;
@@ -11,8 +12,10 @@ pub mod expert_sort;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
+pub mod mxfp4;
 pub mod paged_attention;
 pub mod prompt_attention;
+pub mod qk_norm;
 pub mod rms_norm;
 pub mod rotary;
 pub mod router_topk;

@@ -16,9 +16,10 @@ pub struct PagedRow<'a> {
     pub blocks: &'a [u32],
 }
 
-/// `kv_blocks`: `[blocks, G, 2, block_tokens, K]`, K then V; returns `[R, H, K]`.
+/// `sinks`: `[H]`, as [`attention`] has them; `kv_blocks`: `[blocks, G, 2, block_tokens, K]`, K then V; returns `[R, H, K]`.
 pub fn paged_attention(
     shape: &AttentionShape,
+    sinks: Option<&[f32]>,
     rows: &[PagedRow<'_>],
     kv_blocks: &[f16],
     block_tokens: usize,
@@ -43,7 +44,7 @@ pub fn paged_attention(
                 }
             }
         }
-        out.extend(attention(shape, row.q, &keys, &values));
+        out.extend(attention(shape, sinks, row.q, &keys, &values));
     }
     out
 }

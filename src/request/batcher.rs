@@ -125,12 +125,7 @@ const FIRST_EXPECTED_TOKENS: usize = 32;
 
 impl Batcher {
     pub fn new(limits: BatchLimits, kv: KvCache, spill: SpillFile) -> Self {
-        assert!(
-            limits.micro_batches > 0
-                && limits.rows_per_micro_batch > 0
-                && limits.prompt_chunk > 0
-                && limits.max_sequences > 0
-        );
+        assert!(limits.micro_batches > 0 && limits.rows_per_micro_batch > 0 && limits.prompt_chunk > 0 && limits.max_sequences > 0);
         Self {
             limits,
             kv,
@@ -209,6 +204,27 @@ impl Batcher {
             in_flight: false,
         };
         self.sequences.insert(child, sequence);
+    }
+
+    /// Makes every queued sequence one that has been decoding: all its tokens but the last have made-up keys and values, which
+    /// depend on the sequence and the position alone.
+    pub fn warm_up(&mut self, threads: &rayon::ThreadPool) -> Result<(), KvError> {
+        let mut tables = Vec::new();
+        for (id, sequence) in &mut self.sequences {
+            let Storage::Cache(table) = &mut sequence.storage else { unreachable!("nothing was spilled yet") };
+            let stored = sequence.tokens.len() - 1;
+            (sequence.computed, sequence.prompt_len) = (stored, stored);
+            self.kv.reserve(table, stored).map_err(KvError::Warm)?;
+            tables.push((id.request, &*table));
+        }
+        self.kv.make_up(&tables, threads);
+        Ok(())
+    }
+
+    /// Ends the batcher and keeps its cache.
+    pub fn into_cache(mut self) -> KvCache {
+        self.clear();
+        self.kv
     }
 
     /// The sequence has not ended.
@@ -425,12 +441,8 @@ impl Batcher {
             Storage::Cache(table) => table.blocks().len(),
             Storage::Spilled(_) => 0,
         };
-        let growth: usize = self
-            .sequences
-            .values()
-            .filter(|s| s.micro_batch.is_some())
-            .map(|s| expected(s).saturating_sub(held(s)))
-            .sum();
+        let growth: usize =
+            self.sequences.values().filter(|s| s.micro_batch.is_some()).map(|s| expected(s).saturating_sub(held(s))).sum();
         let sequence = &self.sequences[&id];
         let fits = growth + expected(sequence).saturating_sub(held(sequence)) <= self.kv.free_blocks();
         // The oldest of all may always come in: whoever runs is younger and can be pushed out.

@@ -182,11 +182,9 @@ impl<'s> Builder<'s> {
         let end = end.min(self.shape.page_numbers().end);
         while self.page < end {
             let page = self.shape.page(self.page);
-            let free = self
-                .shape
-                .needs(page.load())
-                .iter()
-                .all(|(needed, _)| self.ids.contains_key(needed) || matches!(needed, Work::PinPage { .. }));
+            let free = self.shape.needs(page.load()).iter().all(|(needed, _)| {
+                self.ids.contains_key(needed) || matches!(needed, Work::PinPage { .. })
+            });
             if !free {
                 return;
             }

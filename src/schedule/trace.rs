@@ -56,8 +56,7 @@ fn steady_part(timeline: &Timeline) -> (Duration, Duration) {
         return all();
     }
     let ends = |wanted: usize| {
-        let of =
-            timeline.spans.iter().filter(|span| matches!(span.work, Work::Experts { layer, .. } if layer == wanted));
+        let of = timeline.spans.iter().filter(|span| matches!(span.work, Work::Experts { layer, .. } if layer == wanted));
         of.map(|span| span.end).max().unwrap_or_default()
     };
     (ends(layers / 2 - 1), ends(layers / 2 + 1))
@@ -186,10 +185,9 @@ pub fn svg(timeline: &Timeline, heading: &str) -> String {
 }
 
 fn visible(timeline: &Timeline, from: Duration, to: Duration) -> impl Iterator<Item = &Span> {
-    timeline
-        .spans
-        .iter()
-        .filter(move |span| span.end > from && span.start < to && !matches!(span.work, Work::Barrier { .. }))
+    timeline.spans.iter().filter(move |span| {
+        span.end > from && span.start < to && !matches!(span.work, Work::Barrier { .. })
+    })
 }
 
 /// Ticks at round numbers of milliseconds.

@@ -59,6 +59,7 @@ pub fn weight_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
         Dtype::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
         Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
         Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Dtype::Mxfp4 => panic!("its values need scales"),
     }
 }
 

@@ -74,15 +74,15 @@ const FAULTS: &[Fault] = &[
     Fault {
         kernel: "expert_gate_up",
         what: "weight rows of gate off by one",
-        from: "gate_quad(tile.place, feature * params.d_model",
-        to: "gate_quad(tile.place, (max(feature, 1u) - 1u) * params.d_model",
+        from: "gate_quad(tile.place, element,",
+        to: "gate_quad(tile.place, element - min(feature, 1u) * params.row_stride,",
         attention: Cpu,
     },
     Fault {
         kernel: "expert_down",
         what: "weight rows off by one",
-        from: "output * params.expert_width + k,",
-        to: "(max(output, 1u) - 1u) * params.expert_width + k,",
+        from: "down_quad(tile.place, element,",
+        to: "down_quad(tile.place, element - min(output, 1u) * params.row_stride,",
         attention: Cpu,
     },
     Fault {

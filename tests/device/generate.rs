@@ -316,7 +316,6 @@ pub fn trials() -> Vec<Trial> {
 
 pub fn accuracy_with(patches: Vec<ShaderPatch>, attention: AttentionPlace, n_tasks: u64) -> f64 {
     let (requests, answers) = tasks(n_tasks);
-    let setting =
-        Setting { wishes: Wishes { attention: Some(attention), ..Wishes::default() }, gpu_memory: None, patches };
+    let setting = Setting { wishes: Wishes { attention: Some(attention), ..Wishes::default() }, gpu_memory: None, patches };
     accuracy(&run(&examples("model"), setting, requests).outputs, &answers)
 }

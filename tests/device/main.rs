@@ -1,6 +1,7 @@
 //! Everything that needs an adapter. Without one each trial is reported as ignored, with the reason in its kind.
 
 mod common;
+mod families;
 mod faults;
 mod generate;
 mod goldens;
@@ -14,6 +15,7 @@ fn main() {
     trials.extend(kernels::trials());
     trials.extend(goldens::trials());
     trials.extend(generate::trials());
+    trials.extend(families::trials());
     if fulmen::gpu::list_adapters().is_empty() {
         trials = trials
             .into_iter()

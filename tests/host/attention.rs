@@ -30,6 +30,8 @@ struct Sequence {
 
 struct Case {
     shape: AttentionShape,
+    /// `[H]`
+    sinks: Option<Vec<f32>>,
     cache: KvCache,
     sequences: Vec<Sequence>,
 }
@@ -68,7 +70,7 @@ impl Case {
                 }
             }
         }
-        Self { shape, cache, sequences }
+        Self { shape, sinks: None, cache, sequences }
     }
 
     /// Attends the sequences `which`, in that order.
@@ -81,13 +83,13 @@ impl Case {
             .zip(&mut outputs)
             .map(|(Sequence { q, context, table, .. }, out)| DecodeRow { q, out, context: *context, table })
             .collect();
-        attend(isa, &self.cache, LAYER, &self.shape, &mut rows, &threads(n_threads));
+        attend(isa, &self.cache, LAYER, &self.shape, self.sinks.as_deref(), &mut rows, &threads(n_threads));
         outputs
     }
 
     fn reference(&self, sequence: usize) -> Vec<f32> {
         let Sequence { q, keys, values, .. } = &self.sequences[sequence];
-        reference::attention::attention(&self.shape, q, keys, values)
+        reference::attention::attention(&self.shape, self.sinks.as_deref(), q, keys, values)
     }
 
     fn check(&self, isa: Isa) {
@@ -167,6 +169,28 @@ fn a_window_hides_what_lies_before_it() {
                 }
             }
             case.check(isa);
+        }
+    }
+}
+
+/// Sinks far below the scores, among them, and above: they take all of a row, or nothing. They belong to query heads.
+#[test]
+fn sinks_take_their_share_and_have_no_value() {
+    let contexts = [1, 2, 31, 32, 33, 65, 101];
+    for isa in Isa::available() {
+        for (q_heads, kv_heads, window) in [(2, 2, None), (6, 2, Some(24)), (8, 1, None), (7, 1, Some(33))] {
+            let mut case = Case::new(shape(q_heads, kv_heads, 10, window), &contexts, 31);
+            let without = case.attend(isa, 1, &[3]);
+            case.sinks = Some((0..q_heads).map(|head| [-40.0, 0.3, 2.5, 30.0][head % 4]).collect());
+            case.check(isa);
+            let with = case.attend(isa, 1, &[3]);
+            let head = |rows: &[Vec<f32>], head: usize| rows[0][head * 10..][..10].to_vec();
+            assert_eq!(head(&with, 0), head(&without, 0), "{isa}: a sink far below changes no bit");
+            assert_ne!(head(&with, 1), head(&without, 1), "{isa}");
+            // |score| is at most sqrt(10), so 101 tokens get at most 101 e^(3.2 - 30) of a row.
+            if q_heads > 3 {
+                assert!(head(&with, 3).iter().all(|x| x.abs() < 1e-9), "{isa}: {:?}", head(&with, 3));
+            }
         }
     }
 }

@@ -350,14 +350,7 @@ fn every_sequence_is_computed_once_and_finds_its_own_rows() {
 }
 
 fn limits(max_sequences: usize, micro_batches: usize) -> BatchLimits {
-    BatchLimits {
-        max_sequences,
-        micro_batches,
-        rows_per_micro_batch: 64,
-        prompt_chunk: 32,
-        workspace_blocks: 4,
-        gpu_decode: false,
-    }
+    BatchLimits { max_sequences, micro_batches, rows_per_micro_batch: 64, prompt_chunk: 32, workspace_blocks: 4, gpu_decode: false }
 }
 
 fn ask(prompt: usize, length: usize) -> Ask {

@@ -1,7 +1,8 @@
 //! config.json of both generations, and every way in which it can be wrong.
 
 use fulmen::model::{
-    ConfigError, ExpertMatrix, Family, Kind, ModelConfig, Role, Shape, Sizes, TensorSpec, config::ConfigFault, tensors,
+    ConfigError, ExpertMatrix, Family, Forward, Kind, ModelConfig, Role, Shape, Sizes, TensorSpec, config::ConfigFault,
+    tensors,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -48,6 +49,7 @@ fn both_generations_read_the_same() {
                 expert_width: 10,
                 vocab: 12,
             },
+            forward: Forward::default(),
             norm_eps: 1e-5,
             rope_theta: 1e6,
             sliding_window: None,
@@ -87,12 +89,14 @@ fn optional_fields_have_their_meaning() {
 fn unsupported_architecture_is_named() {
     assert_eq!(
         message(&with("architectures", json!(["LlamaForCausalLM"]))),
-        "config.json: architectures [\"LlamaForCausalLM\"] is not supported (supported: MixtralForCausalLM)"
+        "config.json: architectures [\"LlamaForCausalLM\"] is not supported (supported: MixtralForCausalLM, \
+         DbrxForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM, GptOssForCausalLM)"
     );
     let nameless = without(&with("model_type", json!("llama")), "architectures");
     assert_eq!(
         message(&nameless),
-        "config.json: no architectures, model_type \"llama\" is not supported (supported: MixtralForCausalLM)"
+        "config.json: no architectures, model_type \"llama\" is not supported (supported: MixtralForCausalLM, \
+         DbrxForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM, GptOssForCausalLM)"
     );
     for strange in [json!(7), json!([]), json!([null]), json!({"MixtralForCausalLM": 1})] {
         let config = with("architectures", strange);

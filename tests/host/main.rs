@@ -5,6 +5,7 @@ mod batcher;
 mod checkpoint;
 mod common;
 mod config;
+mod families;
 mod fixtures;
 mod kv_cache;
 mod pages;

@@ -3,14 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fulmen::memory::pages::{PagePlan, PageShape, PageTable, Piece};
-use fulmen::model::ExpertMatrix;
+use fulmen::model::{ExpertMatrix, Shape, presets};
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
 
 fn shapes() -> impl Strategy<Value = PageShape> {
     let pages = prop_oneof![0u64..64, 64u64..5000];
-    (1usize..20, 0usize..=20, 1usize..50, 1u64..1000, pages, 1usize..5).prop_map(
+    // Gate, up and down alike; or gate's slot holds up as well.
+    let matrices = prop_oneof![
+        (1u64..1000).prop_map(|bytes| [bytes; 3]),
+        (1u64..1000, 1u64..1000).prop_map(|(gate_up, down)| [gate_up, 0, down]),
+    ];
+    (1usize..20, 0usize..=20, 1usize..50, matrices, pages, 1usize..5).prop_map(
         |(experts, resident, ring, matrix_bytes, page_bytes, layers)| {
             let resident = resident.min(experts);
             PageShape { experts, resident, ring, matrix_bytes, page_bytes, layers }
@@ -51,28 +56,39 @@ proptest! {
         }
         prop_assert_eq!(next_expert, shape.experts);
         let streamed = (shape.resident..shape.experts).flat_map(|expert| ExpertMatrix::ALL.map(|matrix| (expert, matrix)));
-        let wanted: BTreeMap<_, _> = streamed.map(|key| (key, shape.matrix_bytes)).collect();
+        let wanted: BTreeMap<_, _> =
+            streamed.map(|key| (key, shape.matrix_bytes[key.1 as usize])).filter(|(_, bytes)| *bytes > 0).collect();
         prop_assert_eq!(&covered, &wanted);
         let streamed = (shape.layers * (shape.experts - shape.resident)) as u64;
-        prop_assert_eq!(plan.bytes_per_pass(), 3 * streamed * shape.matrix_bytes);
+        prop_assert_eq!(plan.bytes_per_pass(), streamed * shape.matrix_bytes.iter().sum::<u64>());
     }
 
     #[test]
     fn residents_own_their_slots_and_the_ring_goes_by_before_a_slot_is_used_again(shape in shapes()) {
         let plan = PagePlan::new(shape);
         let residents = (0..shape.layers).flat_map(|layer| (0..shape.resident).map(move |expert| (layer, expert)));
-        let slots: BTreeSet<usize> = residents.map(|(layer, expert)| plan.slot(layer, expert)).collect();
+        let slots: BTreeSet<usize> = residents.map(|(layer, expert)| plan.slot(0, layer, expert)).collect();
         let n_resident = shape.layers * shape.resident;
         prop_assert_eq!(slots, (0..n_resident).collect::<BTreeSet<_>>());
         let streams = shape.resident < shape.experts;
         prop_assert_eq!(plan.n_slots(), n_resident + if streams { shape.ring } else { 0 });
 
-        // Within a pass the ring is used slot by slot; from the last layer to the next pass's first one it may jump.
-        for (index, (layer, expert)) in uses(shape, 1).enumerate() {
-            prop_assert_eq!(plan.slot(layer, expert), n_resident + index % shape.ring);
+        // The ring is used slot by slot, across passes too: what is loaded ahead is a layer behind the last one.
+        let mut start = 0;
+        let mut index = 0;
+        for _pass in 0..3 {
+            for (layer, expert) in uses(shape, 1) {
+                prop_assert_eq!(plan.slot(start, layer, expert), n_resident + index % shape.ring);
+                index += 1;
+            }
+            for expert in shape.resident..shape.experts {
+                let ahead = plan.slot(start, shape.layers, expert);
+                prop_assert_eq!(ahead, plan.slot(plan.next_ring_start(start), 0, expert));
+            }
+            start = plan.next_ring_start(start);
         }
         for chunk in plan.chunks() {
-            let slots: BTreeSet<usize> = chunk.experts.clone().map(|expert| plan.slot(0, expert)).collect();
+            let slots: BTreeSet<usize> = chunk.experts.clone().map(|expert| plan.slot(0, 0, expert)).collect();
             prop_assert_eq!(slots.len(), chunk.experts.len(), "two experts of a chunk share a slot");
             // Half of the ring computes while the other half loads.
             prop_assert!(chunk.pages.is_empty() || chunk.experts.len() <= (shape.ring / 2).max(1));
@@ -87,16 +103,16 @@ proptest! {
         for (layer, chunk) in (0..2).flat_map(|_| 0..shape.layers).flat_map(|layer| plan.chunks().iter().map(move |c| (layer, c))) {
             let n_pieces: usize = chunk.pages.iter().map(|page| page.pieces.len()).sum();
             for piece in chunk.pages.iter().flat_map(|page| &page.pieces) {
-                let slot = plan.slot(layer, piece.expert);
-                table.arrive(slot, layer, piece);
-                let last = piece.matrix == ExpertMatrix::Down && piece.bytes.end == shape.matrix_bytes;
-                prop_assert_eq!(table.holds(slot, layer, piece.expert), last);
+                let slot = plan.slot(0, layer, piece.expert);
+                table.arrive(slot, layer, piece, None);
+                let last = piece.matrix == ExpertMatrix::Down && piece.bytes.end == shape.matrix_bytes[2];
+                prop_assert_eq!(table.holds(slot, layer, piece.expert).is_some(), last);
             }
             for expert in chunk.experts.clone().filter(|_| n_pieces > 0) {
-                let slot = plan.slot(layer, expert);
-                prop_assert!(table.holds(slot, layer, expert));
-                prop_assert!(!table.holds(slot, layer + 1, expert));
-                prop_assert!(!table.holds(slot, layer, expert + 1));
+                let slot = plan.slot(0, layer, expert);
+                prop_assert!(table.holds(slot, layer, expert).is_some());
+                prop_assert!(!table.holds(slot, layer + 1, expert).is_some());
+                prop_assert!(!table.holds(slot, layer, expert + 1).is_some());
             }
         }
     }
@@ -104,59 +120,41 @@ proptest! {
 
 #[test]
 fn an_expert_of_which_a_broken_off_pass_left_a_part_is_whole_after_it_comes_again() {
-    let shape = PageShape { experts: 2, resident: 0, ring: 2, matrix_bytes: 100, page_bytes: 60, layers: 1 };
+    let shape = PageShape { experts: 2, resident: 0, ring: 2, matrix_bytes: [100; 3], page_bytes: 60, layers: 1 };
     let plan = PagePlan::new(shape);
     let mut table = PageTable::new(&plan);
     let pieces: Vec<&Piece> = plan.chunks()[0].pages.iter().flat_map(|page| &page.pieces).collect();
     assert_eq!(pieces.len(), 7, "{pieces:?}");
     for broken_off in 0..pieces.len() {
-        pieces[..broken_off].iter().for_each(|piece| table.arrive(0, 0, piece));
-        assert!(!table.holds(0, 0, 0), "after {broken_off} pieces");
-        pieces.iter().for_each(|piece| table.arrive(0, 0, piece));
-        assert!(table.holds(0, 0, 0), "after {broken_off} pieces and all of them");
+        pieces[..broken_off].iter().for_each(|piece| table.arrive(0, 0, piece, None));
+        assert!(!table.holds(0, 0, 0).is_some(), "after {broken_off} pieces");
+        pieces.iter().for_each(|piece| table.arrive(0, 0, piece, None));
+        assert!(table.holds(0, 0, 0).is_some(), "after {broken_off} pieces and all of them");
     }
 }
 
-/// L, D, E, F and bytes per element of six models; a ring of two layers, pages of 32 MiB.
+/// The six published shapes; a ring of two layers, pages of 32 MiB. gpt-oss is in MXFP4.
 #[test]
 fn six_models_page_well() {
-    struct Model {
-        name: &'static str,
-        layers: usize,
-        d_model: u64,
-        experts: usize,
-        expert_width: u64,
-        /// Bytes of all expert weights in bf16.
-        expert_bytes: u64,
-        pages_per_layer: usize,
-    }
-    let models = [
-        // name, L, D, E, F, expert bytes, pages of a layer
-        ("Mixtral 8x7B", 32, 4096, 8, 14336, 90_194_313_216, 84),
-        ("Mixtral 8x22B", 56, 6144, 8, 16384, 270_582_939_648, 144),
-        ("DBRX", 40, 6144, 16, 10752, 253_671_505_920, 189),
-        ("Qwen3 30B-A3B", 48, 2048, 128, 768, 57_982_058_496, 36),
-        ("OLMoE 1B-7B", 16, 2048, 64, 1024, 12_884_901_888, 24),
-        ("gpt-oss 20b in bf16", 24, 2880, 32, 2880, 38_220_595_200, 48),
-    ]
-    .map(|(name, layers, d_model, experts, expert_width, expert_bytes, pages_per_layer)| Model {
-        name,
-        layers,
-        d_model,
-        experts,
-        expert_width,
-        expert_bytes,
-        pages_per_layer,
-    });
-    for model in models {
-        let Model { name, layers, experts, .. } = model;
-        let matrix_bytes = 2 * model.d_model * model.expert_width;
+    // Bytes of all expert weights, and pages of a layer.
+    let expected = [
+        ("mixtral-8x7b", 90_194_313_216, 84),
+        ("mixtral-8x22b", 270_582_939_648, 144),
+        ("dbrx", 253_671_505_920, 189),
+        ("qwen3-30b-a3b", 57_982_058_496, 36),
+        ("olmoe-1b-7b", 12_884_901_888, 24),
+        ("gpt-oss-20b", 10_152_345_600, 13),
+    ];
+    for (name, expert_bytes, pages_per_layer) in expected {
+        let config = presets::preset(name).unwrap();
+        let Shape { layers, experts, .. } = config.shape;
+        let matrix_bytes = config.forward.experts.slot_bytes(&config.shape, 2);
         let (ring, page_bytes) = (2 * experts, 32 * MIB);
         let plan = PagePlan::new(PageShape { experts, resident: 0, ring, matrix_bytes, page_bytes, layers });
-        assert_eq!(plan.bytes_per_pass(), model.expert_bytes, "{name}");
+        assert_eq!(plan.bytes_per_pass(), expert_bytes, "{name}");
         assert_eq!(plan.chunks().len(), 1, "{name}: a layer computes as one chunk");
         let pages = &plan.chunks()[0].pages;
-        assert_eq!(pages.len(), model.pages_per_layer, "{name}");
+        assert_eq!(pages.len(), pages_per_layer, "{name}");
         let (last, full) = pages.split_last().unwrap();
         assert!(full.iter().all(|page| page.bytes() == page_bytes), "{name}: every page but the last is full");
         assert!(last.bytes() > 0);
@@ -164,7 +162,7 @@ fn six_models_page_well() {
             page.pieces.iter().map(|piece| piece.expert).collect::<BTreeSet<_>>().len()
         };
         let most = pages.iter().map(experts_of).max().unwrap();
-        if 3 * matrix_bytes > page_bytes {
+        if matrix_bytes.iter().sum::<u64>() > page_bytes {
             assert!(most <= 2, "{name}: an expert takes several pages");
             assert!(pages.len() >= 3 * experts / 2, "{name}");
         } else {
@@ -173,6 +171,6 @@ fn six_models_page_well() {
         // A resident expert of eight streams no more.
         let resident = experts / 8;
         let shape = PageShape { experts, resident, ring, matrix_bytes, page_bytes, layers };
-        assert_eq!(PagePlan::new(shape).bytes_per_pass(), model.expert_bytes / 8 * 7, "{name}");
+        assert_eq!(PagePlan::new(shape).bytes_per_pass(), expert_bytes / 8 * 7, "{name}");
     }
 }

@@ -1,11 +1,17 @@
 //! Any limits and wishes give a plan that fits them or an error with numbers, and the plan's bytes are those that are allocated.
 
+use fulmen::checkpoint::Inventory;
+use fulmen::kernels::MAX_EXPERTS;
+use fulmen::kernels::paged_attention::MAX_HEAD_WIDTH;
+use fulmen::kernels::router_topk::MAX_CHOSEN;
 use fulmen::kernels::slabs::N_SLABS;
 use fulmen::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use fulmen::memory::pages::{PagePlan, PageShape};
-use fulmen::model::{Family, ModelConfig, Role, Shape, tensors};
+use fulmen::model::expert_layout::Packing;
+use fulmen::model::presets;
+use fulmen::model::{Family, Forward, ModelConfig, Shape, tensors};
 use fulmen::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
-use fulmen::policy::AttentionPlace;
+use fulmen::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
@@ -15,6 +21,7 @@ fn config(shape: Shape, max_positions: usize) -> ModelConfig {
     ModelConfig {
         family: Family::Mixtral,
         shape,
+        forward: Forward::default(),
         norm_eps: 1e-5,
         rope_theta: 1e6,
         sliding_window: None,
@@ -44,10 +51,10 @@ fn mixtral_8x7b() -> ModelConfig {
 /// Of a checkpoint in bf16.
 fn bytes(config: &ModelConfig) -> ModelBytes {
     let dense = || {
-        let tensors = tensors(config).into_iter().filter(|tensor| !matches!(tensor.role, Role::Expert { .. }));
+        let tensors = tensors(config).into_iter().filter(|tensor| !tensor.role.in_slots());
         tensors.map(|tensor| (2 * tensor.elements()).next_multiple_of(4))
     };
-    let matrix = 2 * config.shape.expert_matrix_elements() as u64;
+    let matrix = [2 * config.shape.expert_matrix_elements() as u64; 3];
     let files = 2 * tensors(config).iter().map(|tensor| tensor.elements()).sum::<u64>();
     ModelBytes { dense: dense().sum(), largest_dense: dense().max().expect("an embedding"), matrix, files }
 }
@@ -56,18 +63,13 @@ fn bytes(config: &ModelConfig) -> ModelBytes {
 fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) -> Vec<(&'static str, u64)> {
     let (shape, policy) = (config.shape, plan.policy);
     let words = |n: usize| 4 * n as u64;
-    let rows = policy.rows_per_group;
-    let assignments = rows * shape.experts_per_token;
+    let group_size = policy.micro_batches.div_ceil(policy.expert_groups);
+    let region = if group_size == 1 { policy.rows_per_micro_batch } else { policy.rows_per_micro_batch.next_multiple_of(64) };
+    let assignments = group_size * region * shape.experts_per_token;
     let mut buffers = Vec::new();
-    for _ in 0..policy.groups {
+    for _ in 0..policy.expert_groups {
+        let rows = group_size * region;
         buffers.extend([
-            ("token ids", words(rows)),
-            ("positions", words(rows)),
-            ("kv slots", words(rows)),
-            ("attended decode rows", words(4 * rows)),
-            ("attended prompt rows", words(4 * rows)),
-            ("block table", words(policy.workspace_blocks)),
-            ("sampled rows", words(rows)),
             ("residual rows", words(rows * shape.d_model)),
             ("normed rows", words(rows * shape.d_model)),
             ("chosen experts", words(assignments)),
@@ -77,26 +79,40 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
             ("expert outputs", words(assignments * shape.d_model)),
         ]);
     }
+    let rows = policy.rows_per_micro_batch;
+    for _ in 0..policy.micro_batches {
+        buffers.extend([
+            ("token ids", words(rows)),
+            ("positions", words(rows)),
+            ("kv slots", words(rows)),
+            ("attended decode rows", words(4 * rows)),
+            ("attended prompt rows", words(4 * rows)),
+            ("block table", words(policy.workspace_blocks)),
+            ("sampled rows", words(rows)),
+            ("projected rows", words(rows * shape.qkv_width())),
+            ("new keys and values", words(rows * shape.kv_width())),
+            ("attention output", words(rows * shape.q_width())),
+        ]);
+    }
     let one_layer = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width };
     buffers.extend([
         ("rotary table", words(policy.max_model_len * shape.head_width)),
-        ("projected rows", words(rows * shape.qkv_width())),
-        ("new keys and values", words(rows * shape.kv_width())),
-        ("KV workspace", (policy.workspace_blocks * one_layer.bytes_per_block()) as u64),
-        ("attention output", words(rows * shape.q_width())),
         ("router logits", words(rows * shape.experts)),
         ("expert hidden rows", words(assignments * shape.expert_width)),
         ("expert places", words(2 * shape.experts)),
+        ("expert places of down", words(2 * shape.experts)),
         ("sampled residual rows", words(policy.head_rows * shape.d_model)),
         ("normed sampled rows", words(policy.head_rows * shape.d_model)),
         ("logits", words(policy.head_rows * shape.vocab)),
         ("greedy ids", words(4 * policy.head_rows)),
     ]);
-    let slot_bytes = PageShape::slot_bytes(bytes.matrix);
-    let slots_per_slab = (binding / slot_bytes) as usize;
-    for slab in ["gate slab", "up slab", "down slab"] {
+    let workspace = (policy.workspace_blocks * one_layer.bytes_per_block()) as u64;
+    buffers.extend((0..policy.workspaces).map(|_| ("KV workspace", workspace)));
+    let slot_bytes = bytes.matrix.map(PageShape::slot_bytes);
+    let slots_per_slab = (binding / slot_bytes.iter().max().unwrap()) as usize;
+    for (slab, slot_bytes) in ["gate slab", "up slab", "down slab"].into_iter().zip(slot_bytes) {
         let mut left = pages(config, bytes, plan).n_slots();
-        while left > 0 {
+        while left > 0 && slot_bytes > 0 {
             let n = left.min(slots_per_slab);
             buffers.push((slab, n as u64 * slot_bytes));
             left -= n;
@@ -141,19 +157,22 @@ fn hold(config: &ModelConfig, bytes: &ModelBytes, machine: &MachineLimits, wishe
     let longest = policy.max_model_len.div_ceil(BLOCK_TOKENS);
     assert!(policy.kv_blocks >= longest, "the pool holds the longest sequence");
     assert!(policy.workspace_blocks >= longest, "the workspace holds the longest sequence");
-    assert!(policy.groups >= 1 && policy.groups <= policy.max_sequences);
-    assert!(policy.rows_per_group >= policy.max_sequences.div_ceil(policy.groups), "each sequence can have a row");
-    assert!((1..=policy.rows_per_group).contains(&policy.prompt_chunk));
+    assert!(policy.micro_batches >= 1 && policy.micro_batches <= policy.max_sequences);
+    assert!(policy.rows_per_micro_batch >= policy.max_sequences.div_ceil(policy.micro_batches), "each sequence can have a row");
+    assert!((1..=policy.rows_per_micro_batch).contains(&policy.prompt_chunk));
     assert!(policy.head_rows > 0 && policy.head_rows.is_multiple_of(64));
     assert!(policy.threads >= 1 && policy.page_bytes >= 4);
 
     // A wish is obeyed, or it was refused.
     let obeyed = [
         wishes.max_sequences.is_none_or(|n| n == policy.max_sequences),
-        wishes.groups.is_none_or(|n| n == policy.groups),
-        wishes.pass_rows.is_none_or(|n| n / policy.groups == policy.rows_per_group),
+        wishes.micro_batches.is_none_or(|n| n == policy.micro_batches),
+        wishes.pass_rows.is_none_or(|n| n / policy.micro_batches == policy.rows_per_micro_batch),
         wishes.prompt_chunk.is_none_or(|n| n == policy.prompt_chunk),
-        wishes.attention == policy.attention,
+        wishes.attention.is_none_or(|place| place == policy.attention),
+        wishes.schedule.is_none_or(|kind| kind == policy.schedule),
+        wishes.expert_groups.is_none_or(|n| n >= policy.expert_groups),
+        wishes.source == policy.source && wishes.rows.is_none_or(|rows| rows == policy.rows),
         wishes.threads.is_none_or(|n| n == policy.threads),
         wishes.max_model_len.is_none_or(|n| n == policy.max_model_len),
         wishes.kv_bytes.is_none_or(|n| n - memory.kv_pool < layout.bytes_per_block() as u64),
@@ -161,7 +180,7 @@ fn hold(config: &ModelConfig, bytes: &ModelBytes, machine: &MachineLimits, wishe
         wishes.ring_experts.is_none_or(|n| n == policy.ring_experts),
         wishes.page_bytes.is_none_or(|n| n == policy.page_bytes && streamed > 0),
     ];
-    assert_eq!(obeyed, [true; 11], "{wishes:?}\n{policy:?}");
+    assert_eq!(obeyed, [true; 14], "{wishes:?}\n{policy:?}");
 }
 
 fn shapes() -> impl Strategy<Value = Shape> {
@@ -192,6 +211,7 @@ fn machines() -> impl Strategy<Value = MachineLimits> {
             host_bytes: 4 * host_bytes,
             binding_bytes,
             threads,
+            kernels_reach_host: device_bytes % 2 == 0,
         },
     )
 }
@@ -204,13 +224,20 @@ fn wishes() -> impl Strategy<Value = Wishes> {
     let bytes = || prop_oneof![3 => Just(None), 1 => any_bytes(30).prop_map(Some), 1 => Just(Some(u64::MAX))];
     let batch = (count(300), count(8), count(2000), count(400), any::<bool>(), count(40));
     let memory = (count(9000), bytes(), count(20), count(60), bytes());
-    (batch, memory).prop_map(|(batch, memory)| {
+    (batch, memory, 0usize..80, count(4)).prop_map(|(batch, memory, pick, expert_groups)| {
         let (max_sequences, groups, pass_rows, prompt_chunk, on_gpu, threads) = batch;
         let (max_model_len, kv_bytes, resident_experts, ring_experts, page_bytes) = memory;
-        let attention = if on_gpu { AttentionPlace::Gpu } else { AttentionPlace::Cpu };
+        let attention = on_gpu.then_some(AttentionPlace::Gpu);
+        let kinds = [None, None, Some(ScheduleKind::CgoPipe), Some(ScheduleKind::FlexGen), Some(ScheduleKind::Serial)];
+        let sources = [None, None, Some(SourceKind::Imported), Some(SourceKind::Staged)];
+        let rows = [None, None, Some(RowPath::Copies), Some(RowPath::Kernels)];
         Wishes {
+            schedule: kinds[pick % kinds.len()],
+            source: sources[pick / 5 % sources.len()],
+            rows: rows[pick / 20 % rows.len()],
+            expert_groups,
             max_sequences,
-            groups,
+            micro_batches: groups,
             pass_rows,
             prompt_chunk,
             attention,
@@ -239,9 +266,10 @@ proptest! {
             Ok(plan) => hold(&config, &bytes, &machine, &wishes, &plan),
             Err(error) => {
                 let message = error.to_string();
-                prop_assert!(message.contains(|c: char| c.is_ascii_digit()), "{}", message);
+                let in_words = matches!(error, PlanError::Conflict { .. });
+                prop_assert!(in_words || message.contains(|c: char| c.is_ascii_digit()), "{}", message);
                 let needs_more = match error {
-                    PlanError::Option { .. } => true,
+                    PlanError::Option { .. } | PlanError::Conflict { .. } => true,
                     PlanError::Memory { needed, allowed, .. } => needed > allowed,
                     PlanError::Binding { needed, limit, .. } => needed > limit,
                 };
@@ -253,14 +281,64 @@ proptest! {
 
 fn machine(device_bytes: u64) -> MachineLimits {
     // The largest storage binding of NVIDIA's driver.
-    MachineLimits { device_bytes, host_bytes: 64 * GIB, binding_bytes: (1 << 31) - 4, threads: 8 }
+    MachineLimits { device_bytes, host_bytes: 64 * GIB, binding_bytes: (1 << 31) - 4, threads: 8, kernels_reach_host: true }
+}
+
+/// The inventory that a published checkpoint of `config` has: bf16, and bytes where MXFP4 is.
+fn inventory(config: &ModelConfig) -> Inventory {
+    let specs = tensors(config);
+    let list = specs.iter().map(|spec| {
+        let floats = config.forward.experts.packing(spec.role) == Packing::Floats;
+        let dtype = if floats { safetensors::Dtype::BF16 } else { safetensors::Dtype::U8 };
+        (spec.name.as_str(), dtype, &spec.shape[..])
+    });
+    Inventory::from_list(config.clone(), list).unwrap()
+}
+
+/// A layer of experts fits one slab for each kind, and a plan for a T4 and for a large card binds all that it allocates.
+#[test]
+fn the_six_published_shapes_stay_within_bindings() {
+    // Bytes of an expert's gate, up and down slots.
+    let slots = [
+        ("mixtral-8x7b", [117_440_512; 3]),
+        ("mixtral-8x22b", [201_326_592; 3]),
+        ("dbrx", [132_120_576; 3]),
+        ("qwen3-30b-a3b", [3_145_728; 3]),
+        ("olmoe-1b-7b", [4_194_304; 3]),
+        ("gpt-oss-20b", [8_812_800, 0, 4_406_400]),
+    ];
+    assert_eq!(slots.map(|(name, _)| name), presets::NAMES);
+    for (name, matrix) in slots {
+        let config = presets::preset(name).unwrap();
+        assert_eq!(config.shape.faults(), Vec::<String>::new(), "{name}");
+        let bytes = ModelBytes::of(&inventory(&config));
+        assert_eq!(bytes.matrix, matrix, "{name}");
+        assert_eq!(config.forward.experts.slot_bytes(&config.shape, 2), matrix, "{name}");
+        let layer = config.shape.experts as u64 * bytes.largest_slot();
+        assert!(layer <= machine(0).binding_bytes, "{name}: a layer of {layer} bytes");
+        assert!(config.shape.experts <= MAX_EXPERTS as usize && config.shape.head_width <= MAX_HEAD_WIDTH as usize);
+        assert!(config.shape.experts_per_token <= MAX_CHOSEN as usize);
+        // A T4 has 15 GiB for programs; the default takes nine tenths of them. An H200 has 139 GiB.
+        for device_bytes in [15 * GIB / 10 * 9, 139 * GIB / 10 * 9] {
+            let machine = machine(device_bytes);
+            let plan = fit(&config, &bytes, &machine, &Wishes::default()).unwrap_or_else(|e| panic!("{name}: {e}"));
+            hold(&config, &bytes, &machine, &Wishes::default(), &plan);
+            let streamed = config.shape.experts - plan.policy.resident_experts;
+            assert!(streamed == 0 || plan.policy.ring_experts >= 4, "{name}: a ring of {}", plan.policy.ring_experts);
+        }
+        // lavapipe binds 128 MiB.
+        let small = MachineLimits { binding_bytes: 128 << 20, ..machine(139 * GIB) };
+        let error = fit(&config, &bytes, &small, &Wishes::default()).unwrap_err();
+        assert!(matches!(error, PlanError::Binding { needed, limit, .. } if needed > limit), "{name}: {error}");
+    }
+    assert_eq!(presets::preset("mixtral-8x7B"), None);
 }
 
 #[test]
 fn mixtral_8x7b_runs_on_small_cards() {
     let config = mixtral_8x7b();
     let bytes = bytes(&config);
-    assert_eq!((bytes.dense, bytes.matrix), (3_211_272_192, 112 << 20));
+    assert_eq!((bytes.dense, bytes.matrix), (3_211_272_192, [112 << 20; 3]));
     // GiB, residents of each layer, slots of the ring
     for (device, resident, ring) in [(24, 1, 14), (16, 0, 16), (8, 0, 14), (6, 0, 8), (4, 0, 2)] {
         let machine = machine(device * GIB);
@@ -272,8 +350,8 @@ fn mixtral_8x7b_runs_on_small_cards() {
     let error = fit(&config, &bytes, &machine(3 * GIB), &Wishes::default()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "no policy fits: weights that stay 2.99 GiB, activations 185 MiB, KV workspace 64.0 MiB and 1 expert slots of 336 MiB \
-         need 3.56 GiB of device memory, 3.00 GiB are allowed (--gpu-memory sets it)"
+        "no policy fits: weights that stay 2.99 GiB, activations 207 MiB, KV workspace 128 MiB and 1 expert slots of 336 MiB \
+         need 3.65 GiB of device memory, 3.00 GiB are allowed (--gpu-memory sets it)"
     );
     // Four slabs of 2 GiB bind 72 experts of the 256, however much memory there is.
     let plan = fit(&config, &bytes, &machine(80 * GIB), &Wishes::default()).unwrap();
@@ -286,7 +364,7 @@ fn mixtral_8x7b_runs_on_small_cards() {
          lower --resident-experts or --ring-experts"
     );
     // Attention over the contexts of 128 sequences on the GPU leaves room for experts.
-    let wishes = Wishes { attention: AttentionPlace::Gpu, ..Wishes::default() };
+    let wishes = Wishes { attention: Some(AttentionPlace::Gpu), ..Wishes::default() };
     for device in [6, 16] {
         let plan = fit(&config, &bytes, &machine(device * GIB), &wishes).unwrap();
         hold(&config, &bytes, &machine(device * GIB), &wishes, &plan);
@@ -308,10 +386,10 @@ fn a_wish_that_cannot_be_obeyed_is_refused() {
     let none = Wishes::default;
     for (wishes, message) in [
         (Wishes { max_sequences: Some(0), ..none() }, "--max-num-seqs is 0; it must be 1 to 1048576"),
-        (Wishes { groups: Some(65), ..none() }, "--groups is 65; it must be 1 to 64"),
+        (Wishes { micro_batches: Some(257), ..none() }, "--micro-batches is 257; it must be 1 to 256"),
         (
-            Wishes { groups: Some(5), max_sequences: Some(4), ..none() },
-            "--groups is 5; it must be 1 to 4, the sequences that run at a time",
+            Wishes { micro_batches: Some(5), max_sequences: Some(4), ..none() },
+            "--micro-batches is 5; it must be 1 to 4, the sequences that run at a time",
         ),
         (
             Wishes { max_sequences: Some(50), pass_rows: Some(40), ..none() },
@@ -319,7 +397,7 @@ fn a_wish_that_cannot_be_obeyed_is_refused() {
         ),
         (
             Wishes { prompt_chunk: Some(513), ..none() },
-            "--prompt-chunk is 513; it must be 1 to 512, the rows of a group in a pass",
+            "--prompt-chunk is 513; it must be 1 to 512, the rows of a micro-batch in a pass",
         ),
         (Wishes { max_model_len: Some(32769), ..none() }, "--max-model-len is 32769; it must be 1 to 32768"),
         (
@@ -345,15 +423,15 @@ fn a_wish_that_cannot_be_obeyed_is_refused() {
         ),
         (
             Wishes { kv_bytes: Some(65 * GIB), ..none() },
-            "no policy fits: the KV pool, staging rows and a page need 65.1 GiB of host memory, 64.0 GiB are allowed (--host-memory sets it)",
+            "no policy fits: the KV pool, weights kept, staging rows and pages need 65.2 GiB of host memory, 64.0 GiB are allowed (--host-memory sets it)",
         ),
         (
             Wishes { kv_bytes: Some(GIB), max_model_len: Some(8193), ..none() },
             "no policy fits: one sequence of 8193 tokens needs 1.00 GiB of KV memory, 1.00 GiB are allowed (--kv-memory sets it)",
         ),
         (
-            Wishes { pass_rows: Some(1 << 20), groups: Some(1), ..none() },
-            "a group's expert rows needs 112 GiB in one binding, the adapter allows 2.00 GiB; lower --max-num-batched-tokens",
+            Wishes { pass_rows: Some(1 << 20), micro_batches: Some(1), ..none() },
+            "a group's expert rows needs 112 GiB in one binding, the adapter allows 2.00 GiB; lower --max-num-batched-tokens (or raise --expert-groups)",
         ),
     ] {
         // Room for all experts in memory, and in four slabs.

@@ -3,8 +3,8 @@
 //! In: a [`ModelConfig`]. Out: the bytes of any range of any tensor, the same on every machine and in whatever pieces they
 //! are asked for, fast enough to fill 90 GB in seconds on many threads.
 //!
-//! Values are bf16, uniform, of a size that keeps activations near one: a projection has variance 1 / (its input width), what
-//! is added to the residual stream half that size. Column 0 of the residual stream carries a constant (every embedding row
+//! Values are bf16 (MXFP4 where the model's experts are), uniform, of a size that keeps activations near one: a projection has
+//! variance 1 / (its input width), what is added to the residual stream half that size. Column 0 of the residual stream carries a constant (every embedding row
 //! has it, and no layer adds to it), so that the routers' column 0 works as a bias: with it experts are chosen as unevenly as
 //! in real models ([`routing`]). What such a model says means nothing; what it costs is what a real one costs.
 
@@ -13,9 +13,10 @@ pub mod routing;
 use std::ops::Range;
 
 use super::{Dtype, Inventory};
-use crate::model::{ExpertMatrix, ModelConfig, Role, Shape, tensors};
+use crate::model::expert_layout::Packing;
+use crate::model::{ExpertMatrix, ExpertPart, ModelConfig, Role, Shape, tensors};
 
-/// A made-up checkpoint of bf16 weights.
+/// A made-up checkpoint.
 #[derive(Debug, Clone)]
 pub struct Synthetic {
     inventory: Inventory,
@@ -60,7 +61,13 @@ impl Synthetic {
     /// Panics where the config's family has tensors that it does not list consistently: a bug of the model module.
     pub fn new(config: ModelConfig) -> Self {
         let specs = tensors(&config);
-        let list = specs.iter().map(|spec| (spec.name.as_str(), safetensors::Dtype::BF16, spec.shape.as_slice()));
+        let list = specs.iter().map(|spec| {
+            let dtype = match config.forward.experts.packing(spec.role) {
+                Packing::Floats => safetensors::Dtype::BF16,
+                Packing::Mxfp4Blocks | Packing::Mxfp4Scales => safetensors::Dtype::U8,
+            };
+            (spec.name.as_str(), dtype, spec.shape.as_slice())
+        });
         let Shape { experts, experts_per_token, .. } = config.shape;
         let biases = |layer| routing::biases(&routing::loads(experts, layer), experts_per_token);
         let inventory = Inventory::from_list(config.clone(), list).expect("the family's own list of tensors");
@@ -78,14 +85,48 @@ impl Synthetic {
     /// Bytes `range` of the tensor that plays `role`; whole elements.
     pub fn fill(&self, role: Role, range: Range<u64>, into: &mut [u8]) {
         assert_eq!(range.end - range.start, into.len() as u64, "room for the range");
-        assert!(range.start.is_multiple_of(2) && range.end.is_multiple_of(2), "whole elements");
         let tensor = self.inventory.find(role).unwrap_or_else(|| panic!("{role:?} is no role of this model"));
-        debug_assert_eq!(tensor.dtype, Dtype::Bf16);
-        let first = range.start as usize / 2;
-        let width = tensor.shape.last().copied().unwrap_or(1);
-        let (scale, offset) = magnitude(role, width);
-        uniform(stream(role), first, scale, offset, into);
-        self.adjust(role, width, first, into);
+        let (scale, offset) = self.magnitude(role);
+        match self.config().forward.experts.packing(role) {
+            Packing::Mxfp4Blocks => {
+                bits(stream(role), range.start as usize, into);
+                self.adjust_blocks(role, range.start, into);
+            }
+            Packing::Mxfp4Scales => {
+                // The sixteen E2M1 values have a root mean square of 2.9; three of a uniform's standard deviations are its width.
+                let exponent = (scale / 3.0f32.sqrt() / 2.9).log2().round();
+                into.fill((127.0 + exponent) as u8);
+            }
+            Packing::Floats => {
+                debug_assert_eq!(tensor.dtype, Dtype::Bf16);
+                assert!(range.start.is_multiple_of(2) && range.end.is_multiple_of(2), "whole elements");
+                let first = range.start as usize / 2;
+                let width = tensor.shape.last().copied().unwrap_or(1);
+                uniform(stream(role), first, scale, offset, into);
+                self.adjust(role, width, first, into);
+            }
+        }
+    }
+
+    /// Factor on values in -1..1, and what is added to them.
+    fn magnitude(&self, role: Role) -> (f32, f32) {
+        let Shape { d_model, expert_width, .. } = self.config().shape;
+        // A uniform value in -1..1 has variance 1/3.
+        let unit = |inputs: usize| (3.0 / inputs as f32).sqrt();
+        match role {
+            Role::Embedding => (3.0f32.sqrt(), 0.0),
+            Role::FinalNorm
+            | Role::AttentionNorm { .. }
+            | Role::ExpertNorm { .. }
+            | Role::QueryNorm { .. }
+            | Role::KeyNorm { .. } => (0.0, 1.0),
+            Role::AttentionOutput { .. } => (0.5 * unit(self.config().shape.q_width()), 0.0),
+            Role::Expert { matrix: ExpertMatrix::Down, .. }
+            | Role::Experts { part: ExpertPart::Down | ExpertPart::DownScales, .. } => (0.5 * unit(expert_width), 0.0),
+            Role::AttentionOutputBias { .. } | Role::DownBias { .. } => (0.0, 0.0),
+            role if role.kept_as_f32() => (0.1, 0.0),
+            _ => (unit(d_model), 0.0),
+        }
     }
 
     /// Column 0 of the residual stream, and the routers' use of it.
@@ -97,10 +138,13 @@ impl Synthetic {
                 into[at..at + 2].copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
             }
         };
+        let mut set_column = |value: f32| {
+            (first.div_ceil(width)..last.div_ceil(width)).for_each(|row| set(row * width, value));
+        };
         match role {
-            // Every token carries 1 there.
-            Role::Embedding => (first.div_ceil(width)..last.div_ceil(width)).for_each(|row| set(row * width, 1.0)),
-            // Nothing is added to it.
+            // Every token carries 1 there, and nothing is added to it.
+            Role::Embedding => set_column(1.0),
+            Role::Experts { part: ExpertPart::Down, .. } => set_column(0.0),
             Role::AttentionOutput { .. } | Role::Expert { matrix: ExpertMatrix::Down, .. } => {
                 (first..width.min(last)).for_each(|element| set(element, 0.0));
             }
@@ -112,36 +156,53 @@ impl Synthetic {
             _ => {}
         }
     }
-}
 
-/// Factor on values in -1..1, and what is added to them.
-fn magnitude(role: Role, width: usize) -> (f32, f32) {
-    // A uniform value in -1..1 has variance 1/3.
-    let unit = (3.0 / width as f32).sqrt();
-    match role {
-        Role::Embedding => (3.0f32.sqrt(), 0.0),
-        Role::FinalNorm | Role::AttentionNorm { .. } | Role::ExpertNorm { .. } => (0.0, 1.0),
-        Role::AttentionOutput { .. } | Role::Expert { matrix: ExpertMatrix::Down, .. } => (0.5 * unit, 0.0),
-        _ => (unit, 0.0),
+    /// The same where the experts' output 0 is a row of MXFP4 blocks.
+    fn adjust_blocks(&self, role: Role, first: u64, into: &mut [u8]) {
+        let Shape { d_model, expert_width, experts, .. } = self.config().shape;
+        let row_bytes = expert_width as u64 / 2;
+        if !matches!(role, Role::Experts { part: ExpertPart::Down, .. }) {
+            return;
+        }
+        for expert in 0..experts as u64 {
+            let row = expert * d_model as u64 * row_bytes..(expert * d_model as u64 + 1) * row_bytes;
+            let (start, end) = (row.start.max(first), row.end.min(first + into.len() as u64));
+            if start < end {
+                into[(start - first) as usize..(end - first) as usize].fill(0);
+            }
+        }
     }
 }
 
 /// Seed of a tensor.
 fn stream(role: Role) -> u64 {
-    let parts: [u64; 4] = match role {
-        Role::Embedding => [1, 0, 0, 0],
-        Role::FinalNorm => [2, 0, 0, 0],
-        Role::LmHead => [3, 0, 0, 0],
-        Role::AttentionNorm { layer } => [4, layer as u64, 0, 0],
-        Role::Query { layer } => [5, layer as u64, 0, 0],
-        Role::Key { layer } => [6, layer as u64, 0, 0],
-        Role::Value { layer } => [7, layer as u64, 0, 0],
-        Role::AttentionOutput { layer } => [8, layer as u64, 0, 0],
-        Role::ExpertNorm { layer } => [9, layer as u64, 0, 0],
-        Role::Router { layer } => [10, layer as u64, 0, 0],
-        Role::Expert { layer, expert, matrix } => [11, layer as u64, expert as u64, matrix as u64],
-    };
-    parts.iter().fold(0x00f0_1e55, |seed, part| mix(seed ^ part.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+    use std::hash::{Hash, Hasher};
+    let mut seed = Seed(0x00f0_1e55);
+    role.hash(&mut seed);
+    seed.finish()
+}
+
+/// A hash that is the same on every machine and with every compiler that derives `Hash` field by field.
+struct Seed(u64);
+
+impl std::hash::Hasher for Seed {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = mix(self.0 ^ (*byte as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        mix(self.0)
+    }
+}
+
+/// Bytes `first ..` of a stream of random ones. Eight share 64 random bits.
+fn bits(seed: u64, first: usize, into: &mut [u8]) {
+    for (at, byte) in (first..).zip(into) {
+        let word = mix(seed.wrapping_add((at as u64 / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        *byte = word.to_le_bytes()[at % 8];
+    }
 }
 
 /// Elements `first ..` of a stream of uniform values, as bf16. Four elements share 64 random bits.

@@ -95,6 +95,8 @@ pub(super) struct Group<'a> {
     /// Tokens to attend. Not empty, and inside the table.
     pub visible: Range<usize>,
     pub scale: f32,
+    /// `[heads]`: scores without a value that join the softmax; or empty.
+    pub sinks: &'a [f32],
     /// `[heads, K]`
     pub q: &'a [f32],
     /// `[heads, K]`
@@ -166,6 +168,11 @@ pub(super) unsafe fn attend<V: Lanes>(group: Group, scratch: &mut Scratch) {
     weight_sums.fill(0.0);
     // Not -inf: a first block whose scores are all -inf would make NaN of -inf - -inf, and the weights are to be 0.
     scratch.max.fill(f32::MIN);
+    for (head, sink) in group.sinks.iter().enumerate() {
+        // As if a token before all others had the sink for a score, and zeros for a value.
+        scratch.max[head] = sink.max(f32::MIN);
+        weight_sums[head * WIDEST] = 1.0;
+    }
 
     // One block's K rows and V rows.
     let rows = group.cache.layout().keys(group.kv_head);

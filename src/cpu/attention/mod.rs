@@ -13,6 +13,8 @@
 //! at the end:       out / sum of weights
 //! ```
 //!
+//! A sink, a score that has no value, is where the largest score and the sum of weights begin.
+//!
 //! Layers, outermost first: [`attend`] checks every bound and shares tasks among threads; a match on the [`Isa`] picks
 //! the code; `avx2`, `avx512`, `neon` and `portable` say what a register of lanes is; `group` has the algorithm, once.
 //!
@@ -54,12 +56,14 @@ pub struct DecodeRow<'a> {
     pub table: &'a BlockTable,
 }
 
-/// Attends all `rows` in one layer of the cache, on all threads of `threads`.
+/// Attends all `rows` in one layer of the cache, on all threads of `threads`. `sinks`: `[H]`, a score of each query head that
+/// joins its softmax and has no value.
 pub fn attend(
     isa: Isa,
     cache: &KvCache,
     layer: usize,
     shape: &AttentionShape,
+    sinks: Option<&[f32]>,
     rows: &mut [DecodeRow],
     threads: &rayon::ThreadPool,
 ) {
@@ -68,6 +72,7 @@ pub fn attend(
     assert_eq!((kv_heads, head_width), (layout.kv_heads, layout.head_width), "attention and cache differ in [G, K]");
     assert!(q_heads > 0 && q_heads.is_multiple_of(kv_heads), "{kv_heads} KV heads do not divide {q_heads} query heads");
     assert_ne!(window, Some(0), "a window of 0 tokens hides the row itself");
+    assert!(sinks.is_none_or(|sinks| sinks.len() == q_heads), "a sink for each of {q_heads} query heads");
     for row in rows.iter() {
         assert_eq!(row.q.len(), q_heads * head_width, "elements of a query row");
         assert_eq!(row.out.len(), q_heads * head_width, "elements of an output row");
@@ -85,7 +90,8 @@ pub fn attend(
                 || Scratch::new(heads, head_width),
                 |scratch, (kv_head, (out, q))| {
                     let visible = visible.clone();
-                    let group = Group { cache, layer, table, kv_head, visible, scale, q, out };
+                    let sinks = sinks.map_or(&[][..], |sinks| &sinks[kv_head * heads..][..heads]);
+                    let group = Group { cache, layer, table, kv_head, visible, scale, sinks, q, out };
                     attend_group(isa, group, scratch);
                 },
             );

@@ -77,8 +77,9 @@ impl Raw {
         use vk::BufferUsageFlags as U;
         let mut external = vk::ExternalMemoryBufferCreateInfo::default()
             .handle_types(vk::ExternalMemoryHandleTypeFlags::HOST_ALLOCATION_EXT);
-        let mut info =
-            vk::BufferCreateInfo::default().size(bytes).usage(U::TRANSFER_SRC | U::TRANSFER_DST | U::STORAGE_BUFFER);
+        let mut info = vk::BufferCreateInfo::default()
+            .size(bytes)
+            .usage(U::TRANSFER_SRC | U::TRANSFER_DST | U::STORAGE_BUFFER);
         if self.families.len() > 1 {
             info = info.sharing_mode(vk::SharingMode::CONCURRENT).queue_family_indices(&self.families);
         }
@@ -153,8 +154,9 @@ impl Raw {
             let kinds = self.types(needs.memory_type_bits & properties.memory_type_bits, &preference);
             let mut error = "no memory type takes it".to_owned();
             for kind in kinds {
-                let mut import =
-                    vk::ImportMemoryHostPointerInfoEXT::default().handle_type(handle_type).host_pointer(pointer.cast());
+                let mut import = vk::ImportMemoryHostPointerInfoEXT::default()
+                    .handle_type(handle_type)
+                    .host_pointer(pointer.cast());
                 let info = vk::MemoryAllocateInfo::default()
                     .allocation_size(bytes)
                     .memory_type_index(kind)
@@ -234,13 +236,7 @@ struct CopyLine {
 }
 
 impl CopyLine {
-    fn new(
-        raw: &Arc<Raw>,
-        family: u32,
-        queue: vk::Queue,
-        lock: Arc<Mutex<()>>,
-        timed: bool,
-    ) -> Result<Self, vk::Result> {
+    fn new(raw: &Arc<Raw>, family: u32, queue: vk::Queue, lock: Arc<Mutex<()>>, timed: bool) -> Result<Self, vk::Result> {
         use vk::CommandPoolCreateFlags as F;
         // SAFETY: structures live until the calls return.
         unsafe {
@@ -323,7 +319,8 @@ pub(in crate::gpu) fn open(
     let physical = hal.raw_physical_device();
     let capabilities = hal.physical_device_capabilities();
     let has = |name| capabilities.supports_extension(name);
-    let (import, calibrate) = (has(ash::ext::external_memory_host::NAME), has(ash::ext::calibrated_timestamps::NAME));
+    let (import, calibrate) =
+        (has(ash::ext::external_memory_host::NAME), has(ash::ext::calibrated_timestamps::NAME));
     // SAFETY: a handle of this instance.
     let (families, mut reset) = unsafe {
         let mut reset = vk::PhysicalDeviceHostQueryResetFeatures::default();
@@ -501,9 +498,9 @@ impl VulkanTransfer {
 
 /// The latest ticket of each line, as a later one stands for all before it.
 fn latest(after: &[Ticket]) -> impl Iterator<Item = Ticket> {
-    [Line::Compute, Line::ToDevice, Line::ToHost]
-        .into_iter()
-        .filter_map(|line| after.iter().filter(|ticket| ticket.line == line && ticket.value > 0).max().copied())
+    [Line::Compute, Line::ToDevice, Line::ToHost].into_iter().filter_map(|line| {
+        after.iter().filter(|ticket| ticket.line == line && ticket.value > 0).max().copied()
+    })
 }
 
 impl Transfer for VulkanTransfer {
@@ -529,8 +526,9 @@ impl Transfer for VulkanTransfer {
         }
         let buffer = self.raw.allocate(bytes, &host_preference()).map_err(|error| refused(error.to_string()))?;
         // SAFETY: the memory was allocated from a host-visible type and is mapped once, for as long as it lives.
-        let pointer =
-            unsafe { self.raw.device.map_memory(buffer.memory, 0, vk::WHOLE_SIZE, vk::MemoryMapFlags::empty()) };
+        let pointer = unsafe {
+            self.raw.device.map_memory(buffer.memory, 0, vk::WHOLE_SIZE, vk::MemoryMapFlags::empty())
+        };
         let pointer = pointer.map_err(|error| refused(error.to_string()))?;
         let pointer = NonNull::new(pointer.cast::<u8>()).ok_or_else(|| refused("the driver mapped it at 0".into()))?;
         let buffer = Arc::new(buffer);
@@ -639,8 +637,9 @@ impl Transfer for VulkanTransfer {
                 device.cmd_write_timestamp(commands, last, queries, 2 * index as u32 + 1);
             }
             device.end_command_buffer(commands).map_err(self.vulkan("recording a copy"))?;
-            let (semaphores, values): (Vec<_>, Vec<_>) =
-                latest(after).map(|ticket| (self.timeline(ticket.line).semaphore, ticket.value)).unzip();
+            let (semaphores, values): (Vec<_>, Vec<_>) = latest(after)
+                .map(|ticket| (self.timeline(ticket.line).semaphore, ticket.value))
+                .unzip();
             let stages = vec![vk::PipelineStageFlags::ALL_COMMANDS; semaphores.len()];
             let _queue = Self::lock(&lane.lock);
             let value = lane.timeline.submitted.load(Relaxed) + 1;
@@ -654,7 +653,9 @@ impl Transfer for VulkanTransfer {
                 .wait_dst_stage_mask(&stages)
                 .signal_semaphores(&signals)
                 .push_next(&mut timeline);
-            device.queue_submit(lane.queue, &[submit], vk::Fence::null()).map_err(self.vulkan("submitting a copy"))?;
+            device
+                .queue_submit(lane.queue, &[submit], vk::Fence::null())
+                .map_err(self.vulkan("submitting a copy"))?;
             lane.timeline.submitted.store(value, Release);
             let place = &mut ring.places[index];
             place.value = value;
@@ -716,8 +717,10 @@ fn wrap(device: &wgpu::Device, buffer: &Arc<RawBuffer>, bytes: u64) -> wgpu::Buf
     let descriptor = wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation: false };
     // SAFETY: the VkBuffer has that size and those usages, and lives until wgpu drops the callback.
     unsafe {
-        let hal =
-            <Vulkan as wgpu::hal::Api>::Buffer::from_raw_externally_owned(buffer.buffer, Box::new(move || drop(keep)));
+        let hal = <Vulkan as wgpu::hal::Api>::Buffer::from_raw_externally_owned(
+            buffer.buffer,
+            Box::new(move || drop(keep)),
+        );
         device.create_buffer_from_hal::<Vulkan>(hal, &descriptor)
     }
 }

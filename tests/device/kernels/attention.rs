@@ -41,6 +41,8 @@ impl Heads {
 /// no row needs, as they lie before the window, are in no table.
 pub struct Sequences {
     heads: Heads,
+    /// `[H]`
+    sinks: Option<Vec<f32>>,
     /// Per sequence, its context and the first entry of its table.
     tables: Vec<(usize, u32)>,
     block_table: Vec<u32>,
@@ -79,7 +81,7 @@ impl Sequences {
             }
         }
         block_table.push(NO_BLOCK);
-        Self { heads, tables, block_table, kv_blocks }
+        Self { heads, sinks: None, tables, block_table, kv_blocks }
     }
 
     /// The last `n` tokens of every sequence, as rows of qkv in order.
@@ -121,15 +123,18 @@ impl Sequences {
             q_stride: q_stride as u32,
             window: window as u32,
             scale: self.heads.shape().scale,
+            has_sinks: self.sinks.is_some() as u32,
         };
         let (qkv, rows, block_table) = (upload(qkv), upload(rows), upload(&self.block_table));
         let (kv_blocks, out) = (upload(&self.kv_blocks), poisoned(n_out + 70));
+        let sinks = upload(self.sinks.as_deref().unwrap_or(&[f32::NAN]));
         let bindings = Bindings {
             qkv: qkv.whole(),
             rows: rows.whole(),
             block_table: block_table.whole(),
             kv_blocks: kv_blocks.whole(),
             out: out.whole(),
+            sinks: sinks.whole(),
         };
         run(|recorder| (attention.record)(recorder, variant, params, bindings));
         let mut words: Vec<u32> = download(out.whole());
@@ -147,7 +152,7 @@ impl Sequences {
                 blocks: &self.block_table[row.first_block as usize..],
             })
             .collect();
-        paged_attention(&self.heads.shape(), &rows, &self.kv_blocks, BLOCK_TOKENS)
+        paged_attention(&self.heads.shape(), self.sinks.as_deref(), &rows, &self.kv_blocks, BLOCK_TOKENS)
     }
 }
 
@@ -170,13 +175,18 @@ pub fn matches_reference(attention: Attention, n: usize) {
         for window in WINDOWS {
             let heads = Heads { q_heads, kv_heads, head_width, window };
             let mut random = Random::new((q_heads * 1000 + head_width * 10 + window) as u64);
-            let sequences = Sequences::new(&mut random, heads, &CONTEXTS, n);
+            let mut sequences = Sequences::new(&mut random, heads, &CONTEXTS, n);
+            if (q_heads + window).is_multiple_of(2) {
+                // From far below all scores to above most of them.
+                sequences.sinks = Some((0..q_heads).map(|head| [-30.0, 0.5, 3.0, 12.0][head % 4]).collect());
+            }
             let rows = sequences.last_rows(n);
             let (qkv, q_stride) = sequences.qkv(&mut random, rows.len());
             let want = sequences.reference((&qkv, q_stride), &rows);
             let mut first: Option<Vec<u32>> = None;
             for variant in attention.kernel.variants() {
-                let what = format!("{} {heads:?} {:?}", attention.kernel.name, variant.tunables);
+                let with = if sequences.sinks.is_some() { "with sinks" } else { "without sinks" };
+                let what = format!("{} {heads:?} {with} {:?}", attention.kernel.name, variant.tunables);
                 let got = sequences.attend(attention, &variant, (&qkv, q_stride), &rows, rows.len());
                 // Terms of q · k are of size 1, so a score is good to K * 2^-24 * K / sqrt(K), and exp to some 20 * 2^-24: the
                 // weights are that much off in both the sum and the total; and sums of up to 257 tokens, of values below 1.
@@ -193,7 +203,8 @@ pub fn rows_are_independent(attention: Attention) {
     for window in WINDOWS {
         let heads = Heads { q_heads: 6, kv_heads: 2, head_width: 34, window };
         let mut random = Random::new(61);
-        let sequences = Sequences::new(&mut random, heads, &CONTEXTS, 2);
+        let mut sequences = Sequences::new(&mut random, heads, &CONTEXTS, 2);
+        sequences.sinks = (window != 0).then(|| random.values(heads.q_heads));
         let rows = sequences.last_rows(2);
         let (qkv, q_stride) = sequences.qkv(&mut random, rows.len());
         let variant = &attention.kernel.variants()[0];

@@ -21,12 +21,8 @@ fn down(
     let n_out = routing.n_assignments() * d_model;
     let (h, permutation, offsets) = (upload(h), upload(&routing.permutation), upload(&routing.offsets));
     let (places, y) = (upload(places), poisoned(n_out + 70));
-    let params = Params {
-        n_assignments: routing.n_assignments() as u32,
-        n_experts: down.values.len() as u32,
-        d_model: d_model as u32,
-        expert_width: expert_width as u32,
-    };
+    let (n_assignments, n_experts) = (routing.n_assignments() as u32, down.values.len() as u32);
+    let params = Params::plain(n_assignments, n_experts, d_model as u32, expert_width as u32);
     let bindings = Bindings {
         h: h.whole(),
         permutation: permutation.whole(),
@@ -34,6 +30,7 @@ fn down(
         places: places.whole(),
         y: y.whole(),
         down: down.slabs(),
+        bias: places.whole(),
     };
     run(|recorder| record(recorder, variant, params, bindings));
     let mut words: Vec<u32> = download(y.whole());
@@ -54,7 +51,7 @@ pub fn trials() -> Vec<Trial> {
                     let (kinds, places) = matrices(&mut random, dtype, n_experts, d_model * expert_width, 1, &[]);
                     let matrices = &kinds[0];
                     let reference = |h: &[f32], values: &[Vec<f32>]| {
-                        expert_down(h, expert_width, d_model, &routing.offsets, &routing.permutation, values)
+                        expert_down(h, expert_width, d_model, &routing.offsets, &routing.permutation, values, None)
                     };
                     let want = reference(&h, &matrices.values);
                     // Each of F terms is rounded at most F times: F * 2^-24 * sum |h w| in all.

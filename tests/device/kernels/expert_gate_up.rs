@@ -2,7 +2,7 @@ use fulmen::checkpoint::Dtype;
 use fulmen::gpu::Variant;
 use fulmen::kernels::expert_gate_up::{Bindings, EXPERT_GATE_UP, Params, record};
 use fulmen::kernels::slabs::Place;
-use fulmen::reference::expert_gate_up::expert_gate_up;
+use fulmen::reference::expert_gate_up::{Finish, expert_gate_up};
 use fulmen::reference::matmul::matmul;
 use libtest_mimic::Trial;
 
@@ -23,13 +23,8 @@ fn gate_up(
     let n_out = routing.n_assignments() * expert_width;
     let (x, permutation, offsets) = (upload(x), upload(&routing.permutation), upload(&routing.offsets));
     let (places, h) = (upload(places), poisoned(n_out + 70));
-    let params = Params {
-        n_assignments: routing.n_assignments() as u32,
-        n_experts: gate.values.len() as u32,
-        n_chosen: routing.n_chosen as u32,
-        d_model: d_model as u32,
-        expert_width: expert_width as u32,
-    };
+    let (n_assignments, n_experts) = (routing.n_assignments() as u32, gate.values.len() as u32);
+    let params = Params::plain(n_assignments, n_experts, routing.n_chosen as u32, d_model as u32, expert_width as u32);
     let bindings = Bindings {
         x: x.whole(),
         permutation: permutation.whole(),
@@ -38,6 +33,7 @@ fn gate_up(
         h: h.whole(),
         gate: gate.slabs(),
         up: up.slabs(),
+        bias: places.whole(),
     };
     run(|recorder| record(recorder, variant, params, bindings));
     let mut words: Vec<u32> = download(h.whole());
@@ -82,7 +78,8 @@ pub fn trials() -> Vec<Trial> {
                     let (kinds, places) = matrices(&mut random, dtype, n_experts, expert_width * d_model, 2, &[]);
                     let (gate, up) = (&kinds[0], &kinds[1]);
                     let (offsets, permutation) = (&routing.offsets, &routing.permutation);
-                    let want = expert_gate_up(&x, d_model, n_chosen, offsets, permutation, &gate.values, &up.values);
+                    let matrices = [&gate.values[..], &up.values];
+                    let want = expert_gate_up(&x, d_model, n_chosen, offsets, permutation, matrices, Finish::PLAIN);
                     let allowed = tolerances(&x, d_model, &routing, gate, up);
                     let mut first: Option<Vec<u32>> = None;
                     for variant in EXPERT_GATE_UP.variants().iter().filter(|variant| variant.weights == dtype) {

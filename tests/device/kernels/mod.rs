@@ -1,6 +1,7 @@
 //! Every kernel against its reference: odd sizes, every dtype and tunable, poisoned outputs; and a row's bits alone against
 //! its bits among other rows.
 
+mod add_bias;
 mod attention;
 mod copy_rows;
 mod decode_attention;
@@ -13,7 +14,9 @@ mod experts;
 mod layer_norm;
 mod lm_head_sample;
 mod matmul;
+mod mxfp4;
 mod prompt_attention;
+mod qk_norm;
 mod rms_norm;
 mod rotary;
 mod router_topk;
@@ -22,6 +25,7 @@ use libtest_mimic::Trial;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    trials.extend(add_bias::trials());
     trials.extend(copy_rows::trials());
     trials.extend(decode_attention::trials());
     trials.extend(embed::trials());
@@ -32,7 +36,9 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(layer_norm::trials());
     trials.extend(lm_head_sample::trials());
     trials.extend(matmul::trials());
+    trials.extend(mxfp4::trials());
     trials.extend(prompt_attention::trials());
+    trials.extend(qk_norm::trials());
     trials.extend(rms_norm::trials());
     trials.extend(rotary::trials());
     trials.extend(router_topk::trials());

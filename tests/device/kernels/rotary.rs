@@ -16,6 +16,8 @@ struct Case {
     slots: Vec<u32>,
     table: Vec<f32>,
     n_blocks: usize,
+    /// 0: none.
+    clip: f32,
 }
 
 struct Outcome {
@@ -45,6 +47,7 @@ impl Case {
             slots,
             table: rope_table(head_width, THETA, n_positions),
             n_blocks,
+            clip: 0.0,
         }
     }
 
@@ -75,6 +78,7 @@ impl Case {
             q_heads: q_heads as u32,
             kv_heads: kv_heads as u32,
             head_width: head_width as u32,
+            clip: self.clip,
         };
         let bindings = Bindings {
             qkv: qkv.whole(),
@@ -110,7 +114,9 @@ fn check(what: &str, case: &Case) {
     let (q_heads, kv_heads, head_width) = case.heads;
     let outcome = case.run();
     for t in 0..case.n_rows() {
-        let before = &case.qkv[t * case.row_width()..][..case.row_width()];
+        let clip = if case.clip == 0.0 { f32::INFINITY } else { case.clip };
+        let unclipped = &case.qkv[t * case.row_width()..][..case.row_width()];
+        let before: Vec<f32> = unclipped.iter().map(|v| v.clamp(-clip, clip)).collect();
         let after = &outcome.qkv[t * case.row_width()..][..case.row_width()];
         let head = |h: usize| &before[h * head_width..][..head_width];
         for h in 0..q_heads {
@@ -125,7 +131,7 @@ fn check(what: &str, case: &Case) {
             }
         }
         let kept = q_heads * head_width;
-        assert_eq!(bits(&after[kept..]), bits(&before[kept..]), "{what} row {t}: k and v stay in qkv");
+        assert_eq!(bits(&after[kept..]), bits(&unclipped[kept..]), "{what} row {t}: k and v stay in qkv");
         for g in 0..kv_heads {
             let want = rotate(head(q_heads + g), case.turns(t));
             for (j, (got, want)) in outcome.kv_row(case, t, g, 0).iter().zip(want).enumerate() {
@@ -189,6 +195,21 @@ pub fn trials() -> Vec<Trial> {
             }
             Ok(())
         }),
+        Trial::test("rotary::clamps_before_it_turns", || {
+            for clip in [0.3, 0.999, 1e-3] {
+                let mut case = Case::random(7, (4, 2, 10), 45);
+                case.clip = clip;
+                check(&format!("clip {clip}"), &case);
+            }
+            // What is no number is not made one.
+            let mut case = Case::random(2, (1, 1, 4), 46);
+            case.clip = 0.5;
+            (case.qkv[1], case.qkv[4], case.qkv[10]) = (f32::NAN, f32::NAN, f32::NAN);
+            let outcome = case.run();
+            assert!(outcome.qkv[1].is_nan() && outcome.qkv[3].is_nan(), "{:?}", &outcome.qkv[..4]);
+            assert!(outcome.kv_row(&case, 0, 0, 0)[0].is_nan() && outcome.kv_row(&case, 0, 0, 1)[2].is_nan());
+            Ok(())
+        }),
         // Nothing is lost against the CPU's own rounding, so K and V may be stored by either side.
         Trial::test("rotary::rounds_to_f16_as_the_cpu_does", || {
             let values = hard_values();
@@ -205,6 +226,7 @@ pub fn trials() -> Vec<Trial> {
                 slots: vec![NO_SLOT; n_rows],
                 table: rope_table(head_width, THETA, 1),
                 n_blocks: 1,
+                clip: 0.0,
             };
             let outcome = case.run();
             for (t, v) in v.chunks_exact(head_width).enumerate() {
@@ -234,6 +256,7 @@ pub fn trials() -> Vec<Trial> {
                     slots: vec![case.slots[t]],
                     table: case.table.clone(),
                     n_blocks: case.n_blocks,
+                    clip: case.clip,
                 }
                 .run();
                 assert_eq!(bits(&alone.qkv), bits(&together.qkv[t * case.row_width()..][..case.row_width()]));

@@ -1,0 +1,24 @@
+//! `fulmen bench`: how fast this machine is, held against what it could do.
+
+mod pipeline;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Decode in steady state under one schedule after the other: same model, same pages, same sequences.
+    Pipeline(pipeline::Arguments),
+}
+
+pub fn run(arguments: Arguments) -> Result<u8> {
+    match arguments.what {
+        What::Pipeline(arguments) => pipeline::run(arguments),
+    }
+}
