@@ -16,6 +16,7 @@ mod devices;
 mod generate;
 mod inspect;
 mod open;
+mod plan;
 mod progress;
 mod run_batch;
 mod score;
@@ -60,6 +61,8 @@ enum Command {
     Generate(generate::Arguments),
     /// Answer a file of OpenAI Batch lines.
     RunBatch(run_batch::Arguments),
+    /// Predict the best policy for a model, a machine and a workload. Needs neither weights nor adapter.
+    Plan(plan::Arguments),
     /// Show a model's shape, sizes and chat template. Loads no weights.
     Inspect(inspect::Arguments),
     /// List the graphics adapters.
@@ -97,6 +100,7 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Generate(arguments) => generate::run(arguments),
         Command::RunBatch(arguments) => run_batch::run(arguments),
+        Command::Plan(arguments) => plan::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),

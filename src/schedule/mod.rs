@@ -2,7 +2,8 @@
 //!
 //! In: how many layers, which micro-batches have rows of which kind, how they form expert groups, how a layer's experts are cut
 //! into chunks and pages ([`PassShape`]). Out: a [`Schedule`], made by a builder ([`build()`]), which prints as a table, is checked
-//! by [`check()`], and is run and timed by [`execute`](crate::execute). A [`Timeline`] holds when each task ran; [`trace`] draws it.
+//! by [`check()`], and is run and timed by [`execute`](crate::execute). A [`Timeline`] holds when each task ran, or will
+//! run ([`simulate()`], given what each task takes); [`trace`] draws it.
 //!
 //! A layer of `grouped` with two groups of one micro-batch each, while the pages of layer 4 arrive:
 //!
@@ -24,6 +25,7 @@ mod build;
 mod check;
 mod render;
 mod shape;
+mod simulate;
 mod task;
 mod timeline;
 pub mod trace;
@@ -31,5 +33,6 @@ pub mod trace;
 pub use build::build;
 pub use check::{Before, ScheduleFault, check};
 pub use shape::{ChunkShape, MicroBatchShape, PageId, PassShape, Why};
+pub use simulate::{Cost, Resource, simulate};
 pub use task::{Lane, Schedule, Task, TaskId, Work};
 pub use timeline::{Span, Timeline};

@@ -5,6 +5,7 @@ mod batch;
 mod common;
 mod damage;
 mod generate;
+mod plan;
 mod resume;
 mod usage;
 
@@ -26,6 +27,7 @@ fn main() {
             .collect();
     }
     trials.extend(damage::anywhere());
+    trials.extend(plan::anywhere());
     trials.extend(usage::anywhere());
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -45,10 +45,11 @@ fn wrong_command_lines_end_with_2() -> Result<(), Failed> {
 /// Help and version are data, with code 0. Every command has a help that names its options.
 fn help_is_on_stdout() -> Result<(), Failed> {
     fulmen(["--version"]).run().ends(0).prints(["fulmen ", env!("CARGO_PKG_VERSION")]);
-    fulmen(["--help"]).run().ends(0).prints(["generate", "run-batch", "inspect", "devices", "score"]);
+    fulmen(["--help"]).run().ends(0).prints(["generate", "run-batch", "plan", "inspect", "devices", "score"]);
     let helps = [
         ("run-batch", ["--input-file", "--resume", "--gpu-memory"]),
         ("generate", ["--prompt", "--temperature", "--max-tokens"]),
+        ("plan", ["--paper", "--shape", "--hardware"]),
         ("inspect", ["--model", "--json", "--chat-template"]),
         ("devices", ["--json", "--log-level", "--help"]),
         ("score", ["--results", "--answers", "--json"]),
