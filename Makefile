@@ -4,13 +4,17 @@
 CARGO ?= cargo
 DEMO_OUT ?= target/demo
 
-.PHONY: demo test lint bench build
+.PHONY: demo test test-validation lint bench build
 
 demo: build
 	@scripts/demo $(DEMO_OUT)
 
 test: build
 	$(CARGO) test --release --no-fail-fast
+
+# The transfers and the pipeline once more under the Vulkan validation layer, which must say nothing.
+test-validation: build
+	@scripts/test-validation
 
 lint:
 	$(CARGO) fmt --all --check

@@ -102,7 +102,7 @@ pub enum WorkError {
 #[derive(Debug, Clone)]
 enum Model {
     Folder(PathBuf),
-    Synthetic(ModelConfig),
+    Synthetic(Box<ModelConfig>),
 }
 
 /// How to open a model. Made by [`Engine::builder`].
@@ -194,7 +194,7 @@ impl EngineBuilder {
     pub fn prepare(self) -> Result<Prepared, EngineError> {
         let weights = match &self.model {
             Model::Folder(folder) => Weights::Files(Checkpoint::open(folder)?),
-            Model::Synthetic(config) => Weights::Synthetic(Synthetic::new(config.clone())),
+            Model::Synthetic(config) => Weights::Synthetic(Synthetic::new((**config).clone())),
         };
         let weights = Arc::new(weights);
         let gpu = Arc::new(Gpu::open_with(&self.open)?);
@@ -497,7 +497,7 @@ impl Engine {
 
     /// Made-up weights of a given shape.
     pub fn synthetic(config: ModelConfig) -> EngineBuilder {
-        Self::builder_of(Model::Synthetic(config))
+        Self::builder_of(Model::Synthetic(Box::new(config)))
     }
 
     fn builder_of(model: Model) -> EngineBuilder {

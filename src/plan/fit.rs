@@ -433,9 +433,9 @@ fn fit_with_pool(
     if keep {
         memory.host_weights = (shape.layers * streamed) as u64 * expert_weights;
     }
-    if wishes.source.is_some() && streamed == 0 {
+    if let (Some(source), 0) = (wishes.source, streamed) {
         let with = "this policy: all experts stay on the GPU, so nothing comes in pages".to_owned();
-        let value = wishes.source.expect("just seen").to_string();
+        let value = source.to_string();
         return Err(PlanError::Conflict { option: "--page-source", value, with });
     }
     if memory.device() <= machine.device_bytes && n_slots > slots_that_bind {

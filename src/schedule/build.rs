@@ -341,7 +341,7 @@ fn pipelined(shape: &PassShape, ahead: usize, pages: Pages) -> Schedule {
     };
     for step in 0..steps {
         let (layer, micro_batch) = at(step);
-        while begun < steps && begun <= step + ahead - 1 && can_begin(&b, begun) {
+        while begun < steps && begun < step + ahead && can_begin(&b, begun) {
             let (layer, micro_batch) = at(begun);
             b.begin(layer, micro_batch);
             begun += 1;

@@ -117,23 +117,21 @@ pub fn svg(timeline: &Timeline, heading: &str) -> String {
     let height = TOP + Lane::ALL.len() as f64 * LANE_HEIGHT + 76.0;
     let mut out = String::new();
     let escaped = heading.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    let _ = write!(
+    let _ = writeln!(
         out,
         r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="system-ui, sans-serif" font-size="12">
 <rect width="{WIDTH}" height="{height}" fill="#ffffff"/>
-<text x="{LEFT}" y="24" font-size="16" fill="#222222">{escaped}</text>
-"##
+<text x="{LEFT}" y="24" font-size="16" fill="#222222">{escaped}</text>"##
     );
     let bottom = TOP + Lane::ALL.len() as f64 * LANE_HEIGHT;
     for (index, lane) in Lane::ALL.into_iter().enumerate() {
         let y = TOP + index as f64 * LANE_HEIGHT;
         let share = visible(timeline, from, to).filter(|span| span.lane == lane).cloned().collect::<Vec<_>>();
         let busy = Timeline { spans: share }.busy(lane).as_secs_f64() / length;
-        let _ = write!(
+        let _ = writeln!(
             out,
             r##"<rect x="{LEFT}" y="{y}" width="{}" height="{}" fill="#f5f5f5"/>
-<text x="8" y="{}" fill="#222222">{}</text><text x="8" y="{}" fill="#777777" font-size="11">{:.0} %</text>
-"##,
+<text x="8" y="{}" fill="#222222">{}</text><text x="8" y="{}" fill="#777777" font-size="11">{:.0} %</text>"##,
             WIDTH - LEFT - 16.0,
             LANE_HEIGHT - 8.0,
             y + 20.0,
@@ -144,20 +142,18 @@ pub fn svg(timeline: &Timeline, heading: &str) -> String {
         for span in visible(timeline, from, to).filter(|span| span.lane == lane) {
             let (left, right) = (x(span.start), x(span.end));
             let width = (right - left).max(0.4);
-            let _ = write!(
+            let _ = writeln!(
                 out,
-                r##"<rect x="{left:.2}" y="{y}" width="{width:.2}" height="{}" fill="{}" stroke="#ffffff" stroke-width="0.4"><title>{}</title></rect>
-"##,
+                r##"<rect x="{left:.2}" y="{y}" width="{width:.2}" height="{}" fill="{}" stroke="#ffffff" stroke-width="0.4"><title>{}</title></rect>"##,
                 LANE_HEIGHT - 8.0,
                 colour(span.work),
                 title(span)
             );
             if width > 7.0 * span.work.to_string().len() as f64 {
                 let middle = y + LANE_HEIGHT / 2.0;
-                let _ = write!(
+                let _ = writeln!(
                     out,
-                    r##"<text x="{:.2}" y="{middle}" fill="#ffffff" font-size="11" pointer-events="none">{}</text>
-"##,
+                    r##"<text x="{:.2}" y="{middle}" fill="#ffffff" font-size="11" pointer-events="none">{}</text>"##,
                     left + 4.0,
                     span.work
                 );
@@ -167,10 +163,9 @@ pub fn svg(timeline: &Timeline, heading: &str) -> String {
             for (start, end) in timeline.gaps(lane, Duration::from_secs_f64(length / 400.0)) {
                 if end > from && start < to {
                     let (left, right) = (x(start), x(end));
-                    let _ = write!(
+                    let _ = writeln!(
                         out,
-                        r##"<rect x="{left:.2}" y="{}" width="{:.2}" height="5" fill="#d62728"><title>the link is idle for {}</title></rect>
-"##,
+                        r##"<rect x="{left:.2}" y="{}" width="{:.2}" height="5" fill="#d62728"><title>the link is idle for {}</title></rect>"##,
                         y + LANE_HEIGHT - 8.0,
                         (right - left).max(0.6),
                         milliseconds(end - start)
@@ -201,11 +196,10 @@ fn axis(out: &mut String, length: f64, y: f64) {
     while at <= length * 1e3 + 1e-9 {
         let x = LEFT + at / (length * 1e3) * (WIDTH - LEFT - 16.0);
         let label = if step < 1.0 { format!("{at:.2}") } else { format!("{at:.0}") };
-        let _ = write!(
+        let _ = writeln!(
             out,
             r##"<line x1="{x:.1}" y1="{TOP}" x2="{x:.1}" y2="{y}" stroke="#dddddd" stroke-width="0.5"/>
-<text x="{x:.1}" y="{}" fill="#777777" font-size="11" text-anchor="middle">{label}{}</text>
-"##,
+<text x="{x:.1}" y="{}" fill="#777777" font-size="11" text-anchor="middle">{label}{}</text>"##,
             y + 12.0,
             if at == 0.0 { " ms" } else { "" }
         );
@@ -225,10 +219,9 @@ fn legend(out: &mut String, y: f64) {
     ];
     let mut x = LEFT;
     for (name, colour) in entries {
-        let _ = write!(
+        let _ = writeln!(
             out,
-            r##"<rect x="{x}" y="{}" width="11" height="11" fill="{colour}"/><text x="{}" y="{y}" fill="#444444">{name}</text>
-"##,
+            r##"<rect x="{x}" y="{}" width="11" height="11" fill="{colour}"/><text x="{}" y="{y}" fill="#444444">{name}</text>"##,
             y - 10.0,
             x + 16.0
         );

@@ -289,7 +289,7 @@ fn a_source_that_fails_names_file_and_offset() -> Result<(), Failed> {
     let mut engine = builder(folder.path(), wishes).prepare()?.load(&mut |_, _| {})?;
     let shard = folder.path().join("model-00002-of-00002.safetensors");
     std::fs::File::options().write(true).open(&shard)?.set_len(1 << 20)?;
-    let error = run(&mut engine, requests()).err().expect("the file is shorter");
+    let error = run(&mut engine, requests()).expect_err("the file is shorter");
     let message = format!("{error}");
     assert!(message.contains("model-00002-of-00002.safetensors") && message.contains("offset"), "{message}");
     assert!(message.starts_with("page "), "the task is named: {message}");
@@ -305,7 +305,7 @@ fn a_lost_device_is_an_error() -> Result<(), Failed> {
             .test_faults(faults)
             .prepare()?
             .load(&mut |_, _| {})?;
-        let error = run(&mut engine, requests()).err().expect("the device is lost");
+        let error = run(&mut engine, requests()).expect_err("the device is lost");
         assert!(error.device_lost(), "{error}");
         assert!(error.to_string().contains("the device was lost"), "{error}");
     }
