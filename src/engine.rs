@@ -5,7 +5,7 @@
 //!                           checkpoint, adapter, plan           weights on the GPU
 //! ```
 //!
-//! One pass: each micro-batch's rows are fixed ([`Batcher::plan_micro_batch`]), a [`Schedule`](crate::schedule::Schedule) is
+//! One pass: each micro-batch's rows are fixed ([`Batcher::plan_micro_batch`]), a [`Schedule`] is
 //! built for them and checked, and [`execute::run`](crate::execute::run) walks it, a thread for each lane: the device's lanes
 //! start what `engine/pass.rs` says on the [`Machine`], the host's lane attends and samples. When a micro-batch's ids are known
 //! its finished sequences leave, and its rows of the next pass are fixed at once. Pages of the next pass are on their way when

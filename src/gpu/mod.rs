@@ -5,7 +5,7 @@
 //! Guarantees: an error of the driver (no adapter, out of memory, a lost device, a shader that it refuses) comes back as a
 //! [`GpuError`] and never as a panic; memory taken is counted, so a cap can be obeyed.
 //!
-//! Bytes move beside the kernels: [`transfer`] has copies on queues of their own, ordered against kernels by [`Ticket`]s.
+//! Bytes move beside the kernels: `transfer` has copies on queues of their own, ordered against kernels by [`Ticket`]s.
 
 mod buffer;
 mod device;

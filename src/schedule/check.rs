@@ -60,6 +60,7 @@ fn fault(work: Work, needed: Work, why: Why) -> ScheduleFault {
 }
 
 /// Which tasks have ended when each task starts: by its dependencies, its place on its lane, and all that follows from those.
+#[derive(Debug)]
 pub struct Before {
     words: usize,
     bits: Vec<u64>,

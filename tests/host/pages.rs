@@ -111,8 +111,8 @@ proptest! {
             for expert in chunk.experts.clone().filter(|_| n_pieces > 0) {
                 let slot = plan.slot(0, layer, expert);
                 prop_assert!(table.holds(slot, layer, expert).is_some());
-                prop_assert!(!table.holds(slot, layer + 1, expert).is_some());
-                prop_assert!(!table.holds(slot, layer, expert + 1).is_some());
+                prop_assert!(table.holds(slot, layer + 1, expert).is_none());
+                prop_assert!(table.holds(slot, layer, expert + 1).is_none());
             }
         }
     }
@@ -127,7 +127,7 @@ fn an_expert_of_which_a_broken_off_pass_left_a_part_is_whole_after_it_comes_agai
     assert_eq!(pieces.len(), 7, "{pieces:?}");
     for broken_off in 0..pieces.len() {
         pieces[..broken_off].iter().for_each(|piece| table.arrive(0, 0, piece, None));
-        assert!(!table.holds(0, 0, 0).is_some(), "after {broken_off} pieces");
+        assert!(table.holds(0, 0, 0).is_none(), "after {broken_off} pieces");
         pieces.iter().for_each(|piece| table.arrive(0, 0, piece, None));
         assert!(table.holds(0, 0, 0).is_some(), "after {broken_off} pieces and all of them");
     }

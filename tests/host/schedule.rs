@@ -140,7 +140,7 @@ proptest! {
         let task = with[at.index(with.len())];
         let mut broken = schedule.clone();
         broken.tasks[task].after.clear();
-        let order = check(&schedule, &shape).ok().expect("sound");
+        let order = check(&schedule, &shape).expect("sound");
         if let Ok(still) = check(&broken, &shape) {
             // Then the lane alone orders all that this task needs.
             for (needed, _) in shape.needs(schedule.tasks[task].work) {
@@ -309,7 +309,7 @@ fn broken_schedules_are_refused_by_name() {
     let base = build(ScheduleKind::Grouped, &shape);
     assert!(check(&base, &shape).is_ok());
     let name = |schedule: &Schedule, shape: &PassShape| {
-        let fault = check(schedule, shape).err().expect("broken");
+        let fault = check(schedule, shape).expect_err("broken");
         format!("{fault:?}").split([' ', '{']).next().expect("a name").to_owned()
     };
     // A copy of `base` in which `work` no longer waits for `needed`, by whatever chain: everything else runs as it did.
@@ -317,7 +317,7 @@ fn broken_schedules_are_refused_by_name() {
         let mut schedule = build(kind, shape);
         let (work, needed) = (position(&schedule, work), position(&schedule, needed));
         schedule.tasks[work.0].after.retain(|after| {
-            let order = check(&build(kind, shape), shape).ok().expect("sound");
+            let order = check(&build(kind, shape), shape).expect("sound");
             *after != needed && !order.orders(needed, *after)
         });
         schedule
