@@ -16,23 +16,23 @@
 //!
 //! | step | where | code |
 //! |---|---|---|
-//! | its sequence is in a group; the group's rows of the next pass are fixed | host | [`request::batcher`] |
+//! | its sequence is in a micro-batch, whose rows of the next pass are fixed | host | [`request::batcher`] |
 //! | the pass becomes a list of tasks | host | [`schedule`] |
-//! | the tasks are carried out in order and timed | both | [`execute`], [`engine`] (`engine/pass.rs`) |
+//! | each lane (GPU, link both ways, CPU) carries out its tasks in order, beside the others, and times them | both | [`execute`], [`engine`] (`engine/pass.rs`) |
 //! | its token becomes a residual row | GPU | `embed` |
 //! | per layer: norm, Q K V (biases, their norms), rotary | GPU | `rms_norm` or `layer_norm`, `matmul`, `add_bias`, `qk_norm`, `rotary` |
 //! | its query, key and value come to the host; key and value go into the sequence's block | link, host | [`memory::kv_cache`] |
 //! | it attends over its blocks | CPU | [`cpu::attention`] (prompt rows: GPU, `prompt_attention`) |
 //! | output projection, norm, router; rows are sorted by expert | GPU | `matmul`, `router_topk`, `expert_sort` |
-//! | pages of experts arrive in their slots | link | [`memory::pages`] |
+//! | pages of experts arrive in their slots, on a queue of their own | link | [`memory::pages`], [`memory::page_source`] |
 //! | gate, up, down; the weighted sum joins the residual row | GPU | `expert_gate_up`, `expert_down`, `expert_combine` |
 //! | after the last layer: LM head, greedy id (whole logits cross only if the request needs them) | GPU | `lm_head_sample` |
 //! | the next token is chosen, becomes text, maybe ends the sequence | host | [`request::sampler`], `engine/answers.rs` |
 //!
 //! # What holds
 //!
-//! **A policy changes time, never tokens.** A row's result does not depend on which rows share its pass, so group counts, row
-//! limits, chunks of prompts, ring and page sizes, preemption, sharding and resuming change no bit (`tests/device/generate.rs`).
+//! **A policy changes time, never tokens.** A row's result does not depend on which rows share its pass, so schedules, groups, row
+//! limits, chunks of prompts, ring and page sizes, preemption, sharding and resuming change no bit (`tests/device/generate.rs`, `pipeline.rs`).
 //! Moving decode attention to the GPU is the one choice that rounds differently.
 //!
 //! Every kernel has a reference in [`mod@reference`] and a test that compares them; whole models are held against transformers
