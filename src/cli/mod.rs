@@ -120,7 +120,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     let engine = error.downcast_ref::<EngineError>();
     match engine {
         _ if error.is::<Usage>() => USAGE,
-        Some(EngineError::Plan(PlanError::Option { .. })) => USAGE,
+        Some(EngineError::Plan(PlanError::Option { .. } | PlanError::Conflict { .. })) => USAGE,
         Some(error) if error.device_lost() => INTERRUPTED,
         _ => FATAL,
     }

@@ -285,7 +285,16 @@ fn fit_with_pool(
     let all_experts = (shape.layers * shape.experts) as u64 * expert_weights;
     let in_flight = page_bytes.min(all_experts).saturating_mul(STAGING_BUFFERS as u64);
     let staging = (row_bytes * micro_batches as u64).saturating_add(in_flight);
-    let host_left = machine.host_bytes.saturating_sub(staging);
+    if staging.saturating_add(block_bytes) > machine.host_bytes {
+        return Err(PlanError::Memory {
+            what: "rows and pages on their way and one KV block need".into(),
+            needed: staging.saturating_add(block_bytes),
+            side: "host",
+            allowed: machine.host_bytes,
+            option: "--host-memory",
+        });
+    }
+    let host_left = machine.host_bytes - staging;
     let longest = option("--max-model-len", wishes.max_model_len, DEFAULT_MAX_MODEL_LEN, config.max_positions)?;
     let blocks_for = |tokens: usize| tokens.div_ceil(BLOCK_TOKENS);
     // Weights that stream are kept in memory where they leave room for keys and values, else they are read from their files.

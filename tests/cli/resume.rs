@@ -70,9 +70,84 @@ fn a_signal_while_opening_means_resume_too() -> Result<(), Failed> {
     Ok(())
 }
 
+/// A device that is lost in the middle: a message, exit code 75, what was finished is there, and a resumed run does the rest.
+fn a_lost_device_is_resumed() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let input = folder.lines("in.jsonl", &mixed_lines());
+    let output = folder.path("out.jsonl");
+    let call = || run_batch(&input, &output).words(["--max-num-seqs", "1"]);
+    let ran = call().env("FULMEN_TEST_FAULTS", "lost-after=1500").run().ends(75);
+    ran.says(["the device was lost"]);
+    let before = results(&output).len();
+    assert!((1..12).contains(&before), "lost in the middle, with {before} lines");
+    run_batch(&input, &output).words(["--resume"]).run().ends(0);
+    let resumed = results(&output);
+    for (id, line) in mixed_results() {
+        assert_eq!(resumed.get(id), Some(line), "{id} is as in a run whose device stayed");
+    }
+    call().env("FULMEN_TEST_FAULTS", "gremlins").words(["--overwrite"]).run().ends(2).says(["no test fault"]);
+    Ok(())
+}
+
+/// What ran when, as a trace that a viewer opens and as a picture; and a bench of schedules in small.
+fn traces_and_timelines_are_written() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let input = folder.lines("in.jsonl", &short_tasks(3));
+    let (trace, picture) = (folder.path("trace.json"), folder.path("lanes.svg"));
+    run_batch(&input, &folder.path("out.jsonl"))
+        .words(["--ring-experts", "4", "--resident-experts", "1", "--page-size", "20KiB", "--schedule", "cgopipe"])
+        .path("--trace-file", &trace)
+        .path("--timeline", &picture)
+        .run()
+        .ends(0)
+        .says(["pages   from imported memory", "across the link: "]);
+    let events: serde_json::Value = serde_json::from_slice(&std::fs::read(&trace)?)?;
+    let events = events.as_array().expect("a list of events");
+    let named = |name: &str| events.iter().filter(|event| event["cat"] == name).count();
+    assert!(named("page") > 10 && named("experts") > 10 && named("attention") > 10, "{} events", events.len());
+    let page = events.iter().find(|event| event["cat"] == "page").expect("a page");
+    assert!(page["args"]["bytes"].as_u64().expect("bytes") > 0 && page["dur"].as_f64().expect("a duration") >= 0.0);
+    let tracks: std::collections::BTreeSet<u64> =
+        events.iter().filter_map(|event| event["tid"].as_u64().filter(|_| event["ph"] == "X")).collect();
+    assert!(tracks.len() >= 3, "{tracks:?}");
+    let picture = std::fs::read_to_string(&picture)?;
+    assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>") && picture.contains("h2d"));
+
+    let ran = fulmen(["bench", "pipeline", "--synthetic", "mixtral-tiny", "--layers", "3", "--max-num-seqs", "6"])
+        .words(["--micro-batches", "3", "--resident-experts", "0", "--ring-experts", "16", "--passes", "2"])
+        .words(["--warm-up", "1", "--json", "--schedules", "flexgen+relay,flexgen,cgopipe+copies,grouped"])
+        .run()
+        .ends(0);
+    let document = ran.json();
+    let schedules = document["schedules"].as_array().expect("schedules");
+    assert_eq!(schedules.len(), 4);
+    assert_eq!(schedules[0]["schedule"], "flexgen+relay");
+    for schedule in schedules {
+        assert!(schedule["tokens_per_second"].as_f64().expect("a rate") > 0.0, "{schedule}");
+        assert!(schedule["page_bytes"].as_u64().expect("bytes") > 0, "{schedule}");
+    }
+    fulmen(["bench", "pipeline", "--synthetic", "mixtral-huge"]).run().ends(2).says(["mixtral-8x7b"]);
+    fulmen(["bench", "pipeline", "--synthetic", "mixtral-8x7b", "--layers", "33"]).run().ends(2).says(["1 to 32"]);
+    Ok(())
+}
+
+/// A made-up checkpoint as files is one that opens like any other.
+fn synthesized_checkpoints_open() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let model = folder.path("made-up");
+    fulmen(["synthesize", "mixtral-tiny", "--layers", "2"]).path("-o", &model).run().ends(0);
+    fulmen(["inspect"]).path("-m", &model).run().ends(0).prints(["mixtral"]);
+    fulmen(["synthesize", "mixtral-tiny"]).path("-o", &model).run().ends(1).says(["exists"]);
+    fulmen(["synthesize", "dbrx"]).path("-o", &folder.path("other")).run().ends(1).says(["only Mixtral"]);
+    Ok(())
+}
+
 pub fn on_adapter() -> Vec<Trial> {
     vec![
         Trial::test("resume::stopped_runs_are_resumed", stopped_runs_are_resumed),
+        Trial::test("resume::a_lost_device_is_resumed", a_lost_device_is_resumed),
+        Trial::test("resume::traces_and_timelines_are_written", traces_and_timelines_are_written),
+        Trial::test("resume::synthesized_checkpoints_open", synthesized_checkpoints_open),
         Trial::test("resume::a_signal_while_opening_means_resume_too", a_signal_while_opening_means_resume_too),
     ]
 }
