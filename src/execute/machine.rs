@@ -342,7 +342,7 @@ impl Machine {
                     blocks: gpu.shared_buffer("KV workspace", workspace_bytes)?,
                     staging: match lend_kv {
                         true => None,
-                        false => Some(gpu.pinned("KV on its way to the GPU", workspace_bytes)?),
+                        false => Some(gpu.host_buffer("KV on its way to the GPU", workspace_bytes)?),
                     },
                 })
             })
