@@ -137,6 +137,10 @@ fn synthesized_checkpoints_open() -> Result<(), Failed> {
     let model = folder.path("made-up");
     fulmen(["synthesize", "mixtral-tiny", "--layers", "2"]).path("-o", &model).run().ends(0);
     fulmen(["inspect"]).path("-m", &model).run().ends(0).prints(["mixtral"]);
+    for name in fulmen::model::presets::NAMES {
+        fulmen(["inspect", "--synthetic", name]).run().ends(0).prints(["pages"]);
+    }
+    fulmen(["inspect", "--synthetic", "dbrx"]).path("-m", &model).run().ends(2);
     fulmen(["synthesize", "mixtral-tiny"]).path("-o", &model).run().ends(1).says(["exists"]);
     fulmen(["synthesize", "dbrx"]).path("-o", &folder.path("other")).run().ends(1).says(["only Mixtral"]);
     Ok(())

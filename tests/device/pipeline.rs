@@ -7,7 +7,7 @@ use std::path::Path;
 
 use fulmen::engine::{Engine, EngineBuilder, EngineError, Event, RunOptions, WarmSequence};
 use fulmen::gpu::{CopyRange, Gpu, Line, OpenOptions, TestFaults, TransferChoice};
-use fulmen::model::presets;
+use fulmen::model::{ModelConfig, presets};
 use fulmen::plan::Wishes;
 use fulmen::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
 use fulmen::request::tokenizer::Tokenizer;
@@ -344,8 +344,26 @@ fn made_up_weights_run() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Made-up weights in the other families' layouts: stacked, interleaved, MXFP4.
+fn every_family_runs_on_made_up_weights() -> Result<(), Failed> {
+    let sequences: Vec<WarmSequence> = (0..4).map(|age| WarmSequence { context: 3 + 9 * age }).collect();
+    for name in ["dbrx", "qwen3_moe", "olmoe", "gpt_oss", "gpt_oss_mxfp4"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name);
+        let config = ModelConfig::open(&folder)?;
+        let wishes =
+            Wishes { resident_experts: Some(0), ring_experts: Some(3), page_bytes: Some(3000), ..Wishes::default() };
+        let mut engine = Engine::synthetic(config).device(device()).wishes(wishes).prepare()?.load(&mut |_, _| {})?;
+        let (summary, tokens) = engine.run_warm(&sequences, 5, &mut |_| {})?;
+        assert_eq!(summary.generated_tokens, 20, "{name}");
+        let distinct: std::collections::BTreeSet<u32> = tokens.values().flatten().copied().collect();
+        assert!(distinct.len() > 2, "{name} always says {distinct:?}");
+    }
+    Ok(())
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
+        Trial::test("pipeline::every_family_runs_on_made_up_weights", every_family_runs_on_made_up_weights),
         Trial::test("pipeline::copies_keep_their_order", copies_keep_their_order),
         Trial::test("pipeline::plain_transfers_give_the_same_tokens", plain_transfers_give_the_same_tokens),
         Trial::test("pipeline::refused_memory_falls_back_aloud", refused_memory_falls_back_aloud),

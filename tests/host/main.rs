@@ -20,4 +20,5 @@ mod schedule;
 mod shaders;
 mod simulate;
 mod small_tokenizers;
+mod synthetic;
 mod units;
