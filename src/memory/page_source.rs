@@ -14,7 +14,7 @@
 //! Guarantees: weights are in RAM at most once (what is read for filling goes past the page cache or is given back); a page's
 //! memory is not refilled before its copy has run.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -90,7 +90,7 @@ enum Bytes {
     Relay {
         arenas: Vec<HostBuffer>,
         at: Vec<At>,
-        fresh: Mutex<HashMap<usize, HostBuffer>>,
+        fresh: Mutex<HashMap<usize, VecDeque<HostBuffer>>>,
     },
 }
 
@@ -438,7 +438,11 @@ impl PageSource {
             }
             Bytes::Relay { fresh, .. } => {
                 let key = layer * pages.len() + number;
-                let buffer = fresh.lock().expect("relay lock").remove(&key).expect("the schedule pins before it loads");
+                let mut fresh = fresh.lock().expect("relay lock");
+                // A page of the next pass may be pinned before this pass's is loaded: first in, first out.
+                let buffer =
+                    fresh.get_mut(&key).and_then(|pages| pages.pop_front()).expect("the schedule pins before it loads");
+                drop(fresh);
                 // The copy keeps the buffer's memory until it has run.
                 Ok(from_buffer(&buffer, 0)?)
             }
@@ -457,7 +461,7 @@ impl PageSource {
         let (into, from) =
             unsafe { (buffer.slice_mut::<u8>(0..bytes), arenas[arena].slice::<u8>(offset..offset + bytes)) };
         into.copy_from_slice(from);
-        fresh.lock().expect("relay lock").insert(key, buffer);
+        fresh.lock().expect("relay lock").entry(key).or_default().push_back(buffer);
         Ok(())
     }
 }

@@ -144,8 +144,9 @@ fn schedules_give_the_same_tokens(source: SourceKind, ring: usize) -> Result<(),
     Ok(())
 }
 
-/// All schedules on a golden checkpoint: transformers' tokens.
-fn schedules_hold_a_golden(folder: &Path, ring: usize) -> Result<(), Failed> {
+/// All schedules on a golden checkpoint, from one source through a ring of three experts or of two layers: transformers' tokens.
+fn schedules_hold_a_golden(folder: &Path, source: SourceKind, two_layers: bool) -> Result<(), Failed> {
+    let ring = if two_layers { 2 * ModelConfig::open(folder)?.shape.experts } else { 3 };
     let golden = Golden::open(folder);
     let mut request = golden.request("golden");
     request.params.max_tokens = Some(12);
@@ -156,6 +157,7 @@ fn schedules_hold_a_golden(folder: &Path, ring: usize) -> Result<(), Failed> {
         page_bytes: Some(1000),
         micro_batches: Some(2),
         prompt_chunk: Some(33),
+        source: Some(source),
         ..Wishes::default()
     };
     let mut engine = builder(folder, wishes).prepare()?.load(&mut |_, _| {})?;
@@ -165,6 +167,7 @@ fn schedules_hold_a_golden(folder: &Path, ring: usize) -> Result<(), Failed> {
                 continue;
             }
             engine = engine.reopen(Wishes { schedule: Some(kind), attention: Some(attention), ..wishes })?;
+            assert_eq!(engine.page_source().expect("experts stream").kind(), source, "no silent fallback");
             let (outputs, _) = run(&mut engine, vec![request.clone(), second.clone()])?;
             for output in outputs.values() {
                 let tokens = &output.result.as_ref().expect("answered")[0].token_ids;
@@ -361,6 +364,17 @@ fn every_family_runs_on_made_up_weights() -> Result<(), Failed> {
     Ok(())
 }
 
+/// A discrete GPU's driver does not take a file's mapping: that is said, not silently replaced.
+fn said_if_mapped(source: SourceKind, result: Result<(), Failed>) -> Result<(), Failed> {
+    match result {
+        Err(error) if source == SourceKind::Mapped && format!("{error:?}").contains("was asked for") => {
+            eprintln!("mapped: {error:?}");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
         Trial::test("pipeline::every_family_runs_on_made_up_weights", every_family_runs_on_made_up_weights),
@@ -379,22 +393,16 @@ pub fn trials() -> Vec<Trial> {
         // The shipped model streams seven experts of a layer here.
         for (name, ring) in [("three_experts", 3), ("two_layers", 14)] {
             let name = format!("pipeline::schedules_give_the_same_tokens::{source}_through_a_ring_of_{name}");
-            trials.push(Trial::test(name, move || {
-                // A discrete GPU's driver does not take a file's mapping: that is said, not silently replaced.
-                match schedules_give_the_same_tokens(source, ring) {
-                    Err(error) if source == SourceKind::Mapped && format!("{error:?}").contains("was asked for") => {
-                        eprintln!("mapped: {error:?}");
-                        Ok(())
-                    }
-                    result => result,
-                }
-            }));
+            trials
+                .push(Trial::test(name, move || said_if_mapped(source, schedules_give_the_same_tokens(source, ring))));
         }
     }
     for (number, folder) in Golden::all().into_iter().enumerate() {
         let name = folder.file_name().expect("a folder").to_string_lossy().into_owned();
-        trials.push(Trial::test(format!("pipeline::schedules_hold_a_golden::{name}"), move || {
-            schedules_hold_a_golden(&folder, [3, 5][number % 2])
+        // Sources and rings in turns: every source meets several checkpoints, in both rings.
+        let (source, two_layers) = (SourceKind::ALL[number % SourceKind::ALL.len()], number % 2 == 1);
+        trials.push(Trial::test(format!("pipeline::schedules_hold_a_golden::{name}_{source}"), move || {
+            said_if_mapped(source, schedules_hold_a_golden(&folder, source, two_layers))
         }));
     }
     trials
