@@ -462,7 +462,7 @@ pub struct RunSummary {
     pub busy_by_stage: BTreeMap<&'static str, Duration>,
     /// Expert bytes sent to the GPU.
     pub page_bytes: u64,
-    /// Bytes that crossed the link, by lane.
+    /// Bytes that each lane moved. The host's own (pages relayed from memory to memory) do not cross the link.
     pub lane_bytes: BTreeMap<Lane, u64>,
     /// Time in which at least one lane ran a task.
     pub busy_any: Duration,

@@ -8,13 +8,14 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{Usage, print_line};
+use crate::model::presets::NAMES;
 use crate::model::{ModelConfig, Shape};
 use crate::plan::hrm::{
     Work, human_seconds, rows_at_intensity, steady_state_bound, turning_point_p1, turning_point_p2,
 };
 use crate::plan::paper::{DEVICE_SHARE, HOST_SHARE, LayerSeconds, PaperPlan, Setting};
 use crate::plan::plot::roofline_svg;
-use crate::plan::presets::{HARDWARE, HardwarePreset, SHAPES, hardware, shape};
+use crate::plan::presets::{HARDWARE, HardwarePreset, hardware, shape};
 use crate::plan::published;
 use crate::policy::AttentionPlace;
 use crate::units::human_bytes;
@@ -25,7 +26,7 @@ pub struct Arguments {
     #[arg(value_name = "MODEL", conflicts_with_all = ["shape", "published"])]
     model: Option<PathBuf>,
     /// A model by name, without any file
-    #[arg(long, value_name = "NAME", value_parser = SHAPES.map(|(name, _)| name), ignore_case = true, conflicts_with = "published")]
+    #[arg(long, value_name = "NAME", value_parser = NAMES, ignore_case = true, conflicts_with = "published")]
     shape: Option<String>,
     /// A machine by name
     #[arg(long, value_name = "NAME", value_parser = HARDWARE.map(|preset| preset.name), ignore_case = true, conflicts_with = "published")]
@@ -90,10 +91,10 @@ impl Arguments {
     fn shape(&self) -> Result<(String, Shape)> {
         if let Some(name) = &self.shape {
             let shape = shape(name).expect("clap takes known names only");
-            return Ok((name.to_ascii_lowercase(), *shape));
+            return Ok((name.to_ascii_lowercase(), shape));
         }
         let Some(folder) = &self.model else {
-            let names = SHAPES.map(|(name, _)| name).join(", ");
+            let names = NAMES.join(", ");
             return Err(Usage(format!("a model's folder or --shape is needed, one of {names}")).into());
         };
         let config = ModelConfig::open(folder)?;

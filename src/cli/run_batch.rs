@@ -337,7 +337,7 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
         summary.batch.preemptions,
         lanes.join(", "),
     );
-    let crossed: u64 = summary.lane_bytes.values().sum();
+    let crossed: u64 = summary.lane_bytes.iter().filter(|(lane, _)| !lane.is_host()).map(|(_, bytes)| bytes).sum();
     say!(
         "across the link: {} a generated token, pages at {:.2} GB/s over the whole run; no lane busy {:.0}% of the time",
         human_bytes(crossed / summary.generated_tokens.max(1)),

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! [`Pass`] is what the device's lanes see: fixed before the pass begins. [`HostLane`] is the host's lane: it alone touches the
-//! batcher and the answers. A schedule names micro-batches by their place among those that have rows; `numbers` says which of
-//! the batcher's that is.
+//! batcher and the answers. A schedule names micro-batches by their place among those that have rows; [`MicroBatch`] has the
+//! batcher's number of each.
 
 use std::sync::Mutex;
 use std::time::Instant;

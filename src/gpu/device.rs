@@ -291,7 +291,7 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| on_lost.set(format!("{reason:?}: {message}")));
         let on_error = faults.clone();
         device.on_uncaptured_error(Arc::new(move |error| on_error.set(error.to_string())));
-        let clock = features.contains(timestamps).then(|| Clock::new(&device, &queue));
+        let clock = features.contains(timestamps).then(|| Clock::new(&queue));
         Ok(Gpu {
             device,
             queue,

@@ -24,7 +24,7 @@ struct State {
 }
 
 impl Clock {
-    pub fn new(_device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+    pub fn new(queue: &wgpu::Queue) -> Self {
         let state = State { sets: Vec::new(), begun: 0, submitted: Vec::new(), tie: None };
         Self { state: Mutex::new(state), nanoseconds_per_tick: queue.get_timestamp_period() as f64 }
     }

@@ -59,7 +59,7 @@ pub const CASES: [Case; 10] = [
 pub fn setting() -> Setting {
     use super::presets::{hardware, shape};
     Setting {
-        shape: *shape("mixtral-8x7b").expect("a known model"),
+        shape: shape("mixtral-8x7b").expect("a known model"),
         hardware: *hardware("t4").expect("a known machine"),
         prompt_tokens: 418,
         generated_tokens: 128,

@@ -21,8 +21,6 @@ pub struct ModelBytes {
     pub largest_dense: u64,
     /// One expert's slots, by `ExpertMatrix::ALL`.
     pub matrix: [u64; 3],
-    /// All files.
-    pub files: u64,
 }
 
 impl ModelBytes {
@@ -37,7 +35,6 @@ impl ModelBytes {
             dense: dense().sum(),
             largest_dense: dense().max().unwrap_or(0),
             matrix: inventory.slot_bytes().unwrap_or_default(),
-            files: inventory.files().iter().map(|(_, bytes)| bytes).sum(),
         }
     }
 
@@ -62,7 +59,7 @@ impl ModelBytes {
 pub struct MachineLimits {
     /// Device memory that may be taken.
     pub device_bytes: u64,
-    /// Host memory that may be taken beside the mapped checkpoint.
+    /// Host memory that may be taken.
     pub host_bytes: u64,
     /// Largest storage binding.
     pub binding_bytes: u64,
@@ -107,8 +104,6 @@ pub struct MemoryUse {
     pub host_weights: u64,
     /// Host memory: rows that cross the link, context on its way, and pages on theirs.
     pub staging: u64,
-    /// The checkpoint's mapping: page cache, given back by the system when needed.
-    pub mapped_weights: u64,
 }
 
 impl MemoryUse {
@@ -416,7 +411,6 @@ fn fit_with_pool(
         kv_pool: kv_blocks as u64 * block_bytes,
         host_weights: 0,
         staging: staging + kv_workspace + words(head_rows * (4 + shape.vocab)),
-        mapped_weights: bytes.files,
     };
     let fixed = memory.device();
     let slot_bytes = bytes.largest_slot();

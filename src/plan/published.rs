@@ -124,7 +124,7 @@ impl PublishedRuns {
     /// What the paper mode is asked for one of the runs.
     pub fn setting(&self, run: &Run) -> Setting {
         Setting {
-            shape: *presets::shape(self.shape).expect("a known model"),
+            shape: presets::shape(self.shape).expect("a known model"),
             hardware: *presets::hardware(self.hardware).expect("a known machine"),
             prompt_tokens: self.prompt_tokens,
             generated_tokens: run.generated_tokens,

@@ -55,8 +55,7 @@ fn bytes(config: &ModelConfig) -> ModelBytes {
         tensors.map(|tensor| (2 * tensor.elements()).next_multiple_of(4))
     };
     let matrix = [2 * config.shape.expert_matrix_elements() as u64; 3];
-    let files = 2 * tensors(config).iter().map(|tensor| tensor.elements()).sum::<u64>();
-    ModelBytes { dense: dense().sum(), largest_dense: dense().max().expect("an embedding"), matrix, files }
+    ModelBytes { dense: dense().sum(), largest_dense: dense().max().expect("an embedding"), matrix }
 }
 
 /// Every buffer of a policy as `Machine::open` allocates it, but for the weights that stay.

@@ -1,21 +1,22 @@
 //! The paper's own answers, out of its own model: policies, bounds, figures. Expected values are MoE-Lightning's, from its text and
 //! from what its artifact's optimizer returns.
 
+use fulmen::model::presets::NAMES;
 use fulmen::model::{Shape, Sizes};
 use fulmen::plan::hrm::*;
 use fulmen::plan::paper::{PaperError, PaperPlan, Setting};
-use fulmen::plan::presets::{HARDWARE, SHAPES, hardware, shape};
+use fulmen::plan::presets::{HARDWARE, hardware, shape};
 use fulmen::plan::published::{self, BOUND_CASES, BOUND_L4, BOUND_T4, PUBLISHED, bound_case};
 use fulmen::policy::AttentionPlace;
 use proptest::prelude::*;
 
 fn mixtral() -> Shape {
-    *shape("mixtral-8x7b").unwrap()
+    shape("mixtral-8x7b").unwrap()
 }
 
 fn setting(shape_name: &str, hardware_name: &str, prompt_tokens: usize, generated_tokens: usize) -> Setting {
     Setting {
-        shape: *shape(shape_name).unwrap(),
+        shape: shape(shape_name).unwrap(),
         hardware: *hardware(hardware_name).unwrap(),
         prompt_tokens,
         generated_tokens,
@@ -224,7 +225,8 @@ fn shapes_have_their_known_sizes() {
         ("olmoe-1b-7b", 12.0, 128, 6.92, 1.28),
         ("gpt-oss-20b", 35.6, 48, 20.9, 4.19),
     ];
-    for ((name, shape), (known, experts, kv_kib, total, active)) in SHAPES.into_iter().zip(expected) {
+    for (name, (known, experts, kv_kib, total, active)) in NAMES.into_iter().zip(expected) {
+        let shape = shape(name).unwrap();
         assert_eq!((name, shape.faults()), (known, Vec::new()));
         let gib = 2.0 * layer_expert_elements(&shape) * shape.layers as f64 / (1u64 << 30) as f64;
         near(gib, experts, 2e-3);
@@ -383,7 +385,8 @@ fn fitted_rates_of_published_runs() {
 #[test]
 fn every_shape_on_every_machine() {
     let (mut fit, mut refused) = (0, 0);
-    for (name, shape) in SHAPES {
+    for name in NAMES {
+        let shape = shape(name).unwrap();
         for hardware in HARDWARE {
             for (prompt_tokens, generated_tokens) in [(77, 128), (1984, 64)] {
                 let setting = Setting { shape, hardware, prompt_tokens, generated_tokens };
@@ -457,14 +460,14 @@ proptest! {
     /// More memory or a faster part never makes the prediction worse, and nothing panics.
     #[test]
     fn more_hardware_is_never_slower(
-        shape_idx in 0..SHAPES.len(),
+        shape_idx in 0..NAMES.len(),
         hardware_idx in 0..HARDWARE.len(),
         prompt_tokens in 1usize..3000,
         generated_tokens in 2usize..600,
         part in 0usize..6,
         factor in 1.0f64..2.0,
     ) {
-        let mut setting = Setting { shape: SHAPES[shape_idx].1, hardware: HARDWARE[hardware_idx], prompt_tokens, generated_tokens };
+        let mut setting = Setting { shape: shape(NAMES[shape_idx]).unwrap(), hardware: HARDWARE[hardware_idx], prompt_tokens, generated_tokens };
         let before = setting.search();
         let hardware = &mut setting.hardware;
         let rate = [

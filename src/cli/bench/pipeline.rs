@@ -348,7 +348,8 @@ fn measure(
         steps,
         generated: sequences.len() * arguments.passes,
         page_bytes: all.page_bytes(),
-        link_bytes: all.spans.iter().map(|span| span.bytes).sum(),
+        // What the host copies from memory to memory does not cross the link.
+        link_bytes: all.spans.iter().filter(|span| !span.lane.is_host()).map(|span| span.bytes).sum(),
         busy: Lane::ALL.map(|lane| (lane, share(all.busy(lane)))).to_vec(),
         busy_any: share(all.busy_any()),
         tokens,
