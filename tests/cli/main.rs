@@ -12,6 +12,7 @@ mod usage;
 use libtest_mimic::{Arguments, Trial};
 
 fn main() {
+    fulmen::cli::quiet_mesa();
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
     // The longest first: trials run side by side.
