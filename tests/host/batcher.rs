@@ -151,7 +151,8 @@ impl<'c> World<'c> {
         let Some(ask) = self.case.asks.get(self.arrived) else { return };
         let id = id(self.arrived as u64, 0);
         let prompt = (0..ask.prompt).map(|position| token(ask, id, position)).collect();
-        self.batcher.add(id, prompt, ask.max_new);
+        let exact = ask.fails.is_none() && ask.lengths.iter().all(|length| *length == ask.max_new);
+        self.batcher.add(id, prompt, ask.max_new, exact);
         self.live.insert(id, Live { tokens: ask.prompt, next: 0, in_flight: false });
         self.arrived += 1;
     }
