@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Synthetic, Weights};
 use crate::cpu::isa::Isa;
-use crate::execute::machine::{Extents, KV_ARENA_BYTES, KvPool};
+use crate::execute::machine::{KV_ARENA_BYTES, KvPool};
 use crate::execute::{Carried, Machine, TaskError, run as run_schedule};
 use crate::gpu::{
     DeviceChoice, Gpu, GpuError, HostBuffer, OpenOptions, Pipelines, ShaderPatch, TestFaults, Ticket, TransferChoice,
@@ -30,9 +30,9 @@ use crate::gpu::{
 use crate::memory::host_memory;
 use crate::memory::kv_cache::{KvCache, KvError, KvLayout, SpillFile};
 use crate::memory::page_source::{PageError, PageSource, SourceRequest};
-use crate::memory::pages::{PagePlan, PageShape};
+use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
-use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
+use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
 use crate::policy::AttentionPlace;
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
@@ -127,6 +127,12 @@ impl EngineBuilder {
         self
     }
 
+    /// How the device is opened, as a whole.
+    pub fn open_options(mut self, options: OpenOptions) -> Self {
+        self.open = options;
+        self
+    }
+
     pub fn device(mut self, choice: DeviceChoice) -> Self {
         self.open.device = choice;
         self
@@ -198,19 +204,23 @@ impl EngineBuilder {
         };
         let weights = Arc::new(weights);
         let gpu = Arc::new(Gpu::open_with(&self.open)?);
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let limits = MachineLimits {
-            device_bytes: self.gpu_memory.unwrap_or_else(|| gpu.memory_bytes().unwrap_or(2 << 30) / 10 * 9),
-            host_bytes: self.host_memory.unwrap_or_else(|| host_memory::available_bytes().unwrap_or(4 << 30) / 10 * 8),
-            binding_bytes: gpu.max_binding_bytes(),
-            threads,
-            kernels_reach_host: gpu.kernels_reach_host(),
-        };
+        let limits = machine_limits(&gpu, self.gpu_memory, self.host_memory);
         if weights.inventory().expert_dtype().is_none() {
             return Err(EngineError::MixedExperts);
         }
         let plan = fit(weights.config(), &ModelBytes::of(weights.inventory()), &limits, &self.wishes)?;
         Ok(Prepared { builder: self, weights, gpu, limits, plan })
+    }
+}
+
+/// What may be taken of a machine, where nobody says how much: 90 % of the device's memory, 80 % of what the host has available.
+pub fn machine_limits(gpu: &Gpu, gpu_memory: Option<u64>, host_memory: Option<u64>) -> MachineLimits {
+    MachineLimits {
+        device_bytes: gpu_memory.unwrap_or_else(|| gpu.memory_bytes().unwrap_or(2 << 30) / 10 * 9),
+        host_bytes: host_memory.unwrap_or_else(|| host_memory::available_bytes().unwrap_or(4 << 30) / 10 * 8),
+        binding_bytes: gpu.max_binding_bytes(),
+        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        kernels_reach_host: gpu.kernels_reach_host(),
     }
 }
 
@@ -324,16 +334,7 @@ impl Opened {
         let batcher = Batcher::new(limits, kv, SpillFile::new(&builder.spill_folder, layout));
         let threads = attention_threads(policy.threads)?;
         let page_plan = page_plan(&config, weights, &plan);
-        let extents = Extents {
-            micro_batches: policy.micro_batches,
-            expert_groups: policy.expert_groups,
-            rows_per_micro_batch: policy.rows_per_micro_batch,
-            workspaces: policy.workspaces,
-            workspace_blocks: policy.workspace_blocks,
-            max_positions: policy.max_model_len,
-            head_rows: policy.head_rows,
-            rows: policy.rows,
-        };
+        let extents = extents(&policy);
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
         let mut machine = Machine::open(pipelines, weights, page_plan, extents, lent, progress)?;
@@ -371,14 +372,7 @@ impl Opened {
 }
 
 fn page_plan(config: &ModelConfig, weights: &Weights, plan: &Plan) -> PagePlan {
-    PagePlan::new(PageShape {
-        experts: config.shape.experts,
-        resident: plan.policy.resident_experts,
-        ring: plan.policy.ring_experts,
-        matrix_bytes: ModelBytes::of(weights.inventory()).matrix,
-        page_bytes: plan.policy.page_bytes,
-        layers: config.shape.layers,
-    })
+    PagePlan::new(plan.page_shape(config, &ModelBytes::of(weights.inventory())))
 }
 
 /// The pool as the driver knows it, in pieces; empty where it does not take it.

@@ -12,6 +12,7 @@ macro_rules! say {
 }
 
 mod bench;
+mod calibrate;
 mod devices;
 mod generate;
 mod inspect;
@@ -61,6 +62,8 @@ enum Command {
     Generate(generate::Arguments),
     /// Answer a file of OpenAI Batch lines.
     RunBatch(run_batch::Arguments),
+    /// Measure this machine for a model's kind of layers: what plans predict from.
+    Calibrate(calibrate::Arguments),
     /// Predict the best policy for a model, a machine and a workload. Needs neither weights nor adapter.
     Plan(plan::Arguments),
     /// Show a model's shape, sizes and chat template. Loads no weights.
@@ -100,6 +103,7 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Generate(arguments) => generate::run(arguments),
         Command::RunBatch(arguments) => run_batch::run(arguments),
+        Command::Calibrate(arguments) => calibrate::run(arguments),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),

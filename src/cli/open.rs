@@ -1,15 +1,17 @@
 //! Flags that open a model, shared by the commands that run one, and what is said while it opens.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::Args;
 
 use super::progress::LoadProgress;
 use crate::cpu::isa::Isa;
-use crate::engine::{Engine, EngineBuilder, EngineError, Prepared};
-use crate::gpu::{DeviceChoice, TransferChoice};
-use crate::plan::Wishes;
+use crate::engine::{Engine, EngineBuilder, EngineError, Prepared, machine_limits};
+use crate::gpu::{DeviceChoice, Gpu, OpenOptions, TransferChoice};
+use crate::model::ModelConfig;
+use crate::plan::{MachineLimits, Wishes};
 use crate::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
 use crate::request::batch_file::GenerationDefaults;
 use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
@@ -31,10 +33,10 @@ fn bytes(text: &str) -> Result<u64, String> {
     parse_bytes(text).map_err(|error| error.to_string())
 }
 
-/// How to run it. None of these changes a token, but --attention, which may round differently.
+/// Which machine, and how much of it.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine and policy (change time, never tokens)")]
-pub struct EngineArguments {
+pub struct MachineArguments {
     /// Adapter by number or part of its name, see `fulmen devices` [default: the best]
     #[arg(long, env = "FULMEN_DEVICE", value_name = "N|NAME")]
     device: Option<String>,
@@ -44,6 +46,54 @@ pub struct EngineArguments {
     /// Most host memory to take beside the mapped weights [default: 80 % of what is available]
     #[arg(long, env = "FULMEN_HOST_MEMORY", value_parser = bytes, value_name = "SIZE")]
     host_memory: Option<u64>,
+    /// How bytes get to and from the GPU [default: queues, where the backend is Vulkan]
+    #[arg(long, env = "FULMEN_TRANSFER", value_enum)]
+    transfer: Option<Transfer>,
+    /// Instruction set of the CPU attention [default: the best there is]
+    #[arg(long, env = "FULMEN_ISA", value_name = "NAME")]
+    isa: Option<String>,
+}
+
+impl MachineArguments {
+    fn open_options(&self) -> Result<OpenOptions> {
+        let mut options = OpenOptions::default();
+        if let Some(device) = &self.device {
+            options.device = DeviceChoice::from(device.as_str());
+        }
+        if let Some(Transfer::Plain) = self.transfer {
+            options.transfer = TransferChoice::Plain;
+        }
+        if let Ok(faults) = std::env::var(TEST_FAULTS) {
+            options.test_faults =
+                faults.parse().map_err(|error| super::Usage(format!("{TEST_FAULTS}: {error}")))?;
+        }
+        Ok(options)
+    }
+
+    /// Opens the adapter.
+    pub fn gpu(&self) -> Result<Arc<Gpu>> {
+        Ok(Arc::new(Gpu::open_with(&self.open_options()?)?))
+    }
+
+    pub fn isa(&self) -> Result<Isa> {
+        match &self.isa {
+            None => Ok(Isa::best()),
+            Some(name) => Ok(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?),
+        }
+    }
+
+    /// What an engine may take of it.
+    pub fn limits(&self, gpu: &Gpu) -> MachineLimits {
+        machine_limits(gpu, self.gpu_memory, self.host_memory)
+    }
+}
+
+/// How to run it. None of these changes a token, but --attention, which may round differently.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Machine and policy (change time, never tokens)")]
+pub struct EngineArguments {
+    #[command(flatten)]
+    machine: MachineArguments,
     /// Host memory for keys and values [default: what the sequences need, at most half of the host memory]
     #[arg(long, env = "FULMEN_KV_MEMORY", value_parser = bytes, value_name = "SIZE")]
     kv_memory: Option<u64>,
@@ -86,15 +136,9 @@ pub struct EngineArguments {
     /// How q, k, v and attention output cross the link [default: kernels, where they reach host memory]
     #[arg(long, env = "FULMEN_ROWS", value_enum)]
     rows: Option<RowPath>,
-    /// How bytes get to and from the GPU [default: queues, where the backend is Vulkan]
-    #[arg(long, env = "FULMEN_TRANSFER", value_enum)]
-    transfer: Option<Transfer>,
     /// Threads of the CPU attention [default: all cores]
     #[arg(short, long, env = "FULMEN_THREADS", value_name = "N")]
     threads: Option<usize>,
-    /// Instruction set of the CPU attention [default: the best there is]
-    #[arg(long, env = "FULMEN_ISA", value_name = "NAME")]
-    isa: Option<String>,
     /// Folder for the KV blocks of preempted sequences [default: the system's temporary folder]
     #[arg(long, env = "FULMEN_SPILL_DIR", value_name = "FOLDER")]
     spill_dir: Option<PathBuf>,
@@ -106,6 +150,15 @@ enum Transfer {
     Queues,
     /// wgpu's own means: no overlap.
     Plain,
+}
+
+/// The config of a folder or of a made-up model, with all layers or the first ones.
+pub fn model_config(model: Option<&Path>, synthetic: Option<&str>, layers: Option<usize>) -> Result<ModelConfig> {
+    match (model, synthetic) {
+        (_, Some(name)) => super::bench::shape(name, layers),
+        (Some(folder), None) => Ok(ModelConfig::open(folder)?),
+        (None, None) => unreachable!("clap asks for one of them"),
+    }
 }
 
 /// All that turns requests into tokens and back.
@@ -163,22 +216,11 @@ impl EngineArguments {
 
     /// Adds all that these flags say to a builder.
     pub fn apply(&self, builder: EngineBuilder) -> Result<EngineBuilder> {
-        let mut builder = builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);
-        if let Some(device) = &self.device {
-            builder = builder.device(DeviceChoice::from(device.as_str()));
-        }
-        if let Some(Transfer::Plain) = self.transfer {
-            builder = builder.transfer(TransferChoice::Plain);
-        }
-        if let Ok(faults) = std::env::var(TEST_FAULTS) {
-            let faults = faults.parse().map_err(|error| super::Usage(format!("{TEST_FAULTS}: {error}")))?;
-            builder = builder.test_faults(faults);
-        }
+        let machine = &self.machine;
+        let mut builder = builder.wishes(self.wishes()).gpu_memory(machine.gpu_memory).host_memory(machine.host_memory);
+        builder = builder.open_options(machine.open_options()?).isa(machine.isa()?);
         if let Some(folder) = &self.spill_dir {
             builder = builder.spill_folder(folder);
-        }
-        if let Some(name) = &self.isa {
-            builder = builder.isa(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?);
         }
         Ok(builder)
     }

@@ -18,4 +18,4 @@ pub mod plot;
 pub mod presets;
 pub mod published;
 
-pub use fit::{DEFAULT_PAGE_BYTES, MachineLimits, MemoryUse, ModelBytes, Plan, PlanError, Wishes, fit};
+pub use fit::{DEFAULT_PAGE_BYTES, MachineLimits, MemoryUse, ModelBytes, Plan, PlanError, Wishes, extents, fit};
