@@ -10,6 +10,7 @@
 //! paper measured, and [`plot`] draws the roofline.
 
 pub mod ablation;
+pub mod cost;
 mod fit;
 pub mod hrm;
 pub mod linear;
@@ -17,5 +18,7 @@ pub mod paper;
 pub mod plot;
 pub mod presets;
 pub mod published;
+pub mod search;
+pub mod workload;
 
 pub use fit::{DEFAULT_PAGE_BYTES, MachineLimits, MemoryUse, ModelBytes, Plan, PlanError, Wishes, extents, fit};
