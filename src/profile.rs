@@ -440,6 +440,21 @@ fn differences<T: Serialize>(theirs: &T, ours: &T) -> Vec<String> {
 }
 
 impl Profile {
+    /// The same machine with so many bytes per second more over the link, both ways.
+    pub fn with_faster_link(&self, more: f64) -> Profile {
+        let faster = |curve: &Curve| {
+            let (bytes, seconds) = curve.points[curve.points.len() - 1];
+            let rate = bytes / seconds.max(1e-12);
+            curve.scaled(rate / (rate + more))
+        };
+        let mut profile = self.clone();
+        let link = &mut profile.link;
+        link.to_device.iter_mut().for_each(|pages| pages.seconds = faster(&pages.seconds));
+        link.to_host = faster(&link.to_host);
+        link.pieces = faster(&link.pieces);
+        profile
+    }
+
     /// Refuses, with what differs, a machine or a kind of layers that the profile is not of.
     pub fn check(&self, machine: &MachineKey, model: &ModelKey) -> Result<(), ProfileError> {
         let of_machine = differences(&self.machine, machine);

@@ -16,6 +16,7 @@ mod calibrate;
 mod devices;
 mod generate;
 mod inspect;
+mod lengths;
 mod open;
 mod plan;
 mod progress;
@@ -33,6 +34,7 @@ use clap::{Parser, Subcommand};
 
 use crate::engine::EngineError;
 use crate::plan::PlanError;
+use crate::plan::search::SearchError;
 
 /// Everything was done.
 pub const OK: u8 = 0;
@@ -124,6 +126,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     let engine = error.downcast_ref::<EngineError>();
     match engine {
         _ if error.is::<Usage>() => USAGE,
+        _ if matches!(error.downcast_ref(), Some(SearchError::Plan(PlanError::Option { .. } | PlanError::Conflict { .. }))) => USAGE,
         Some(EngineError::Plan(PlanError::Option { .. } | PlanError::Conflict { .. })) => USAGE,
         Some(error) if error.device_lost() => INTERRUPTED,
         _ => FATAL,

@@ -212,6 +212,20 @@ pub fn draw(plan: &Picture<'_>) -> String {
     svg.end()
 }
 
+/// Two pictures in one, the second below the first and as wide.
+pub fn below(first: &str, second: &str) -> String {
+    // Each keeps its own coordinates; where it lies is said in front of them.
+    let placed = |picture: &str, place: &str| picture.replacen("<svg ", &format!("<svg {place} "), 1);
+    let first = first.replacen(&format!(" width='{WIDTH}' height='{HEIGHT}'"), "", 1);
+    let lower = 380.0;
+    let height = HEIGHT + lower;
+    format!(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}'>\n{}{}</svg>\n",
+        placed(&first, &format!("x='0' y='0' width='{WIDTH}' height='{HEIGHT}'")),
+        placed(second, &format!("x='0' y='{HEIGHT}' width='{WIDTH}' height='{lower}'")),
+    )
+}
+
 /// Three significant digits without an exponent.
 pub fn three(value: f64) -> String {
     let decimals = if value < 9.995 { 2 } else { usize::from(value < 99.95) };

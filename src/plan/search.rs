@@ -171,6 +171,29 @@ impl Wishes {
     }
 }
 
+impl Wishes {
+    /// These, and where they say nothing the others.
+    pub fn or(self, other: Wishes) -> Wishes {
+        Wishes {
+            schedule: self.schedule.or(other.schedule),
+            max_sequences: self.max_sequences.or(other.max_sequences),
+            micro_batches: self.micro_batches.or(other.micro_batches),
+            expert_groups: self.expert_groups.or(other.expert_groups),
+            pass_rows: self.pass_rows.or(other.pass_rows),
+            prompt_chunk: self.prompt_chunk.or(other.prompt_chunk),
+            attention: self.attention.or(other.attention),
+            threads: self.threads.or(other.threads),
+            max_model_len: self.max_model_len.or(other.max_model_len),
+            kv_bytes: self.kv_bytes.or(other.kv_bytes),
+            resident_experts: self.resident_experts.or(other.resident_experts),
+            ring_experts: self.ring_experts.or(other.ring_experts),
+            page_bytes: self.page_bytes.or(other.page_bytes),
+            source: self.source.or(other.source),
+            rows: self.rows.or(other.rows),
+        }
+    }
+}
+
 /// A point of the grid.
 struct Candidate {
     wishes: Wishes,
