@@ -86,9 +86,9 @@ impl Curve {
         Curve { points: vec![(far * 1e-12, latency + far * 1e-12 / rate), (far, latency + far / rate)] }
     }
 
-    /// The same value everywhere up to `x`.
-    pub fn flat(x: f64, y: f64) -> Curve {
-        Curve { points: vec![(x, y)] }
+    /// The same value for all that there is.
+    pub fn flat(y: f64) -> Curve {
+        Curve { points: vec![(1e18, y)] }
     }
 
     pub fn points(&self) -> &[(f64, f64)] {
@@ -452,6 +452,14 @@ impl Profile {
         link.to_device.iter_mut().for_each(|pages| pages.seconds = faster(&pages.seconds));
         link.to_host = faster(&link.to_host);
         link.pieces = faster(&link.pieces);
+        profile
+    }
+
+    /// The same machine with so many bytes per second more in attention on the CPU, at its best number of threads.
+    pub fn with_faster_attention(&self, more: f64) -> Profile {
+        let rate = self.cpu.attention_rate(self.cpu.best_threads(), 1024.0);
+        let mut profile = self.clone();
+        profile.cpu.attention.iter_mut().for_each(|of| of.bytes_per_s = of.bytes_per_s.scaled((rate + more) / rate));
         profile
     }
 

@@ -281,7 +281,7 @@ impl HardwarePreset {
                 pre_attention: projection(q + 2.0 * kv),
                 post_attention: projection(q),
                 experts: Curve::rising(rows().map(|n| (n, experts(n))).collect()).expect("rows ascend"),
-                experts_part: Curve::flat(1.0, ASSUMED.submit_seconds),
+                experts_part: Curve::flat(ASSUMED.submit_seconds),
                 head: projection(shape.vocab as f64),
                 rows_by_copies: row_times.clone(),
                 rows_by_kernels: Some(row_times),
@@ -295,10 +295,10 @@ impl HardwarePreset {
                 .expect("lengths ascend"),
             },
             cpu: profile::Cpu {
-                attention: vec![ThreadCurve { threads: 1, bytes_per_s: Curve::flat(1.0, attend) }],
+                attention: vec![ThreadCurve { threads: 1, bytes_per_s: Curve::flat(attend) }],
                 task_seconds: ASSUMED.cpu_task_seconds,
                 store: Curve::linear(0.0, attend / (4.0 * kv)),
-                dram_read: Curve::flat(1.0, self.host.bytes_per_s),
+                dram_read: Curve::flat(self.host.bytes_per_s),
             },
             contention: Contention {
                 pages_beside_attention: shared,

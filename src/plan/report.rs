@@ -68,19 +68,21 @@ pub fn hierarchy(profile: &Profile) -> Hierarchy {
     }
 }
 
-/// More of something, and what the best policy makes of it.
-#[derive(Debug, Clone)]
+/// More of something, and what a policy like the best makes of it.
+#[derive(Debug, Clone, serde::Serialize)]
 pub struct Gain {
     pub what: &'static str,
     /// Tokens per second over those without it.
     pub ratio: f64,
-    pub policy: Policy,
+    /// Sequences that run at a time with it.
+    pub sequences: usize,
 }
 
-/// What one more GiB of either memory, and one more GB/s of the link, would bring.
+/// What one more GiB of either memory, and one more GB/s of the link or of the host's memory in attention, would bring: with the
+/// best policy's splits and as many sequences and residents as then have room.
 pub fn gains(problem: &Problem<'_>, best: &Choice) -> Result<Vec<Gain>, SearchError> {
     const GIB: u64 = 1 << 30;
-    let faster = problem.profile.with_faster_link(1e9);
+    let (faster_link, faster_host) = (problem.profile.with_faster_link(1e9), problem.profile.with_faster_attention(1e9));
     let limits = problem.limits;
     let more = |device: u64, host: u64| {
         let mut richer = problem.clone();
@@ -91,14 +93,22 @@ pub fn gains(problem: &Problem<'_>, best: &Choice) -> Result<Vec<Gain>, SearchEr
     let cases = [
         ("1 GiB more of host memory", more(0, GIB)),
         ("1 GiB more of device memory", more(GIB, 0)),
-        ("1 GB/s more over the link", Problem { profile: &faster, ..problem.clone() }),
+        ("1 GB/s more over the link", Problem { profile: &faster_link, ..problem.clone() }),
+        ("1 GB/s more in attention on the CPU", Problem { profile: &faster_host, ..problem.clone() }),
     ];
+    let policy = &best.plan.policy;
+    let fullest = |problem: &Problem<'_>| match problem.fullest(policy) {
+        Some(choice) => Ok(choice),
+        // Sequences are not what there is too little room for.
+        None => problem.predict(&best.plan),
+    };
+    let now = fullest(problem)?;
     cases
         .into_iter()
         .map(|(what, richer)| {
-            let found = richer.search()?;
-            let ratio = found.best.tokens_per_second / best.tokens_per_second;
-            Ok(Gain { what, ratio, policy: found.best.plan.policy })
+            let then = fullest(&richer)?;
+            let ratio = then.tokens_per_second / now.tokens_per_second;
+            Ok(Gain { what, ratio, sequences: then.plan.policy.max_sequences })
         })
         .collect()
 }

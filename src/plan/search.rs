@@ -11,7 +11,7 @@
 //! Guarantees: memory is a hard limit, counted buffer by buffer by the same [`fit`] that the engine opens with. The choice is the
 //! best of the grid: a bound is never above what simulation gives, so what is pruned cannot win. The grid does not depend on the
 //! machine, what fits a machine fits a larger one, and costs only fall where a machine is faster ([`cost`](super::cost)): **more memory or
-//! bandwidth never predicts less**. Given up: the grid's steps (a twelfth of an octave in sequences), and expert computation on
+//! bandwidth never predicts less**. Given up: the grid's steps (a sixteenth of an octave in sequences), and expert computation on
 //! the CPU, which fulmen does not do.
 
 use std::collections::HashSet;
@@ -90,7 +90,7 @@ pub enum SearchError {
 }
 
 /// Micro-batches and expert groups that are tried.
-const SPLITS: [(usize, usize); 13] = [
+pub const SPLITS: [(usize, usize); 13] = [
     (1, 1),
     (2, 1),
     (2, 2),
@@ -133,11 +133,14 @@ const PROMPT_ROOM: [f64; 3] = [1.0, 2.0, 4.0];
 /// Sequences over a mean load of the pool that have to have room: they are not all of mean length at a time.
 const FLUCTUATION: f64 = 1.06;
 
-/// Numbers of sequences that are tried: twelve to an octave, whole, and even multiples from 32 on.
-fn sequence_grid() -> Vec<usize> {
-    let mut grid: Vec<usize> = (0..=12 * 17)
+/// Steps of the grid of sequences in an octave.
+const STEPS: u32 = 16;
+
+/// Numbers of sequences that are tried: so many to an octave, whole, and multiples of 16 from 32 on.
+pub fn sequence_grid() -> Vec<usize> {
+    let mut grid: Vec<usize> = (0..=STEPS * 17)
         .map(|step| {
-            let n = f64::powf(2.0, f64::from(step) / 12.0);
+            let n = f64::powf(2.0, f64::from(step) / f64::from(STEPS));
             if n < 32.0 { n.round() as usize } else { (n / 16.0).round() as usize * 16 }
         })
         .collect();
@@ -436,6 +439,35 @@ impl Problem<'_> {
         }))
     }
 
+    /// A policy like `policy` with the most sequences that have room, to the last one, and what is predicted for it. None where the
+    /// number of sequences is not what memory limits.
+    pub fn fullest(&self, policy: &Policy) -> Option<Choice> {
+        let with = |n: usize| -> Option<Plan> {
+            let rows = (n as f64 * (policy.micro_batches * policy.rows_per_micro_batch) as f64 / policy.max_sequences as f64).ceil();
+            let wishes = Wishes {
+                max_sequences: Some(n),
+                pass_rows: Some((rows as usize).next_multiple_of(policy.micro_batches)),
+                // Memory that is more shall be used.
+                kv_bytes: self.wishes.kv_bytes,
+                resident_experts: None,
+                prompt_chunk: self.wishes.prompt_chunk,
+                ..Wishes::of(policy, self.config)
+            };
+            let plan = self.fit(&wishes).ok()?;
+            self.holds(&plan).is_ok().then_some(plan)
+        };
+        let (mut fits, mut too_many) = (policy.max_sequences, 2 * policy.max_sequences);
+        with(fits)?;
+        if with(too_many).is_some() || too_many > self.most_sequences() {
+            return None;
+        }
+        while too_many - fits > 1 {
+            let middle = fits.midpoint(too_many);
+            *(if with(middle).is_some() { &mut fits } else { &mut too_many }) = middle;
+        }
+        self.predict(&with(fits)?).ok()
+    }
+
     /// The rows of a choice's pass in the middle.
     pub fn steady_rows(&self, choice: &Choice) -> PassRows {
         self.rows(&choice.plan.policy, &choice.steady)
@@ -457,6 +489,13 @@ impl Problem<'_> {
         let longest = |phase: &PhaseTime| predictor.lanes(&self.rows(policy, phase)).longest().max(1e-9);
         let bound = self.rate(policy, &longest).0;
         Ok(Bounded { plan, bound })
+    }
+
+    /// Every policy of the grid that fits and has room for the workload.
+    pub fn every_policy(&self) -> Vec<Plan> {
+        let mut seen = HashSet::new();
+        let bounded: Vec<_> = self.grid().par_iter().filter_map(|one| self.bound(one).ok()).collect();
+        bounded.into_iter().map(|one| one.plan).filter(|plan| seen.insert(plan.policy)).collect()
     }
 
     /// The best policy of the grid.

@@ -1,6 +1,7 @@
 //! `fulmen bench`: how fast this machine is, held against what it could do.
 
 mod pipeline;
+mod predict;
 
 pub use pipeline::shape;
 
@@ -17,10 +18,13 @@ pub struct Arguments {
 enum What {
     /// Decode in steady state under one schedule after the other: same model, same pages, same sequences.
     Pipeline(pipeline::Arguments),
+    /// Predicted against measured passes, and the chosen policy against its neighbours.
+    Predict(predict::Arguments),
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
     match arguments.what {
         What::Pipeline(arguments) => pipeline::run(arguments),
+        What::Predict(arguments) => predict::run(arguments),
     }
 }

@@ -43,6 +43,7 @@ struct Answer<'a> {
     decode: PhaseTime,
     binding: Load,
     gains: Vec<Gain>,
+    flags: Vec<String>,
 }
 
 pub fn run(arguments: &Arguments) -> Result<u8> {
@@ -93,6 +94,11 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         decode,
         binding: binding(&problem, &found.best)?,
         gains: gains(&problem, &found.best)?,
+        // How many threads a machine has no data sheet says.
+        flags: flags(&found.best.plan.policy, problem.config)
+            .into_iter()
+            .filter(|flag| hardware(place).is_none() || !flag.starts_with("--threads"))
+            .collect(),
     };
     if let Some(file) = &arguments.svg {
         std::fs::write(file, picture(&answer)?).with_context(|| format!("--svg {}", file.display()))?;
@@ -263,7 +269,7 @@ fn table(answer: &Answer<'_>, runners_up: usize) -> String {
         let label = if index == 0 { "gains" } else { "" };
         lines.add(label, format_args!("{}: {:+.1} %", gain.what, 100.0 * (gain.ratio - 1.0)));
     }
-    lines.add("flags", flags(policy, config).join(" "));
+    lines.add("flags", answer.flags.join(" "));
     for (index, other) in others.iter().take(runners_up).enumerate() {
         let behind = 100.0 * (1.0 - other.tokens_per_second / best.tokens_per_second);
         let label = if index == 0 { "behind" } else { "" };
@@ -274,7 +280,7 @@ fn table(answer: &Answer<'_>, runners_up: usize) -> String {
 }
 
 fn object(answer: &Answer<'_>, runners_up: usize) -> Result<Value> {
-    let Problem { config, limits, workload, .. } = answer.problem;
+    let Problem { limits, workload, .. } = answer.problem;
     let Found { best, runners_up: others, fitting, simulated } = answer.found;
     let of = |choice: &Choice| {
         json!({
@@ -291,11 +297,6 @@ fn object(answer: &Answer<'_>, runners_up: usize) -> Result<Value> {
             value
         })
         .collect();
-    let gains: Vec<Value> = answer
-        .gains
-        .iter()
-        .map(|gain| json!({ "what": gain.what, "ratio": gain.ratio, "policy": gain.policy }))
-        .collect();
     let memory = &best.plan.memory;
     Ok(json!({
         "mode": "own",
@@ -304,7 +305,7 @@ fn object(answer: &Answer<'_>, runners_up: usize) -> Result<Value> {
         "source": answer.source,
         "workload": workload,
         "policy": best.plan.policy,
-        "flags": flags(&best.plan.policy, config),
+        "flags": answer.flags,
         "sequences": best.plan.policy.max_sequences,
         "tokens_per_second": best.tokens_per_second,
         "run_seconds": best.run_seconds,
@@ -318,7 +319,7 @@ fn object(answer: &Answer<'_>, runners_up: usize) -> Result<Value> {
         "memory": memory,
         "device_bytes": { "needed": memory.device(), "allowed": limits.device_bytes },
         "host_bytes": { "needed": memory.host(), "allowed": limits.host_bytes },
-        "gains": gains,
+        "gains": answer.gains,
         "search": { "fitting": fitting, "simulated": simulated, "seconds": answer.search_seconds },
         "runners_up": behind,
     }))
