@@ -4,7 +4,7 @@
 //! and pool sizes, page sources. The one exception is named: [`AttentionPlace`] moves decode attention to another device, whose sums round differently.
 
 /// Where decode rows attend. Prompt rows always attend on the GPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionPlace {
     #[default]
@@ -138,7 +138,7 @@ pub enum RowPath {
 }
 
 /// Everything that `execute` and the batcher need to know beside the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Policy {
     pub schedule: ScheduleKind,
     /// N: sequences that run at a time.
