@@ -324,7 +324,7 @@ impl Bench<'_> {
         let predicted = predictor.pass_seconds(&rows);
         let sequences: Vec<WarmSequence> = (0..n)
             .map(|number| WarmSequence {
-                prompt: prompt_len,
+                prompt: *prompt_len,
                 generated: 1 + number * 7919 % n * gen_len / n,
                 left: warm_up + passes + 1,
             })
