@@ -43,6 +43,9 @@ impl Operation {
     }
 }
 
+/// Workgroup memory of the devices that have cooperative matrices: NVIDIA's.
+const MAX_WORKGROUP_BYTES: u32 = (48 << 10) - 64; // and what the tile of an expert takes
+
 /// Terms that are loaded together: 16 bytes of f16.
 const OCTET: u32 = 8;
 
@@ -113,16 +116,19 @@ impl Writer<'_> {
         self.tile.cols * self.operation.matrices() as u32 * self.pitch()
     }
 
-    /// Column fragments whose sums lie in workgroup memory at a time.
-    fn out_fragments(&self) -> u32 {
-        let most = if self.operation.matrices() == 2 { 2 } else { 4 };
+    /// Column fragments whose sums lie in workgroup memory at a time, and f32 from one of their rows to the next: 8 more than they are
+    /// where there is room, so that rows start in different banks.
+    fn sums_shape(&self) -> (u32, u32) {
+        let matrices = self.operation.matrices() as u32;
         let all = self.tile.subgroup_cols / 16;
-        (1..=most).rev().find(|n| all.is_multiple_of(*n)).expect("1 divides every number")
-    }
-
-    /// f32 from one row of sums to the next: 8 more than they are, so that rows start in different banks.
-    fn sums_pitch(&self) -> u32 {
-        self.out_fragments() * self.operation.matrices() as u32 * 16 + 8
+        let tiles = 8 * self.tile.buffers * (self.x_tile_len() + self.w_tile_len());
+        let shapes = [(4 / matrices, 8), (2 / matrices, 8), (1, 8), (1, 0)];
+        let fits = |(fragments, pad): &(u32, u32)| {
+            let bytes = 4 * self.tile.subgroups() * 16 * (fragments * matrices * 16 + pad);
+            all.is_multiple_of(*fragments) && tiles + bytes <= MAX_WORKGROUP_BYTES
+        };
+        let (fragments, pad) = shapes.into_iter().find(fits).unwrap_or((1, 0));
+        (fragments, fragments * matrices * 16 + pad)
     }
 
     /// Words of a weight octet in registers.
@@ -156,7 +162,7 @@ impl Writer<'_> {
         let (x_len, w_len) = (buffers * self.x_tile_len(), buffers * self.w_tile_len());
         self.line(format!("var<workgroup> x_tile: array<vec4<f16>, {x_len}>;"));
         self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {w_len}>;"));
-        let sums = tile.subgroups() * 16 * self.sums_pitch();
+        let sums = tile.subgroups() * 16 * self.sums_shape().1;
         self.line(format!("var<workgroup> sums: array<f32, {sums}>;"));
         self.line(format!(
             "@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) workgroup: vec3<u32>, \
@@ -491,8 +497,7 @@ impl Writer<'_> {
 
     /// Sums to workgroup memory, 16 rows and a few fragments at a time, and from there to `finish`.
     fn finish(&mut self) {
-        let fragments = self.out_fragments();
-        let pitch = self.sums_pitch();
+        let (fragments, pitch) = self.sums_shape();
         let width = fragments * 16;
         let matrices = self.operation.matrices();
         let computing = self.tile.rows / self.tile.subgroup_rows * (self.tile.cols / self.tile.subgroup_cols);
