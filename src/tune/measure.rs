@@ -83,7 +83,14 @@ fn timed(
     time(pipelines, (5, repeats), record)
 }
 
-fn filled(pipelines: &Pipelines, what: &str, dtype: Dtype, elements: u64, seed: u32, amplitude: f32) -> Result<Buffer, GpuError> {
+fn filled(
+    pipelines: &Pipelines,
+    what: &str,
+    dtype: Dtype,
+    elements: u64,
+    seed: u32,
+    amplitude: f32,
+) -> Result<Buffer, GpuError> {
     let bytes = elements * dtype.size_bytes() as u64;
     let buffer = pipelines.gpu().buffer(what, bytes)?;
     let mut recorder = Recorder::new(pipelines);
@@ -399,7 +406,14 @@ impl<'p> Experts<'p> {
         }
     }
 
-    fn reading(&self, operation: Operation, tile: Option<Tile>, rows: usize, offsets: &[u32], timed: (f64, f64)) -> Reading {
+    fn reading(
+        &self,
+        operation: Operation,
+        tile: Option<Tile>,
+        rows: usize,
+        offsets: &[u32],
+        timed: (f64, f64),
+    ) -> Reading {
         let ExpertShape { chosen, d_model, expert_width, .. } = self.shape;
         let (d, f, n) = (d_model as f64, expert_width as f64, (rows * chosen) as f64);
         let used = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count() as f64;
