@@ -66,6 +66,19 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
     }
 }
 
+/// Every tile that is a candidate for anything, each once.
+pub fn all() -> Vec<Tile> {
+    let mut tiles = Vec::new();
+    for rows in ROW_CLASSES.into_iter().chain([u32::MAX]) {
+        for tile in Operation::ALL.into_iter().flat_map(|operation| candidates(operation, rows)) {
+            if !tiles.contains(&tile) {
+                tiles.push(tile);
+            }
+        }
+    }
+    tiles
+}
+
 /// Tries every candidate on weights of bf16, at each class of rows, and returns the best ones and all that was tried. `progress` sees each.
 pub fn tune(
     pipelines: &Pipelines,

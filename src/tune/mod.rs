@@ -3,7 +3,7 @@
 //!
 //! A tile changes time and never bits, so this needs no say in what is computed.
 
-mod candidates;
+pub mod candidates;
 pub mod measure;
 
 use std::path::PathBuf;
