@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Operation, Tile};
+use super::{NARROW, Operation, Tile};
 use crate::checkpoint::Dtype;
 use crate::gpu::{Buffer, Gpu, GpuError, Pipelines, Recorder, Slice, Variant};
 use crate::kernels::half_rows::{self, HalfRows, padded};
@@ -75,7 +75,7 @@ fn repeats(
     Ok(((target / once.max(1e-6)) as usize).clamp(1, 50))
 }
 
-fn timed(
+pub(super) fn timed(
     pipelines: &Pipelines,
     mut record: impl FnMut(&mut Recorder<'_>, usize) -> Result<(), GpuError>,
 ) -> Result<f64, GpuError> {
@@ -83,7 +83,7 @@ fn timed(
     time(pipelines, (5, repeats), record)
 }
 
-fn filled(
+pub(super) fn filled(
     pipelines: &Pipelines,
     what: &str,
     dtype: Dtype,
@@ -206,7 +206,7 @@ impl<'p> Dense<'p> {
         let seconds = timed(self.pipelines, |recorder, i| product(recorder, &self.w[i % self.w.len()]))?;
         let elements = (self.n_out * self.n_in) as f64;
         Ok(Reading {
-            operation: Operation::Matmul,
+            operation: if (self.n_out as u32) < NARROW { Operation::NarrowMatmul } else { Operation::Matmul },
             shape: format!("{}x{}", self.n_out, self.n_in),
             rows,
             tile,

@@ -4,6 +4,7 @@
 //! A tile changes time and never bits, so this needs no say in what is computed.
 
 pub mod candidates;
+pub mod layer;
 pub mod measure;
 
 use std::path::PathBuf;
