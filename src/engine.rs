@@ -119,6 +119,7 @@ pub struct EngineBuilder {
     isa: Option<Isa>,
     more_eos_tokens: Vec<u32>,
     patches: Vec<ShaderPatch>,
+    tiles: Option<Tiles>,
 }
 
 impl EngineBuilder {
@@ -183,6 +184,12 @@ impl EngineBuilder {
     /// Changes shaders before they are compiled: how tests plant a fault.
     pub fn shader_patches(mut self, patches: Vec<ShaderPatch>) -> Self {
         self.patches = patches;
+        self
+    }
+
+    /// Tiles of the f16 class, instead of those kept for the adapter.
+    pub fn tiles(mut self, tiles: Tiles) -> Self {
+        self.tiles = Some(tiles);
         self
     }
 
@@ -339,7 +346,7 @@ impl Opened {
         };
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
-        let tiles = Tiles::for_device(gpu);
+        let tiles = builder.tiles.clone().unwrap_or_else(|| Tiles::for_device(gpu));
         let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
         if let Some(source) = source {
             machine.set_source(source);
@@ -516,6 +523,7 @@ impl Engine {
             isa: None,
             more_eos_tokens: Vec::new(),
             patches: Vec::new(),
+            tiles: None,
         }
     }
 

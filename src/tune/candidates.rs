@@ -66,11 +66,11 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
     }
 }
 
-/// Every tile that is a candidate for anything, each once.
-pub fn all() -> Vec<Tile> {
+/// Every tile that is a candidate for an operation at any number of rows, each once.
+pub fn all(operation: Operation) -> Vec<Tile> {
     let mut tiles = Vec::new();
     for rows in ROW_CLASSES.into_iter().chain([u32::MAX]) {
-        for tile in Operation::ALL.into_iter().flat_map(|operation| candidates(operation, rows)) {
+        for tile in candidates(operation, rows) {
             if !tiles.contains(&tile) {
                 tiles.push(tile);
             }

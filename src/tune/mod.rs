@@ -68,6 +68,12 @@ impl Tiles {
         self.tiles[operation as usize][class(rows)] = tile;
     }
 
+    /// One tile for gate and up, and one for every other product, whatever the rows.
+    pub fn forced(gate_up: Tile, other: Tile) -> Self {
+        let of = |operation| if operation == Operation::GateUp { gate_up } else { other };
+        Self { tiles: Operation::ALL.map(|operation| [of(operation); ROW_CLASSES.len() + 1]) }
+    }
+
     /// Of a dense matrix with `n_out` outputs.
     pub fn matmul(&self, rows: u32, n_out: u32) -> Tile {
         self.get(if n_out < NARROW { Operation::NarrowMatmul } else { Operation::Matmul }, rows)

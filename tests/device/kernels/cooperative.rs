@@ -10,7 +10,7 @@ use fulmen::kernels::{expert_down as portable_down, expert_gate_up as portable_g
 use fulmen::reference::expert_down::expert_down as reference_down;
 use fulmen::reference::expert_gate_up::{Finish, expert_gate_up as reference_gate_up};
 use fulmen::reference::matmul::matmul as reference_matmul;
-use fulmen::tune::candidates;
+use fulmen::tune::{Operation, candidates};
 use libtest_mimic::Trial;
 
 use super::experts::{Matrices, Routing, SHAPES, matrices};
@@ -85,8 +85,8 @@ const PRODUCTS: [(usize, usize, usize); 10] = [
 ];
 
 /// A few of them, so that a trial ends in seconds: bits are compared between all at one size.
-fn some_tiles() -> Vec<Tile> {
-    candidates::all().into_iter().step_by(7).collect()
+fn some_tiles(operation: Operation) -> Vec<Tile> {
+    candidates::all(operation).into_iter().step_by(5).collect()
 }
 
 fn matmul_trials() -> Vec<Trial> {
@@ -100,7 +100,8 @@ fn matmul_trials() -> Vec<Trial> {
                 let (_, w) = upload_weights(dtype, &w);
                 let (want, allowed) = (reference_matmul(&x, &w, n_in), tolerances(&x, &w, n_in));
                 let mut first: Option<Vec<u32>> = None;
-                let tiles = if n_in == 256 { candidates::all() } else { some_tiles() };
+                let tiles =
+                    if n_in == 256 { candidates::all(Operation::Matmul) } else { some_tiles(Operation::Matmul) };
                 for tile in tiles {
                     let what = format!("{tile} {dtype:?} {n_rows}x{n_out}x{n_in}");
                     let got = product(tile, dtype, &x, &w, n_in, None);
@@ -116,8 +117,14 @@ fn matmul_trials() -> Vec<Trial> {
             let (n_rows, n_out, n_in) = (150, 75, 200);
             let mut random = Random::new(31);
             let (x, w) = (random.values(n_rows * n_in), random.values(n_out * n_in));
-            let large = candidates::all().into_iter().find(|tile| tile.rows == 128).expect("there is a large one");
-            let small = candidates::all().into_iter().find(|tile| tile.rows == 16).expect("there is a small one");
+            let large = candidates::all(Operation::Matmul)
+                .into_iter()
+                .find(|tile| tile.rows == 128)
+                .expect("there is a large one");
+            let small = candidates::all(Operation::Matmul)
+                .into_iter()
+                .find(|tile| tile.rows == 16)
+                .expect("there is a small one");
             let together = product(large, Dtype::Bf16, &x, &w, n_in, None);
             for (row, expected) in x.chunks_exact(n_in).zip(together.chunks_exact(n_out)).step_by(13) {
                 assert_eq!(bits(&product(small, Dtype::Bf16, row, &w, n_in, None)), bits(expected));
@@ -132,7 +139,7 @@ fn matmul_trials() -> Vec<Trial> {
                 (0..n_rows * n_in).map(|i| random.unit() * [1e6, 1.0, 3e-8, 1e20][i / n_in % 4]).collect();
             let (_, w) = upload_weights(Dtype::Bf16, &random.values(n_out * n_in));
             let (want, allowed) = (reference_matmul(&x, &w, n_in), tolerances(&x, &w, n_in));
-            for tile in some_tiles() {
+            for tile in some_tiles(Operation::Matmul) {
                 let got = product(tile, Dtype::Bf16, &x, &w, n_in, None);
                 assert_close(&tile.to_string(), &got, &want, |i| allowed[i]);
             }
@@ -146,7 +153,7 @@ fn matmul_trials() -> Vec<Trial> {
             let w: Vec<f32> = weights.iter().flat_map(|w| std::iter::once(*w).chain(vec![0.0; n_in - 1])).collect();
             for dtype in [Dtype::Bf16, Dtype::F32] {
                 let (_, stored) = upload_weights(dtype, &weights);
-                for tile in some_tiles() {
+                for tile in some_tiles(Operation::Matmul) {
                     let got = product(tile, dtype, &vec![1.0; n_in], &w, n_in, None);
                     for (got, w) in got.iter().zip(&stored) {
                         let half = half::f16::from_f32(*w).to_f32();
@@ -167,7 +174,7 @@ fn matmul_trials() -> Vec<Trial> {
             let (n_rows, n_out, n_in) = (18, 33, 19);
             let mut random = Random::new(33);
             let (mut x, w) = (random.values(n_rows * n_in), random.values(n_out * n_in));
-            for tile in some_tiles() {
+            for tile in some_tiles(Operation::Matmul) {
                 let clean = product(tile, Dtype::F32, &x, &w, n_in, None);
                 let kept = (x[3 * n_in + 18], x[16 * n_in]);
                 (x[3 * n_in + 18], x[16 * n_in]) = (f32::NAN, f32::INFINITY);
@@ -189,7 +196,7 @@ fn matmul_trials() -> Vec<Trial> {
             let mut random = Random::new(34);
             let (x, w) = (random.values(n_rows * n_in), random.values(n_out * n_in));
             let residual = random.values(n_rows * n_out);
-            for tile in some_tiles() {
+            for tile in some_tiles(Operation::Matmul) {
                 let sums = product(tile, Dtype::Bf16, &x, &w, n_in, None);
                 let got = product(tile, Dtype::Bf16, &x, &w, n_in, Some(&residual));
                 let want: Vec<f32> = residual.iter().zip(&sums).map(|(residual, sum)| residual + sum).collect();
@@ -307,7 +314,7 @@ fn expert_trials() -> Vec<Trial> {
                         }
                     }
                     let mut first: Option<Vec<u32>> = None;
-                    for tile in some_tiles() {
+                    for tile in some_tiles(Operation::GateUp) {
                         let what = format!("{tile} T{n_rows} A{n_chosen} E{n_experts} D{d_model} F{expert_width}");
                         let got = gate_up(tile, dtype, &x, d_model, &routing, &places, [gate, up]);
                         assert_close(&what, &floats(&got), &want, |i| allowed[i]);
@@ -334,7 +341,7 @@ fn expert_trials() -> Vec<Trial> {
                         allowed[*assignment as usize * d_model..][..d_model].copy_from_slice(&off);
                     }
                     let mut first: Option<Vec<u32>> = None;
-                    for tile in some_tiles() {
+                    for tile in some_tiles(Operation::Down) {
                         let what = format!("{tile} T{n_rows} A{n_chosen} E{n_experts} D{d_model} F{expert_width}");
                         let got = down(tile, dtype, &h, expert_width, &routing, &places, &kinds[0]);
                         assert_close(&what, &floats(&got), &want, |i| allowed[i]);
@@ -354,7 +361,7 @@ fn expert_trials() -> Vec<Trial> {
         let (all, all_places) = make(&[]);
         for absent in [&[0][..], &[1, 2], &[0, 1, 2, 3, 4, 5]] {
             let (_, places) = make(absent);
-            for tile in some_tiles() {
+            for tile in some_tiles(Operation::GateUp) {
                 let run =
                     |places: &[Place]| gate_up(tile, Dtype::F16, &x, d_model, &routing, places, [&all[0], &all[1]]);
                 let (full, got) = (run(&all_places), run(&places));
