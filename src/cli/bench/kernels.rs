@@ -19,7 +19,7 @@ use crate::gpu::{DeviceChoice, Gpu, Pipelines};
 use crate::kernels::cooperative::Tile;
 use crate::model::{Shape, presets};
 use crate::tune::measure::{Ceilings, Dense, ExpertShape, Experts, Reading};
-use crate::tune::{self, Kept, Operation, Tiles, layer};
+use crate::tune::{self, Kept, Operation, layer};
 
 #[derive(Debug, Args)]
 pub struct Arguments {
