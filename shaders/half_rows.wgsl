@@ -46,10 +46,10 @@ fn main(
         for (var pair = lane; pair < pairs; pair += 4u * WG_SIZE) {
             // As many loads again, and at most four words: 0 from beyond n_in, nothing beyond the row.
             let k = vec4(2u * pair) + vec4(0u, 2u, 4u, 6u) * WG_SIZE;
-            let from = vec4(start) + min(k, vec4(params.n_in - 1u));
-            let beside = vec4(start) + min(k + 1u, vec4(params.n_in - 1u));
-            let low = select(vec4(0.0), vec4(x[from.x], x[from.y], x[from.z], x[from.w]), k < vec4(params.n_in));
-            let high = select(vec4(0.0), vec4(x[beside.x], x[beside.y], x[beside.z], x[beside.w]), k + 1u < vec4(params.n_in));
+            let even = vec4(start) + min(k, vec4(params.n_in - 1u));
+            let odd = vec4(start) + min(k + 1u, vec4(params.n_in - 1u));
+            let low = select(vec4(0.0), vec4(x[even.x], x[even.y], x[even.z], x[even.w]), k < vec4(params.n_in));
+            let high = select(vec4(0.0), vec4(x[odd.x], x[odd.y], x[odd.z], x[odd.w]), k + 1u < vec4(params.n_in));
             let at = row * pairs + pair;
             halves[at] = pack_f16(low.x * inverse, high.x * inverse);
             if pair + WG_SIZE < pairs { halves[at + WG_SIZE] = pack_f16(low.y * inverse, high.y * inverse); }

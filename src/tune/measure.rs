@@ -183,10 +183,20 @@ impl<'p> Dense<'p> {
         })
     }
 
+    fn halves(&self) -> HalfRows<'_> {
+        HalfRows { rows: self.halves.whole(), scales: self.scales.whole() }
+    }
+
+    /// `rows` of them to f16.
+    pub fn halve(&self, recorder: &mut Recorder<'_>, rows: usize) -> Result<(), GpuError> {
+        let params = half_rows::Params::dense(rows as u32, self.n_in as u32);
+        half_rows::record(recorder, params, self.x.whole(), self.halves())
+    }
+
     /// `rows` of them with `tile`, or with the portable kernel.
     pub fn measure(&self, tile: Option<Tile>, rows: usize) -> Result<Reading, MeasureError> {
         let (n_rows, n_out, n_in) = (rows as u32, self.n_out as u32, self.n_in as u32);
-        let halves = HalfRows { rows: self.halves.whole(), scales: self.scales.whole() };
+        let halves = self.halves();
         let product = |recorder: &mut Recorder<'_>, w: &Buffer| match tile {
             Some(tile) => {
                 let params = cooperative::matmul::Params::dense(n_rows, n_out, n_in);
@@ -199,7 +209,7 @@ impl<'p> Dense<'p> {
             }
         };
         let mut recorder = Recorder::new(self.pipelines);
-        half_rows::record(&mut recorder, half_rows::Params::dense(n_rows, n_in), self.x.whole(), halves)?;
+        self.halve(&mut recorder, rows)?;
         product(&mut recorder, &self.w[0])?;
         recorder.submit()?;
         let worst_error = self.check(tile, rows)?;
