@@ -2,6 +2,8 @@
 
 mod kernels;
 mod pipeline;
+mod predict;
+mod throughput;
 
 pub use pipeline::shape;
 
@@ -20,11 +22,17 @@ enum What {
     Kernels(kernels::Arguments),
     /// Decode in steady state under one schedule after the other: same model, same pages, same sequences.
     Pipeline(pipeline::Arguments),
+    /// Tokens per second in steady state, beside the bound and the rivals' ways.
+    Throughput(throughput::Arguments),
+    /// Predicted against measured passes, and the chosen policy against its neighbours.
+    Predict(predict::Arguments),
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
     match arguments.what {
         What::Kernels(arguments) => kernels::run(arguments),
         What::Pipeline(arguments) => pipeline::run(arguments),
+        What::Throughput(arguments) => throughput::run(arguments),
+        What::Predict(arguments) => predict::run(arguments),
     }
 }
