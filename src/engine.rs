@@ -33,7 +33,7 @@ use crate::memory::page_source::{PageError, PageSource, SourceRequest};
 use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::plan::compare::{Comparison, Phase, Side};
-use crate::plan::cost::{PassRows, Predictor};
+use crate::plan::cost::{Cut, PassRows, Predictor};
 use crate::plan::search::{Found, Problem, SearchError};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
@@ -804,8 +804,8 @@ impl Engine {
     fn compare(&mut self, rows: &PassRows, schedule: &Schedule, measured: Side<'_>, summary: &mut RunSummary) {
         let Some(profile) = &self.opened.profile else { return };
         // Pages that were never measured have no prediction.
-        let pages = self.machine.plan().clone();
-        let Ok(predictor) = Predictor::with_pages(&self.config, &self.plan, pages, profile) else { return };
+        let Ok(cut) = Cut::new(&self.plan, self.machine.plan().clone(), profile) else { return };
+        let predictor = Predictor::with_cut(&self.config, &self.plan, Arc::new(cut), profile);
         let costs = predictor.costs(rows);
         let layers = self.config.shape.layers;
         let pass = simulate_pass(schedule, layers, |work| costs.of(work), &self.on_their_way);

@@ -88,6 +88,8 @@ pub struct Gpu {
     faults: Arc<Faults>,
     test_faults: TestFaults,
     taken: Arc<AtomicU64>,
+    /// Most that was taken.
+    peak: AtomicU64,
     pace: Option<Pace>,
     /// A pass is under way: wgpu's own staging, which allocates, is not for now.
     in_pass: AtomicBool,

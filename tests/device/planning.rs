@@ -114,7 +114,7 @@ fn searched_policies_keep_their_word() -> Result<(), Failed> {
         let summary = engine.run(&mut requests(N).into_iter(), RunOptions::default(), &mut |event| {
             if let Event::Finished(output) = event {
                 let completions = output.result.expect("every request is answered");
-                tokens.insert(output.custom_id, completions[0].tokens.clone());
+                tokens.insert(output.custom_id, completions[0].token_ids.clone());
             }
             ControlFlow::Continue(())
         })?;
