@@ -43,6 +43,7 @@ use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRow
 use crate::request::tokenizer::Tokenizer;
 use crate::request::{Request, RequestOutput};
 use crate::schedule::{Lane, OnItsWay, Schedule, ScheduleFault, Timeline, Work, build, check, simulate_pass};
+use crate::tune::Tiles;
 
 mod answers;
 mod pass;
@@ -137,6 +138,7 @@ pub struct EngineBuilder {
     isa: Option<Isa>,
     more_eos_tokens: Vec<u32>,
     patches: Vec<ShaderPatch>,
+    tiles: Option<Tiles>,
     profile: ProfileChoice,
     workload: Option<Workload>,
     margin: f64,
@@ -217,6 +219,12 @@ impl EngineBuilder {
     /// Changes shaders before they are compiled: how tests plant a fault.
     pub fn shader_patches(mut self, patches: Vec<ShaderPatch>) -> Self {
         self.patches = patches;
+        self
+    }
+
+    /// Tiles of the f16 class, instead of those kept for the adapter.
+    pub fn tiles(mut self, tiles: Tiles) -> Self {
+        self.tiles = Some(tiles);
         self
     }
 
@@ -322,6 +330,7 @@ pub fn machine_limits(gpu: &Gpu, gpu_memory: Option<u64>, host_memory: Option<u6
         binding_bytes: gpu.max_binding_bytes(),
         threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         kernels_reach_host: gpu.kernels_reach_host(),
+        cooperative: gpu.cooperative(),
     }
 }
 
@@ -469,7 +478,8 @@ impl Opened {
         let extents = extents(&policy);
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
-        let mut machine = Machine::open(pipelines, weights, page_plan, extents, lent, progress)?;
+        let tiles = builder.tiles.clone().unwrap_or_else(|| Tiles::for_device(gpu));
+        let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
         if let Some(source) = source {
             machine.set_source(source);
         } else if machine.plan().streamed() > 0 {
@@ -647,6 +657,7 @@ impl Engine {
             isa: None,
             more_eos_tokens: Vec::new(),
             patches: Vec::new(),
+            tiles: None,
             profile: ProfileChoice::None,
             workload: None,
             margin: 0.0,

@@ -81,4 +81,5 @@ pub mod profile;
 pub mod reference;
 pub mod request;
 pub mod schedule;
+pub mod tune;
 pub mod units;

@@ -16,6 +16,7 @@ use crate::model::ModelConfig;
 use crate::plan::{MachineLimits, ModelBytes, PlanError, Wishes, extents, fit};
 use crate::policy::{AttentionPlace, RowPath, ScheduleKind};
 use crate::profile::{Contention, Curve, Gpu as GpuTimes, RowTimes, Surface};
+use crate::tune::Tiles;
 
 /// One layer of made-up weights of a model's sizes.
 pub fn one_layer(config: &ModelConfig) -> Weights {
@@ -313,6 +314,7 @@ fn open(
         binding_bytes: request.gpu.max_binding_bytes(),
         threads: 1,
         kernels_reach_host: request.gpu.kernels_reach_host(),
+        cooperative: request.gpu.cooperative(),
     };
     let wishes = Wishes {
         schedule: Some(ScheduleKind::Grouped),
@@ -331,7 +333,8 @@ fn open(
     let plan = fit(config, &bytes, &limits, &wishes)?;
     let pages = PagePlan::new(plan.page_shape(config, &bytes));
     // Nothing is uploaded, so nothing has to be staged.
-    Ok(Machine::open(pipelines.clone(), weights, pages, extents(&plan.policy), true, &mut |_, _| {})?)
+    let tiles = Tiles::for_device(&request.gpu);
+    Ok(Machine::open(pipelines.clone(), weights, pages, extents(&plan.policy), tiles, true, &mut |_, _| {})?)
 }
 
 /// `n` submissions, waited for.

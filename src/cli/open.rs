@@ -14,7 +14,7 @@ use crate::model::ModelConfig;
 use crate::plan::hrm::human_seconds;
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, Wishes};
-use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, Policy, Precision, RowPath, ScheduleKind, SourceKind};
 use crate::profile::Profile;
 use crate::request::batch_file::GenerationDefaults;
 use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
@@ -100,7 +100,7 @@ impl MachineArguments {
     }
 }
 
-/// How to run it. None of these changes a token, but --attention, which may round differently.
+/// How to run it. None of these changes a token, but --attention and --precision, which may round differently.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine and policy (change time, never tokens)")]
 pub struct EngineArguments {
@@ -148,6 +148,9 @@ pub struct EngineArguments {
     /// How q, k, v and attention output cross the link [default: kernels, where they reach host memory]
     #[arg(long, env = "FULMEN_ROWS", value_enum)]
     rows: Option<RowPath>,
+    /// Operands of matrix products; f16 rounds rows and weights, and needs cooperative matrices [default: f16 where the adapter has them, else f32]
+    #[arg(long, env = "FULMEN_PRECISION", value_enum)]
+    precision: Option<Precision>,
     /// Threads of the CPU attention [default: all cores]
     #[arg(short, long, env = "FULMEN_THREADS", value_name = "N")]
     threads: Option<usize>,
@@ -242,6 +245,7 @@ impl EngineArguments {
             page_bytes: self.page_size,
             source: self.page_source,
             rows: self.rows,
+            precision: self.precision,
         }
     }
 

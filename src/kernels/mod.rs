@@ -2,12 +2,14 @@
 //!
 //! In: activations (f32), weights as the checkpoint stores them. Out: dispatches on a [`Recorder`](crate::gpu::Recorder).
 //! Guarantees: **row independence** – a row's result does not depend on which rows share its dispatch, so every sum has one
-//! order that no row count and no tunable changes. Portable versions only: no subgroups, no f16 arithmetic.
+//! order that no row count and no tunable changes. Portable versions, without subgroups and f16 arithmetic; matrix products also
+//! on [`cooperative`] matrices, a precision class of its own that a run takes or leaves as a whole.
 //!
 //! Given up: more rows in a dispatch than workgroups fit in one dimension (65,535 on most drivers) where a kernel gives each
 //! row a workgroup. The recorder panics there; a pass stays far below.
 
 pub mod add_bias;
+pub mod cooperative;
 pub mod copy_rows;
 pub mod decode_attention;
 pub mod embed;
@@ -15,10 +17,12 @@ pub mod expert_combine;
 pub mod expert_down;
 pub mod expert_gate_up;
 pub mod expert_sort;
+pub mod half_rows;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
 pub mod paged_attention;
+pub mod probes;
 pub mod prompt_attention;
 pub mod qk_norm;
 pub mod rms_norm;
@@ -44,6 +48,7 @@ pub static ALL: &[&Kernel] = &[
     &expert_down::EXPERT_DOWN,
     &expert_gate_up::EXPERT_GATE_UP,
     &expert_sort::EXPERT_SORT,
+    &half_rows::HALF_ROWS,
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,

@@ -318,6 +318,7 @@ impl HardwarePreset {
             binding_bytes: BINDING_BYTES,
             threads: 1,
             kernels_reach_host: true,
+            cooperative: false,
         }
     }
 }

@@ -159,6 +159,7 @@ impl Wishes {
             page_bytes: streams.then_some(policy.page_bytes),
             source: policy.source.filter(|_| streams),
             rows: Some(policy.rows),
+            precision: Some(policy.precision),
         }
     }
 }
@@ -182,6 +183,7 @@ impl Wishes {
             page_bytes: self.page_bytes.or(other.page_bytes),
             source: self.source.or(other.source),
             rows: self.rows.or(other.rows),
+            precision: self.precision.or(other.precision),
         }
     }
 }

@@ -1,0 +1,60 @@
+// halves[t, k] = x[t, x_offset + k] / scales[t] as f16, 0 from n_in to n_padded.   One workgroup per row, rows in turn.
+// scales[t] is the power of two that brings the greatest magnitude of row t into 2^14 .. 2^15: below f16's greatest number, with as
+// much room as there is for the smaller ones. It is at least 2^-100, and 1 for a row that is 0 or not finite.
+// Reference: src/reference/half_rows.rs      Needs: shared/f16
+struct Params { n_rows: u32, n_in: u32, n_padded: u32, x_stride: u32, x_offset: u32 }
+var<immediate> params: Params;
+@group(0) @binding(0) var<storage, read>       x: array<f32>;      // [T, x_stride], columns x_offset .. x_offset + n_in
+@group(0) @binding(1) var<storage, read_write> halves: array<u32>; // [T, n_padded] f16, two to a word, low half first
+@group(0) @binding(2) var<storage, read_write> scales: array<f32>; // [T]
+
+const WG_SIZE: u32 = 256u;
+var<workgroup> greatest: array<u32, WG_SIZE>;
+
+@compute @workgroup_size(WG_SIZE)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    for (var row = workgroup.x; row < params.n_rows; row += workgroups.x) {
+        let start = row * params.x_stride + params.x_offset;
+        // Magnitudes order as their bits do, with those that are not finite last.
+        // Eight loads are under way together; those past the end repeat the last one.
+        var bits = 0u;
+        let last = start + params.n_in - 1u;
+        for (var k = start + lane; k <= last; k += 8u * WG_SIZE) {
+            let a = vec4(x[k], x[min(k + WG_SIZE, last)], x[min(k + 2u * WG_SIZE, last)], x[min(k + 3u * WG_SIZE, last)]);
+            let b = vec4(x[min(k + 4u * WG_SIZE, last)], x[min(k + 5u * WG_SIZE, last)],
+                         x[min(k + 6u * WG_SIZE, last)], x[min(k + 7u * WG_SIZE, last)]);
+            let most = max(bitcast<vec4<u32>>(a) & vec4(0x7fffffffu), bitcast<vec4<u32>>(b) & vec4(0x7fffffffu));
+            bits = max(max(bits, max(most.x, most.y)), max(most.z, most.w));
+        }
+        workgroupBarrier();
+        greatest[lane] = bits;
+        workgroupBarrier();
+        for (var half = WG_SIZE / 2u; half > 0u; half /= 2u) {
+            if lane < half { greatest[lane] = max(greatest[lane], greatest[lane + half]); }
+            workgroupBarrier();
+        }
+        bits = greatest[0];
+        var exponent = 0i;
+        if bits != 0u && bits < 0x7f800000u { exponent = max(i32(bits >> 23u) - 127 - 14, -100); }
+        let inverse = bitcast<f32>(u32(127 - exponent) << 23u);
+        if lane == 0u { scales[row] = bitcast<f32>(u32(127 + exponent) << 23u); }
+        let pairs = params.n_padded / 2u;
+        for (var pair = lane; pair < pairs; pair += 4u * WG_SIZE) {
+            // As many loads again, and at most four words: 0 from beyond n_in, nothing beyond the row.
+            let k = vec4(2u * pair) + vec4(0u, 2u, 4u, 6u) * WG_SIZE;
+            let even = vec4(start) + min(k, vec4(params.n_in - 1u));
+            let odd = vec4(start) + min(k + 1u, vec4(params.n_in - 1u));
+            let low = select(vec4(0.0), vec4(x[even.x], x[even.y], x[even.z], x[even.w]), k < vec4(params.n_in));
+            let high = select(vec4(0.0), vec4(x[odd.x], x[odd.y], x[odd.z], x[odd.w]), k + 1u < vec4(params.n_in));
+            let at = row * pairs + pair;
+            halves[at] = pack_f16(low.x * inverse, high.x * inverse);
+            if pair + WG_SIZE < pairs { halves[at + WG_SIZE] = pack_f16(low.y * inverse, high.y * inverse); }
+            if pair + 2u * WG_SIZE < pairs { halves[at + 2u * WG_SIZE] = pack_f16(low.z * inverse, high.z * inverse); }
+            if pair + 3u * WG_SIZE < pairs { halves[at + 3u * WG_SIZE] = pack_f16(low.w * inverse, high.w * inverse); }
+        }
+    }
+}
