@@ -37,7 +37,7 @@ use crate::plan::cost::{Cut, PassRows, Predictor};
 use crate::plan::search::{Found, Problem, SearchError};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
-use crate::policy::{AttentionPlace, Policy};
+use crate::policy::{AttentionPlace, Policy, Precision};
 use crate::profile::{MachineKey, ModelKey, Profile, ProfileError};
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
@@ -250,7 +250,7 @@ impl EngineBuilder {
     /// The profile of this machine and these layers, if there is one.
     fn find_profile(&self, gpu: &Gpu, inventory: &Inventory) -> Result<Option<Arc<Profile>>, EngineError> {
         let machine = MachineKey::of(gpu.summary(), self.isa.unwrap_or_else(Isa::best));
-        let model = ModelKey::of(inventory);
+        let model = ModelKey::of(inventory, self.wishes.precision.unwrap_or_else(|| default_precision(gpu)));
         match &self.profile {
             ProfileChoice::None => Ok(None),
             ProfileChoice::Given(profile) => {
@@ -320,6 +320,11 @@ impl EngineBuilder {
         let (plan, found) = self.choose(&weights, &limits, profile.as_deref())?;
         Ok(Prepared { builder: self, weights, gpu, limits, profile, plan, found })
     }
+}
+
+/// Operands of matrix products where nobody says.
+pub fn default_precision(gpu: &Gpu) -> Precision {
+    if gpu.cooperative() { Precision::F16 } else { Precision::F32 }
 }
 
 /// What may be taken of a machine, where nobody says how much: 90 % of the device's memory, 80 % of what the host has available.

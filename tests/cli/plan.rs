@@ -211,7 +211,7 @@ fn measured_searched_and_kept() -> Result<(), Failed> {
     let hello = ["--prompt", "Rule: X +", "--max-tokens", "4", "--temperature", "0", "--attention", "cpu"];
     let plain = generate(hello).run().ends(0).says(["policy  the defaults", "fulmen calibrate"]);
     let searched = generate(hello).path("--profile", &profile).path("--save-policy", &policy).run().ends(0);
-    searched.says(["policy  best of ", "tok/s predicted", "predicted / measured"]);
+    let searched = searched.says(["policy  best of ", "tok/s predicted", "predicted / measured"]);
     let kept = generate(hello).path("--policy", &policy).run().ends(0);
     assert_eq!(plain.stdout, searched.stdout, "a policy changes time, never tokens");
     assert_eq!(plain.stdout, kept.stdout);

@@ -12,7 +12,7 @@ use fulmen::gpu::Gpu;
 use fulmen::model::presets::mixtral_tiny;
 use fulmen::plan::Wishes;
 use fulmen::plan::workload::Workload;
-use fulmen::policy::AttentionPlace;
+use fulmen::policy::{AttentionPlace, Precision};
 use fulmen::profile::Profile;
 use fulmen::request::{Request, SamplingParams};
 use libtest_mimic::{Failed, Trial};
@@ -29,6 +29,7 @@ fn profile() -> Arc<Profile> {
             gpu,
             config: &mixtral_tiny(),
             isa: Isa::best(),
+            precision: Precision::F32,
             device_bytes: limits.device_bytes,
             host_bytes: limits.host_bytes,
             budget: Duration::from_secs(2),
@@ -97,7 +98,12 @@ fn searched_policies_keep_their_word() -> Result<(), Failed> {
         let mut builder = Engine::synthetic(mixtral_tiny())
             .device(device())
             .gpu_memory(gpu_memory)
-            .wishes(Wishes { attention: Some(AttentionPlace::Cpu), max_model_len: Some(128), ..Wishes::default() });
+            .wishes(Wishes {
+                attention: Some(AttentionPlace::Cpu),
+                precision: Some(Precision::F32),
+                max_model_len: Some(128),
+                ..Wishes::default()
+            });
         if searched {
             builder = builder.profile(ProfileChoice::Given(profile())).plan_for(workload, 0.0);
         }
@@ -141,7 +147,9 @@ fn searched_policies_keep_their_word() -> Result<(), Failed> {
 fn another_machines_profile_is_refused() -> Result<(), Failed> {
     let mut other = (*profile()).clone();
     other.machine.driver = "of another machine".into();
-    let builder = Engine::synthetic(mixtral_tiny()).device(device()).profile(ProfileChoice::Given(Arc::new(other)));
+    let builder = Engine::synthetic(mixtral_tiny()).device(device())
+        .wishes(Wishes { precision: Some(Precision::F32), ..Wishes::default() })
+        .profile(ProfileChoice::Given(Arc::new(other)));
     match builder.prepare() {
         Err(EngineError::Profile(error)) => {
             let message = error.to_string();

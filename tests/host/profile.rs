@@ -3,6 +3,7 @@
 use fulmen::checkpoint::Synthetic;
 use fulmen::model::presets::preset;
 use fulmen::plan::presets::hardware;
+use fulmen::policy::Precision;
 use fulmen::profile::{Curve, Profile, ProfileError, Surface};
 use proptest::prelude::*;
 
@@ -123,7 +124,7 @@ fn another_kind_of_layers_is_refused_but_not_another_number() {
     let key = |name: &str, layers: Option<usize>| {
         let mut config = preset(name).expect("a shape");
         config.keep_layers(layers.unwrap_or(config.shape.layers));
-        fulmen::profile::ModelKey::of(Synthetic::new(config).inventory())
+        fulmen::profile::ModelKey::of(Synthetic::new(config).inventory(), Precision::F16)
     };
     profile.check(&profile.machine, &key("mixtral-8x7b", Some(3))).expect("three layers of the same kind");
     let error = profile.check(&profile.machine, &key("mixtral-8x22b", None)).expect_err("wider layers").to_string();
