@@ -202,20 +202,21 @@ pub struct Cut {
     /// Seconds of a page, by its number among its layer's, and its bytes. Nothing beside it.
     page_seconds: Vec<f64>,
     page_bytes: Vec<u64>,
-    /// Seconds of all pages of a layer.
-    layer_seconds: f64,
+    /// Seconds and bytes of the pages of all layers, those left out that some layers never load.
+    pass_seconds: f64,
+    pass_bytes: u64,
     /// Pages of the chunks in front of each chunk.
     first_page: Vec<usize>,
     relay: bool,
 }
 
 /// What a [`Cut`] depends on, beside model and profile.
-pub type CutKey = (usize, usize, u64, Option<SourceKind>);
+pub type CutKey = (usize, usize, usize, u64, Option<SourceKind>);
 
 impl Cut {
     pub fn key(plan: &Plan) -> CutKey {
-        let Policy { resident_experts, ring_experts, page_bytes, .. } = plan.policy;
-        (resident_experts, ring_experts, page_bytes, Cut::source(plan))
+        let Policy { resident_experts, extra_residents, ring_experts, page_bytes, .. } = plan.policy;
+        (resident_experts, extra_residents, ring_experts, page_bytes, Cut::source(plan))
     }
 
     /// Where pages come from, as far as it is known before they are loaded. Without memory for them they are read from their files.
@@ -235,7 +236,7 @@ impl Cut {
             let curve = &curve.ok_or(CostError::NoPages(source.unwrap_or(SourceKind::Pinned)))?.seconds;
             page_seconds.extend(all.iter().map(|page| page_time(curve, &profile.link.pieces, page)));
         }
-        let page_bytes = all.iter().map(|page| page.bytes()).collect();
+        let page_bytes: Vec<u64> = all.iter().map(|page| page.bytes()).collect();
         let first_page = pages
             .chunks()
             .iter()
@@ -245,8 +246,11 @@ impl Cut {
                 Some(first)
             })
             .collect();
-        let layer_seconds = page_seconds.iter().sum();
-        Ok(Cut { pages, page_seconds, page_bytes, layer_seconds, first_page, relay })
+        let (layers, extra) = (pages.shape().layers, pages.shape().extra);
+        let left_out: f64 = page_seconds[..pages.extra_pages()].iter().sum();
+        let pass_seconds = layers as f64 * page_seconds.iter().sum::<f64>() - extra as f64 * left_out;
+        let pass_bytes = pages.bytes_per_pass();
+        Ok(Cut { pages, page_seconds, page_bytes, pass_seconds, pass_bytes, first_page, relay })
     }
 }
 
@@ -304,7 +308,7 @@ impl<'a> Predictor<'a> {
 
     /// Bytes of pages that a pass streams.
     pub fn page_bytes(&self) -> f64 {
-        self.cut.page_bytes.iter().sum::<u64>() as f64 * self.config.shape.layers as f64
+        self.cut.pass_bytes as f64
     }
 
     /// Bytes of keys and values that a layer's attention of a micro-batch reads.
@@ -411,7 +415,7 @@ impl<'a> Predictor<'a> {
             let n = Self::group_rows(rows, group);
             kernels += layers * (0..self.cut.pages.chunks().len()).map(|chunk| self.experts(n, chunk)).sum::<f64>();
         }
-        let pages = layers * self.cut.layer_seconds;
+        let pages = self.cut.pass_seconds;
         if self.policy.rows == RowPath::Kernels {
             row_kernels += rows_in + rows_out;
             (rows_in, rows_out) = (0.0, 0.0);
@@ -428,7 +432,7 @@ impl<'a> Predictor<'a> {
     pub fn costs<'b>(&'b self, rows: &'b PassRows) -> PassCosts<'b, 'a> {
         let layers = self.config.shape.layers as f64;
         let lanes = self.lanes(rows);
-        let pages = layers * self.cut.layer_seconds;
+        let pages = self.cut.pass_seconds;
         let attention: f64 = rows.micro_batches.iter().map(|of| self.cpu_attention_of_all(of)).sum();
         let row_kernels = match self.policy.rows {
             RowPath::Copies => 0.0,
@@ -503,7 +507,9 @@ impl<'a> Predictor<'a> {
         let layers = self.config.shape.layers;
         let per_layer = self.cut.pages.streamed().max(1);
         let few = 6 + 2 * self.cut.pages.ring().div_ceil(per_layer);
+        // Where some layers keep one more expert no layer is like the one before.
         if few < layers
+            && self.policy.extra_residents == 0
             && let Some(seconds) = self.steady_pass(rows, few, layers)
         {
             return seconds;

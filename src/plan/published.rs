@@ -399,8 +399,9 @@ fn ablation_section() -> String {
          * The unpinned relay. Where each weight is copied at 5.43 GB/s by the thread that launches everything, a pass cannot take less than\n\
          \u{20} 16.6 s, and the schedule's gain comes out above the published one; with weights pinned once it comes out near or below it. What\n\
          \u{20} was measured lies in between, as the relay overlaps in part with what was launched before.\n\
-         * The barrier. FlexGen waits for the device after each micro-batch of each layer, so the next layer's weights come beside the first\n\
-         \u{20} micro-batch only; without the wait (`flexgen-async`) the same order is bound by the link.\n\
+         * FlexGen's order. Its context crosses the link too (1.85 s a pass at 36 x 14) and stands there behind a whole layer's weights, so\n\
+         \u{20} the GPU waits: 9.39 s where the link alone needs 7.1. The wait after each micro-batch adds nothing to that here\n\
+         \u{20} (`flexgen-async`), as a roof has no launch latency; a real one adds that, 448 times a pass.\n\
          * Modelled against fitted step. The published gains are of whole runs: they contain the same prefill on both sides, which draws ratios\n\
          \u{20} towards one, and steps that are longer than the roofs say (12.1 s against 5.4 s for CGOPipe, by least squares over its runs), as\n\
          \u{20} launches, projections and the link's true rate are not in them.\n",

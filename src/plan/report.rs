@@ -133,6 +133,9 @@ pub fn flags(policy: &Policy, config: &ModelConfig) -> Vec<String> {
         format!("--precision {}", policy.precision.name()),
         format!("--rows {}", if policy.rows == RowPath::Copies { "copies" } else { "kernels" }),
     ];
+    if policy.extra_residents > 0 {
+        flags.push(format!("--extra-residents {}", policy.extra_residents));
+    }
     if policy.resident_experts < shape.experts {
         flags.push(format!("--ring-experts {}", policy.ring_experts));
         flags.push(format!("--page-size {}", policy.page_bytes));

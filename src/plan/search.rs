@@ -458,6 +458,7 @@ impl Problem<'_> {
                 // Memory that is more shall be used.
                 kv_bytes: self.wishes.kv_bytes,
                 resident_experts: None,
+                extra_residents: None,
                 prompt_chunk: self.wishes.prompt_chunk,
                 ..Wishes::of(policy, self.config)
             };
