@@ -42,7 +42,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let shape = predictor.shape(&rows, 32, true);
     let mut tasks = 0;
     let pass = best(10, || tasks = predictor.simulate(&rows, &shape, &[]).1);
-    println!("a pass of 32 layers and 16 micro-batches, {tasks} tasks, built and simulated: {:.2} ms", pass.as_secs_f64() * 1e3);
+    println!(
+        "a pass of 32 layers and 16 micro-batches, {tasks} tasks, built and simulated: {:.2} ms",
+        pass.as_secs_f64() * 1e3
+    );
     assert!(pass < Duration::from_millis(50), "a simulation takes {pass:?}");
     let few = best(10, || {
         std::hint::black_box(predictor.pass_seconds(&rows));

@@ -378,7 +378,8 @@ fn ablation_section() -> String {
         );
     }
     let of = |kind: ScheduleKind, sequences: usize, relay: bool| {
-        let found = rates.iter().find(|(case, _)| (case.kind, case.sequences(), case.relay) == (kind, sequences, relay));
+        let found =
+            rates.iter().find(|(case, _)| (case.kind, case.sequences(), case.relay) == (kind, sequences, relay));
         found.expect("a case of the ablation").1
     };
     let (ours, theirs) = (504, 1112);
@@ -392,7 +393,8 @@ fn ablation_section() -> String {
     };
     let ([schedule, policy], [schedule_pinned, policy_pinned]) = (gain(true), gain(false));
     let _ = writeln!(text, "| schedule, at 36 x 14 | {} | {} | 1.79 |", digits(schedule), digits(schedule_pinned));
-    let _ = writeln!(text, "| policy, under FlexGen's schedule | {} | {} | 1.77 |", digits(policy), digits(policy_pinned));
+    let _ =
+        writeln!(text, "| policy, under FlexGen's schedule | {} | {} | 1.77 |", digits(policy), digits(policy_pinned));
     text.push_str(
         "\nBoth gains have the published direction. What is left between them:\n\
          \n\

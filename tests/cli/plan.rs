@@ -120,8 +120,13 @@ fn own_mode_as_json_and_its_flags() -> Result<(), Failed> {
     let folder = Folder::new();
     let file = folder.path("policy.json");
     let plan = fulmen(OWN).words(FEW).words(["--json"]).path("--save-policy", &file).run().ends(0).json();
-    assert_eq!((&plan["mode"], &plan["binding_roof"], &plan["policy"]["attention"]), (&"own".into(), &"link".into(), &"cpu".into()));
-    let number = |pointer: &str| plan.pointer(pointer).and_then(|value| value.as_f64()).unwrap_or_else(|| panic!("{pointer} in {plan}"));
+    assert_eq!(
+        (&plan["mode"], &plan["binding_roof"], &plan["policy"]["attention"]),
+        (&"own".into(), &"link".into(), &"cpu".into())
+    );
+    let number = |pointer: &str| {
+        plan.pointer(pointer).and_then(|value| value.as_f64()).unwrap_or_else(|| panic!("{pointer} in {plan}"))
+    };
     assert!(number("/device_bytes/needed") <= number("/device_bytes/allowed"));
     assert!(number("/host_bytes/needed") <= number("/host_bytes/allowed"));
     assert!(number("/step_seconds") >= number("/lanes/to_device"));
@@ -169,7 +174,12 @@ fn own_mode_for_a_workload() -> Result<(), Failed> {
     assert!(plan["run_seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "an end is predicted: {plan}");
     assert!(plan["policy"]["max_sequences"].as_u64() <= Some(2), "no more sequences than requests");
     let model = example("model");
-    let batch = fulmen(on).words([model.to_str().expect("a path")]).path("--workload", &example("tasks.jsonl")).run().ends(0).json();
+    let batch = fulmen(on)
+        .words([model.to_str().expect("a path")])
+        .path("--workload", &example("tasks.jsonl"))
+        .run()
+        .ends(0)
+        .json();
     assert_eq!(batch["workload"]["requests"], 360);
     assert_eq!(batch["policy"]["resident_experts"], 8, "all of the shipped model fits");
     fulmen(on).words(["--shape", "dbrx"]).path("--workload", &example("tasks.jsonl")).run().ends(2).says(["tokenizer"]);
@@ -179,7 +189,12 @@ fn own_mode_for_a_workload() -> Result<(), Failed> {
 
 fn own_mode_refuses_with_numbers() -> Result<(), Failed> {
     let on = ["plan", "--shape", "dbrx", "--hardware", "t4", "--prompt-len", "77", "--gen-len", "32"];
-    fulmen(on).words(["--gpu-memory", "3GiB"]).run().ends(1).prints_nothing().says(["no policy fits", "3.00 GiB are allowed"]);
+    fulmen(on)
+        .words(["--gpu-memory", "3GiB"])
+        .run()
+        .ends(1)
+        .prints_nothing()
+        .says(["no policy fits", "3.00 GiB are allowed"]);
     fulmen(on).words(["--micro-batches", "300"]).run().ends(2).says(["--micro-batches is 300"]);
     fulmen(on).words(["--margin", "100"]).run().ends(2).says(["--margin"]);
     Ok(())
@@ -206,7 +221,11 @@ fn measured_searched_and_kept() -> Result<(), Failed> {
     let (profile, policy) = (folder.path("profile.json"), folder.path("policy.json"));
     let model = example("model");
     let model = model.to_str().expect("a path");
-    fulmen(["calibrate", "--seconds", "2", model]).path("--output", &profile).run().ends(0).says(["stages of a layer", "link    ", "profile "]);
+    fulmen(["calibrate", "--seconds", "2", model]).path("--output", &profile).run().ends(0).says([
+        "stages of a layer",
+        "link    ",
+        "profile ",
+    ]);
     // Attention on the GPU rounds differently.
     let hello = ["--prompt", "Rule: X +", "--max-tokens", "4", "--temperature", "0", "--attention", "cpu"];
     let plain = generate(hello).run().ends(0).says(["policy  the defaults", "fulmen calibrate"]);
@@ -223,10 +242,19 @@ fn measured_searched_and_kept() -> Result<(), Failed> {
     assert_eq!((&wins["max_sequences"], &wins["micro_batches"]), (&3.into(), &3.into()));
     // `plan` takes the same profile for this machine, and refuses it for other layers.
     let words = ["plan", "--prompt-len", "20", "--gen-len", "8"];
-    fulmen(words).words([model]).path("--profile", &profile).run().ends(0).prints(["this one: ", "as `fulmen calibrate` measured it"]);
+    fulmen(words)
+        .words([model])
+        .path("--profile", &profile)
+        .run()
+        .ends(0)
+        .prints(["this one: ", "as `fulmen calibrate` measured it"]);
     let refused = fulmen(words).words(["--shape", "olmoe-1b-7b"]).path("--profile", &profile).run().ends(1);
     refused.says(["another kind of model", "(here:", "fulmen calibrate"]);
-    fulmen(words).words([model]).run().ends(1).says(["nothing was measured on this machine", "fulmen calibrate", "--hardware"]);
+    fulmen(words).words([model]).run().ends(1).says([
+        "nothing was measured on this machine",
+        "fulmen calibrate",
+        "--hardware",
+    ]);
     std::fs::write(&profile, "{}")?;
     generate(hello).path("--profile", &profile).run().ends(1).says(["profile.json"]);
     Ok(())

@@ -94,16 +94,15 @@ fn searched_policies_keep_their_word() -> Result<(), Failed> {
     let workload = Workload::of((0..N).map(|number| (20 + number % 30, 6)), Some(N as u64));
     let mut answers: Option<BTreeMap<String, Vec<u32>>> = None;
     let mut residents = Vec::new();
-    for (gpu_memory, searched) in [(None, false), (Some(4_000_000), true), (Some(7_000_000), true), (Some(60_000_000), true)] {
-        let mut builder = Engine::synthetic(mixtral_tiny())
-            .device(device())
-            .gpu_memory(gpu_memory)
-            .wishes(Wishes {
-                attention: Some(AttentionPlace::Cpu),
-                precision: Some(Precision::F32),
-                max_model_len: Some(128),
-                ..Wishes::default()
-            });
+    for (gpu_memory, searched) in
+        [(None, false), (Some(4_000_000), true), (Some(7_000_000), true), (Some(60_000_000), true)]
+    {
+        let mut builder = Engine::synthetic(mixtral_tiny()).device(device()).gpu_memory(gpu_memory).wishes(Wishes {
+            attention: Some(AttentionPlace::Cpu),
+            precision: Some(Precision::F32),
+            max_model_len: Some(128),
+            ..Wishes::default()
+        });
         if searched {
             builder = builder.profile(ProfileChoice::Given(profile())).plan_for(workload, 0.0);
         }
@@ -147,7 +146,8 @@ fn searched_policies_keep_their_word() -> Result<(), Failed> {
 fn another_machines_profile_is_refused() -> Result<(), Failed> {
     let mut other = (*profile()).clone();
     other.machine.driver = "of another machine".into();
-    let builder = Engine::synthetic(mixtral_tiny()).device(device())
+    let builder = Engine::synthetic(mixtral_tiny())
+        .device(device())
         .wishes(Wishes { precision: Some(Precision::F32), ..Wishes::default() })
         .profile(ProfileChoice::Given(Arc::new(other)));
     match builder.prepare() {

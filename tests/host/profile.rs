@@ -86,7 +86,10 @@ fn a_profile_comes_back_from_its_file() {
     };
     assert!(near(&back.gpu.experts, &was.gpu.experts) && near(&back.link.to_host, &was.link.to_host));
     assert!(near(&back.gpu.decode_attention.curves()[1].1, &was.gpu.decode_attention.curves()[1].1));
-    assert_eq!(serde_json::to_string(&back.contention).expect("JSON"), serde_json::to_string(&was.contention).expect("JSON"));
+    assert_eq!(
+        serde_json::to_string(&back.contention).expect("JSON"),
+        serde_json::to_string(&was.contention).expect("JSON")
+    );
     // Nothing is left of the writing.
     assert_eq!(std::fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(), 1);
 }

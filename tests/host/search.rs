@@ -207,9 +207,10 @@ fn pruning_keeps_the_best() {
     // Little room, so that there is less to look at.
     let mut bed = bed("mixtral-8x7b", "l4", Some(4));
     bed.limits.host_bytes = 13 * GIB;
-    for (workload, n) in
-        [(Workload::uniform(418, 128), None), (Workload { requests: Some(3000), ..Workload::uniform(77, 64) }, Some(800))]
-    {
+    for (workload, n) in [
+        (Workload::uniform(418, 128), None),
+        (Workload { requests: Some(3000), ..Workload::uniform(77, 64) }, Some(800)),
+    ] {
         let wishes = Wishes {
             page_bytes: Some(32 << 20),
             attention: Some(AttentionPlace::Cpu),

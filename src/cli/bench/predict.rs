@@ -250,7 +250,9 @@ impl Bench<'_> {
             };
             // As many as fit, also in a workspace on the GPU.
             let mut n = n;
-            while n > 1 && !fit(self.config, &self.bytes, &self.limits, &wishes(n)).is_ok_and(|plan| self.attends(&plan)) {
+            while n > 1
+                && !fit(self.config, &self.bytes, &self.limits, &wishes(n)).is_ok_and(|plan| self.attends(&plan))
+            {
                 n /= 2;
             }
             let wishes = wishes(n);
