@@ -33,11 +33,11 @@ use crate::memory::page_source::{PageError, PageSource, SourceRequest};
 use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::plan::compare::{Comparison, Phase, Side};
-use crate::plan::cost::{PassRows, Predictor};
+use crate::plan::cost::{Cut, PassRows, Predictor};
 use crate::plan::search::{Found, Problem, SearchError};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
-use crate::policy::{AttentionPlace, Policy};
+use crate::policy::{AttentionPlace, Policy, Precision};
 use crate::profile::{MachineKey, ModelKey, Profile, ProfileError};
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
@@ -250,7 +250,7 @@ impl EngineBuilder {
     /// The profile of this machine and these layers, if there is one.
     fn find_profile(&self, gpu: &Gpu, inventory: &Inventory) -> Result<Option<Arc<Profile>>, EngineError> {
         let machine = MachineKey::of(gpu.summary(), self.isa.unwrap_or_else(Isa::best));
-        let model = ModelKey::of(inventory);
+        let model = ModelKey::of(inventory, self.wishes.precision.unwrap_or_else(|| default_precision(gpu)));
         match &self.profile {
             ProfileChoice::None => Ok(None),
             ProfileChoice::Given(profile) => {
@@ -320,6 +320,11 @@ impl EngineBuilder {
         let (plan, found) = self.choose(&weights, &limits, profile.as_deref())?;
         Ok(Prepared { builder: self, weights, gpu, limits, profile, plan, found })
     }
+}
+
+/// Operands of matrix products where nobody says.
+pub fn default_precision(gpu: &Gpu) -> Precision {
+    if gpu.cooperative() { Precision::F16 } else { Precision::F32 }
 }
 
 /// What may be taken of a machine, where nobody says how much: 90 % of the device's memory, 80 % of what the host has available.
@@ -824,8 +829,8 @@ impl Engine {
     fn compare(&mut self, rows: &PassRows, schedule: &Schedule, measured: Side<'_>, summary: &mut RunSummary) {
         let Some(profile) = &self.opened.profile else { return };
         // Pages that were never measured have no prediction.
-        let pages = self.machine.plan().clone();
-        let Ok(predictor) = Predictor::with_pages(&self.config, &self.plan, pages, profile) else { return };
+        let Ok(cut) = Cut::new(&self.plan, self.machine.plan().clone(), profile) else { return };
+        let predictor = Predictor::with_cut(&self.config, &self.plan, Arc::new(cut), profile);
         let costs = predictor.costs(rows);
         let layers = self.config.shape.layers;
         let pass = simulate_pass(schedule, layers, |work| costs.of(work), &self.on_their_way);

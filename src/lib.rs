@@ -5,7 +5,7 @@
 //! requests ─▶ tokenizer ─▶ batcher ─▶ pass ─▶ schedule ─▶ execute ─▶ sampler ─▶ text
 //!                             ▲                                │
 //!                             └────────── free KV ◀────────────┘
-//! checkpoint ─▶ plan ─▶ Policy
+//! calibrate ─▶ Profile ─▶ plan ─▶ Policy
 //! ```
 //!
 //! A *pass* is one trip of a set of *rows* through all layers; a row is one token of one sequence, a *prompt row* or a *decode

@@ -328,6 +328,7 @@ fn open(
         resident_experts: Some(resident),
         ring_experts: (resident < shape.experts).then_some(1),
         rows: Some(path),
+        precision: Some(request.precision),
         ..Wishes::default()
     };
     let plan = fit(config, &bytes, &limits, &wishes)?;

@@ -130,8 +130,12 @@ pub fn flags(policy: &Policy, config: &ModelConfig) -> Vec<String> {
         format!("--max-model-len {}", policy.max_model_len),
         format!("--kv-memory {}", policy.kv_blocks as u64 * layout.bytes_per_block() as u64),
         format!("--resident-experts {}", policy.resident_experts),
+        format!("--precision {}", policy.precision.name()),
         format!("--rows {}", if policy.rows == RowPath::Copies { "copies" } else { "kernels" }),
     ];
+    if policy.extra_residents > 0 {
+        flags.push(format!("--extra-residents {}", policy.extra_residents));
+    }
     if policy.resident_experts < shape.experts {
         flags.push(format!("--ring-experts {}", policy.ring_experts));
         flags.push(format!("--page-size {}", policy.page_bytes));
