@@ -33,7 +33,7 @@ use crate::memory::page_source::{PageError, PageSource, SourceRequest};
 use crate::memory::pages::{PagePlan, PageShape};
 use crate::model::ModelConfig;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
-use crate::policy::AttentionPlace;
+use crate::policy::{AttentionPlace, KvDtype};
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
 use crate::request::{Request, RequestOutput};
@@ -304,7 +304,7 @@ impl Opened {
         let (builder, gpu, weights) = (&self.builder, &self.gpu, &self.weights);
         let (config, policy) = (weights.config().clone(), plan.policy);
         let shape = config.shape;
-        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(&shape, KvDtype::F16);
         let limits = BatchLimits {
             max_sequences: policy.max_sequences,
             micro_batches: policy.micro_batches,

@@ -20,8 +20,6 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use half::f16;
-
 use crate::checkpoint::{Dtype, Reader, Weights};
 use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
 use crate::kernels::lm_head_sample::Sample;
@@ -34,7 +32,7 @@ use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role};
-use crate::policy::RowPath;
+use crate::policy::{KvDtype, RowPath};
 use crate::reference::rotary::{rope_table, yarn_rope_table};
 
 /// Extents of everything that is allocated at open.
@@ -230,7 +228,7 @@ fn words(n: usize) -> u64 {
 /// Bytes of one KV block of one layer.
 pub fn workspace_block_bytes(config: &ModelConfig) -> u64 {
     let shape = &config.shape;
-    let layout = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let layout = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width, dtype: KvDtype::F16 };
     layout.bytes_per_block() as u64
 }
 
@@ -766,11 +764,11 @@ impl Machine {
         }
     }
 
-    /// New keys and values of a micro-batch on the host, `[T, G, 2, K]`.
+    /// New keys and values of a micro-batch on the host: a [new row](KvLayout::new_row_bytes) of each of its rows.
     ///
     /// # Safety
     /// * [`rows_to_host`](Self::rows_to_host) of this layer has been waited for, and none of a later one has started.
-    pub unsafe fn host_kv(&self, micro_batch: usize) -> &[f16] {
+    pub unsafe fn host_kv(&self, micro_batch: usize) -> &[u8] {
         let bytes = words(self.n_rows(micro_batch) * self.config.shape.kv_width());
         // SAFETY: the caller's.
         unsafe { self.micro_batches[micro_batch].host_kv.slice(0..bytes) }

@@ -9,7 +9,7 @@ use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, KvDtype, Policy, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
 /// What the weights of a checkpoint take, which config.json does not say.
@@ -268,7 +268,7 @@ fn fit_with_pool(
     let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, most, most)?;
 
     // The host side: rows and pages on their way, weights that stream, and the KV pool from what is left.
-    let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let layout = KvLayout::new(shape, KvDtype::F16);
     let block_bytes = layout.bytes_per_block() as u64;
     let row_bytes = host_row_bytes(config, rows_per_micro_batch);
     let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);

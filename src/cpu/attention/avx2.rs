@@ -4,13 +4,17 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Element, Group, Lanes, Scratch};
 
-/// Attends one group on AVX2. `scratch` must be made for the group's form.
+/// Attends one group on AVX2.
+///
+/// # Safety
+///
+/// * `scratch` is made for the group's form, and the cache's elements are `E`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attend(group: Group, scratch: &mut Scratch) {
-    // SAFETY: this function runs only where its own features are, and they are those of `F32x8`.
-    unsafe { group::attend::<F32x8>(group, scratch) }
+pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+    // SAFETY: this function runs only where its own features are, and they are those of `F32x8`; the rest is the caller's.
+    unsafe { group::attend::<F32x8, E>(group, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -37,6 +41,13 @@ impl Lanes for F32x8 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 8 elements, says the caller: 16 bytes.
         Self(_mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: good for 8 elements, says the caller: 8 bytes.
+        Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from.cast()) })))
     }
 
     #[inline]

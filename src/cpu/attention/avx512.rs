@@ -5,13 +5,17 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::avx2;
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Element, Group, Lanes, Scratch};
 
-/// Attends one group on AVX-512. `scratch` must be made for the group's form.
+/// Attends one group on AVX-512.
+///
+/// # Safety
+///
+/// * `scratch` is made for the group's form, and the cache's elements are `E`.
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-pub(super) fn attend(group: Group, scratch: &mut Scratch) {
-    // SAFETY: this function runs only where its own features are, and they are those of `F32x16`.
-    unsafe { group::attend::<F32x16>(group, scratch) }
+pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+    // SAFETY: this function runs only where its own features are, and they are those of `F32x16`; the rest is the caller's.
+    unsafe { group::attend::<F32x16, E>(group, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -38,6 +42,13 @@ impl Lanes for F32x16 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 16 elements, says the caller: 32 bytes.
         Self(_mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: good for 16 elements, says the caller: 16 bytes.
+        Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(from.cast()) })))
     }
 
     #[inline]

@@ -4,13 +4,17 @@ use std::arch::aarch64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Element, Group, Lanes, Scratch};
 
-/// Attends one group on NEON. `scratch` must be made for the group's form.
+/// Attends one group on NEON.
+///
+/// # Safety
+///
+/// * `scratch` is made for the group's form, and the cache's elements are `E`.
 #[target_feature(enable = "neon")]
-pub(super) fn attend(group: Group, scratch: &mut Scratch) {
-    // SAFETY: this function runs only where its own feature is, and it is that of `F32x4`.
-    unsafe { group::attend::<F32x4>(group, scratch) }
+pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+    // SAFETY: this function runs only where its own feature is, and it is that of `F32x4`; the rest is the caller's.
+    unsafe { group::attend::<F32x4, E>(group, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -37,6 +41,14 @@ impl Lanes for F32x4 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 4 elements, says the caller: 8 bytes.
         Self(vcvt_f32_f16(vreinterpret_f16_u16(unsafe { vld1_u16(from.cast()) })))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: good for 4 elements, says the caller: 4 bytes.
+        let bytes = vcreate_s8(u64::from(unsafe { from.cast::<u32>().read_unaligned() }));
+        Self(vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes)))))
     }
 
     #[inline]
