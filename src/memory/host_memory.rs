@@ -35,9 +35,29 @@ fn cgroup_left() -> Option<u64> {
     }
 }
 
+/// Bytes of the last-level cache of a core; None where the system does not say.
+pub fn last_level_cache_bytes() -> Option<u64> {
+    let sizes = (0..8).filter_map(|index| {
+        let folder = PathBuf::from(format!("/sys/devices/system/cpu/cpu0/cache/index{index}"));
+        cache_bytes(&fs::read_to_string(folder.join("size")).ok()?)
+    });
+    sizes.max()
+}
+
+/// A size as sysfs gives it.
+fn cache_bytes(size: &str) -> Option<u64> {
+    size.trim().strip_suffix('K')?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cache_sizes_are_read_in_kilobytes() {
+        assert_eq!(cache_bytes("307200K\n"), Some(307_200 << 10));
+        assert_eq!(cache_bytes("huge\n"), None);
+    }
 
     #[test]
     fn meminfo_is_read_in_kilobytes() {

@@ -320,6 +320,11 @@ impl KvCache {
         (self.pool.start.as_ptr(), self.pool.bytes as u64, self.pool.map.clone())
     }
 
+    /// The whole pool as it is.
+    pub(crate) fn all_bytes(&self) -> &[u8] {
+        self.bytes()
+    }
+
     pub fn layout(&self) -> KvLayout {
         self.layout
     }

@@ -94,7 +94,7 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
             ("attention output", words(rows * shape.q_width())),
         ]);
     }
-    let one_layer = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let one_layer = KvLayout { layers: 1, ..KvLayout::new(shape, KvDtype::F16) };
     buffers.extend([
         ("rotary table", words(policy.max_model_len * shape.head_width)),
         ("router logits", words(rows * shape.experts)),
@@ -150,8 +150,7 @@ fn hold(config: &ModelConfig, bytes: &ModelBytes, machine: &MachineLimits, wishe
     let streamed = config.shape.experts - policy.resident_experts;
     assert_eq!(policy.ring_experts > 0, streamed > 0, "a ring where something streams, and only there");
     assert_eq!(plan.streamed_bytes_per_pass, pages(config, bytes, plan).bytes_per_pass());
-    let layout =
-        KvLayout { layers: config.shape.layers, kv_heads: config.shape.kv_heads, head_width: config.shape.head_width };
+    let layout = KvLayout::new(&config.shape, policy.kv_dtype);
     assert_eq!(memory.kv_pool, (policy.kv_blocks * layout.bytes_per_block()) as u64);
     assert!(policy.max_model_len >= 1 && policy.max_model_len <= config.max_positions);
     let longest = policy.max_model_len.div_ceil(BLOCK_TOKENS);

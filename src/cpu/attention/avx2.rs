@@ -22,6 +22,7 @@ struct F32x8(__m256);
 
 impl Lanes for F32x8 {
     const COUNT: usize = 8;
+    const TILE: usize = 8;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -111,15 +112,17 @@ impl Lanes for F32x8 {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
-        sums(registers.map(|register| register.0))
+    unsafe fn sums([a, b, c, d, e, f, g, h, ..]: [Self; 16]) -> [f32; 16] {
+        let mut all = [0.0; 16];
+        all[..8].copy_from_slice(&sums([a, b, c, d, e, f, g, h].map(|register| register.0)));
+        all
     }
 }
 
 /// Sum over the lanes of eight registers at once: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn sums([a, b, c, d, e, f, g, h]: [__m256; 8]) -> [f32; 8] {
+fn sums([a, b, c, d, e, f, g, h]: [__m256; 8]) -> [f32; 8] {
     // Each half holds that half's sum of a, b, c, d (and of e, f, g, h).
     let abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     let efgh = _mm256_hadd_ps(_mm256_hadd_ps(e, f), _mm256_hadd_ps(g, h));

@@ -16,9 +16,8 @@ use crate::policy::KvDtype;
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
 const WIDEST: usize = 16;
 
-/// Accumulators of a tile, whatever its form: enough to hide the latency of a fused multiply-add on two ports, few
-/// enough for 16 registers.
-const TILE: usize = 8;
+/// Accumulators of the largest tile.
+const TILE: usize = 16;
 
 /// A register of f32 lanes.
 ///
@@ -30,6 +29,10 @@ const TILE: usize = 8;
 pub(super) trait Lanes: Copy {
     /// Lanes of a register: a power of two, at most [`WIDEST`].
     const COUNT: usize;
+
+    /// Accumulators of a tile, whatever its form, at most [`TILE`]: 8 hide the latency of a fused multiply-add on two ports and
+    /// leave 16 registers room, 16 load and widen less for each product where there are 32.
+    const TILE: usize;
 
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -52,7 +55,7 @@ pub(super) trait Lanes: Copy {
 
     /// The largest lane; any lane if one is NaN.
     unsafe fn max_lane(self) -> f32;
-    /// The sum over the lanes of each register, in the level's one order.
+    /// The sum over the lanes of each register, in the level's one order. Only the first [`TILE`](Lanes::TILE) of them matter.
     unsafe fn sums(registers: [Self; TILE]) -> [f32; TILE];
 
     /// e^x for x <= 0, to about 1 ulp. 0 below -87, where e^x would soon leave the normal numbers; NaN stays.
@@ -377,7 +380,7 @@ unsafe fn softmax_step<V: Lanes>(max: &mut f32, weights: &mut [f32], weight_sums
     }
 }
 
-/// The two products of a block. Each is cut into tiles of [`TILE`] accumulators, heads × tokens or heads × columns, so
+/// The two products of a block. Each is cut into tiles of [`TILE`](Lanes::TILE) accumulators, heads × tokens or heads × columns, so
 /// that a loaded K or V serves several heads and a loaded query several tokens. Every accumulator belongs to one head and
 /// one token (or column), so the form of the tiles changes no bits.
 struct Tiles {
@@ -413,6 +416,28 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
             let at = |head: usize| (q.add(head * self.padded), weights.add(head * BLOCK_TOKENS));
+            if V::TILE == 16 {
+                while head + 8 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 8, 2>(keys, q, factors, weights, &mut ahead);
+                    head += 8;
+                }
+                if head + 4 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 4, 4>(keys, q, factors, weights, &mut ahead);
+                    head += 4;
+                }
+                if head + 2 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 2, 8>(keys, q, factors, weights, &mut ahead);
+                    head += 2;
+                }
+                if head < heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 1, 16>(keys, q, factors, weights, &mut ahead);
+                }
+                return;
+            }
             while head + 4 <= heads {
                 let (q, weights) = at(head);
                 self.score_heads::<V, E, 4, 2>(keys, q, factors, weights, &mut ahead);
@@ -527,6 +552,28 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
             let at = |head: usize| (weights.add(head * BLOCK_TOKENS), out.add(head * self.padded));
+            if V::TILE == 16 {
+                while head + 8 <= heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 8, 2>(values, weights, out, &mut ahead);
+                    head += 8;
+                }
+                if head + 4 <= heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 4, 4>(values, weights, out, &mut ahead);
+                    head += 4;
+                }
+                if head + 2 <= heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 2, 8>(values, weights, out, &mut ahead);
+                    head += 2;
+                }
+                if head < heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 1, 8>(values, weights, out, &mut ahead);
+                }
+                return;
+            }
             while head + 4 <= heads {
                 let (weights, out) = at(head);
                 self.weigh_heads::<V, E, 4, 2>(values, weights, out, &mut ahead);

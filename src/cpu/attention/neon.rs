@@ -22,6 +22,7 @@ struct F32x4(float32x4_t);
 
 impl Lanes for F32x4 {
     const COUNT: usize = 4;
+    const TILE: usize = 8;
 
     #[inline]
     #[target_feature(enable = "neon")]
@@ -110,11 +111,11 @@ impl Lanes for F32x4 {
 
     #[inline]
     #[target_feature(enable = "neon")]
-    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
+    unsafe fn sums([a, b, c, d, e, f, g, h, ..]: [Self; 16]) -> [f32; 16] {
         // Each: (0 + 1) + (2 + 3).
-        let [a, b, c, d, e, f, g, h] = registers.map(|register| register.0);
-        let mut sums = [0.0; 8];
-        // SAFETY: `sums` has 8 elements, 4 for each store.
+        let [a, b, c, d, e, f, g, h] = [a, b, c, d, e, f, g, h].map(|register| register.0);
+        let mut sums = [0.0; 16];
+        // SAFETY: `sums` has 16 elements, 4 for each store.
         unsafe {
             vst1q_f32(sums.as_mut_ptr(), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
             vst1q_f32(sums.as_mut_ptr().add(4), vpaddq_f32(vpaddq_f32(e, f), vpaddq_f32(g, h)));

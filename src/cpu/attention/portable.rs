@@ -28,6 +28,7 @@ impl F32x4 {
 
 impl Lanes for F32x4 {
     const COUNT: usize = 4;
+    const TILE: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -101,7 +102,7 @@ impl Lanes for F32x4 {
     }
 
     #[inline(always)]
-    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
+    unsafe fn sums(registers: [Self; 16]) -> [f32; 16] {
         registers.map(|Self([a, b, c, d])| (a + b) + (c + d))
     }
 }
