@@ -138,6 +138,12 @@ impl EngineBuilder {
         self
     }
 
+    /// Copies to the device at no more than so many bytes per second: how a slower link is imitated. Rows cross it by copies then.
+    pub fn link_pace(mut self, bytes_per_s: u64) -> Self {
+        self.open.link_pace = Some(bytes_per_s);
+        self
+    }
+
     /// Plants faults of the machine: how tests see that they are met.
     pub fn test_faults(mut self, faults: TestFaults) -> Self {
         self.open.test_faults = faults;
@@ -226,6 +232,19 @@ pub struct Prepared {
 impl Prepared {
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// The plan for other wishes, on the same adapter.
+    pub fn plan_for(&self, wishes: &Wishes) -> Result<Plan, EngineError> {
+        let bytes = ModelBytes::of(self.weights.inventory());
+        Ok(fit(self.weights.config(), &bytes, &self.limits, wishes)?)
+    }
+
+    /// Takes those wishes.
+    pub fn replan(&mut self, wishes: Wishes) -> Result<(), EngineError> {
+        self.plan = self.plan_for(&wishes)?;
+        self.builder.wishes = wishes;
+        Ok(())
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -517,6 +536,15 @@ impl Engine {
 
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What the plan had to keep to.
+    pub fn limits(&self) -> &MachineLimits {
+        &self.opened.limits
     }
 
     /// Device memory in live buffers: what the plan's [`MemoryUse::device`](crate::plan::MemoryUse::device) foretold.

@@ -161,6 +161,11 @@ impl EngineArguments {
         }
     }
 
+    /// `--host-memory`
+    pub fn host_memory(&self) -> Option<u64> {
+        self.host_memory
+    }
+
     /// Adds all that these flags say to a builder.
     pub fn apply(&self, builder: EngineBuilder) -> Result<EngineBuilder> {
         let mut builder = builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);

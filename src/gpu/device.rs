@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::buffer::{Buffer, CopyRange, HostBuffer, Keep};
 use super::timing::Clock;
@@ -88,6 +88,7 @@ pub struct Gpu {
     faults: Arc<Faults>,
     test_faults: TestFaults,
     taken: Arc<AtomicU64>,
+    pace: Option<Pace>,
     /// A pass is under way: wgpu's own staging, which allocates, is not for now.
     in_pass: AtomicBool,
 }
@@ -161,6 +162,24 @@ pub struct OpenOptions {
     pub device: DeviceChoice,
     pub transfer: TransferChoice,
     pub test_faults: TestFaults,
+    /// Most bytes per second to the device. Kernels do not reach host memory then, since nothing could pace them.
+    pub link_pace: Option<u64>,
+}
+
+/// Holds copies to the device back, as a slower link would.
+struct Pace {
+    bytes_per_s: u64,
+    /// When the slower link would have brought all that was copied so far.
+    free_at: Mutex<Instant>,
+}
+
+impl Pace {
+    /// Returns when a slower link would have brought so many bytes.
+    fn take(&self, bytes: u64) {
+        let mut free_at = self.free_at.lock().expect("pace lock");
+        *free_at = (*free_at).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / self.bytes_per_s as f64);
+        std::thread::sleep(free_at.saturating_duration_since(Instant::now()));
+    }
 }
 
 /// `Device::poll` panics when the driver reports a lost device (wgpu 30, backend/wgpu_core.rs); here it is an error.
@@ -302,6 +321,7 @@ impl Gpu {
             limits,
             faults,
             test_faults: options.test_faults,
+            pace: options.link_pace.map(|bytes_per_s| Pace { bytes_per_s, free_at: Mutex::new(Instant::now()) }),
             taken: Arc::new(AtomicU64::new(0)),
             in_pass: AtomicBool::new(false),
         })
@@ -314,7 +334,7 @@ impl Gpu {
 
     /// Kernels can bind [`HostBuffer`]s.
     pub fn kernels_reach_host(&self) -> bool {
-        self.transfer.kernels_reach_host()
+        self.pace.is_none() && self.transfer.kernels_reach_host()
     }
 
     pub fn summary(&self) -> &AdapterSummary {
@@ -456,6 +476,9 @@ impl Gpu {
 
     /// Copies when `after` has been reached; all of one call in one direction, which `line` names.
     pub fn copy(&self, line: Line, copies: &[CopyRange<'_>], after: &[Ticket]) -> Result<Ticket, GpuError> {
+        if let (Some(pace), Line::ToDevice) = (&self.pace, line) {
+            pace.take(copies.iter().map(|copy| copy.bytes).sum());
+        }
         self.transfer.copy(line, copies, after)
     }
 

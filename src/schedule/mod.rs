@@ -35,4 +35,4 @@ pub use check::{Before, ScheduleFault, check};
 pub use shape::{ChunkShape, MicroBatchShape, PageId, PassShape, Why};
 pub use simulate::{Cost, Resource, simulate};
 pub use task::{Lane, Schedule, Task, TaskId, Work};
-pub use timeline::{Span, Timeline};
+pub use timeline::{Idle, Span, Timeline};

@@ -1,6 +1,7 @@
 //! `fulmen bench`: how fast this machine is, held against what it could do.
 
 mod pipeline;
+mod throughput;
 
 pub use pipeline::shape;
 
@@ -17,10 +18,13 @@ pub struct Arguments {
 enum What {
     /// Decode in steady state under one schedule after the other: same model, same pages, same sequences.
     Pipeline(pipeline::Arguments),
+    /// Tokens per second in steady state, beside the bound and the rivals' ways.
+    Throughput(throughput::Arguments),
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
     match arguments.what {
         What::Pipeline(arguments) => pipeline::run(arguments),
+        What::Throughput(arguments) => throughput::run(arguments),
     }
 }
