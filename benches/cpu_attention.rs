@@ -39,7 +39,8 @@ fn main() {
         let n_threads = number("FULMEN_THREADS").unwrap_or(best);
 
         // Little work on many threads: what a call costs whatever its rows.
-        let small = probe.attention(Isa::best(), 1, ROWS_PER_THREAD * n_threads, 1, &pool(n_threads)).expect("a token fits");
+        let small =
+            probe.attention(Isa::best(), 1, ROWS_PER_THREAD * n_threads, 1, &pool(n_threads)).expect("a token fits");
         let call_s = small.rows as f64 / small.tokens_per_s;
         println!("a call of {} rows of one token: {:.0} us", small.rows, 1e6 * call_s);
         println!("level     threads  context   rows     GB/s   % of a plain read   million tokens/s");

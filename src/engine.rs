@@ -33,7 +33,7 @@ use crate::memory::page_source::{PageError, PageSource, SourceRequest};
 use crate::memory::pages::{PagePlan, PageShape};
 use crate::model::ModelConfig;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
-use crate::policy::{AttentionPlace, KvDtype};
+use crate::policy::AttentionPlace;
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
 use crate::request::{Request, RequestOutput};
@@ -323,7 +323,7 @@ impl Opened {
         let (builder, gpu, weights) = (&self.builder, &self.gpu, &self.weights);
         let (config, policy) = (weights.config().clone(), plan.policy);
         let shape = config.shape;
-        let layout = KvLayout::new(&shape, KvDtype::F16);
+        let layout = KvLayout::new(&shape, policy.kv_dtype);
         let limits = BatchLimits {
             max_sequences: policy.max_sequences,
             micro_batches: policy.micro_batches,
@@ -352,6 +352,7 @@ impl Opened {
             max_positions: policy.max_model_len,
             head_rows: policy.head_rows,
             rows: policy.rows,
+            kv_dtype: policy.kv_dtype,
         };
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
@@ -598,11 +599,12 @@ impl Engine {
     pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
         let Engine { machine, opened, config, plan: before, batcher, kv_arenas, .. } = self;
         let bytes = ModelBytes::of(opened.weights.inventory());
-        let pool = Some(before.memory.kv_pool);
-        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool), ..wishes };
+        let pool_bytes = Some(before.memory.kv_pool);
+        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..wishes };
         let mut plan = fit(&config, &bytes, &opened.limits, &asked)?;
         let pages = page_plan(&config, &opened.weights, &plan);
-        if pages != *machine.plan() || plan.policy.kv_blocks != before.policy.kv_blocks {
+        let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
+        if pages != *machine.plan() || pool(&plan) != pool(&before) {
             return Err(EngineError::OtherPages);
         }
         plan.policy.source = wishes.source;

@@ -1,7 +1,8 @@
 //! What is chosen before a run: a [`Policy`]. Plain data that `plan`, `schedule` and `execute` share.
 //!
 //! **A policy changes time, never tokens**: bit for bit, over schedules, micro-batches and groups, row limits, chunk lengths, ring
-//! and pool sizes, page sources. The one exception is named: [`AttentionPlace`] moves decode attention to another device, whose sums round differently.
+//! and pool sizes, page sources. Two exceptions are named: [`AttentionPlace`] moves decode attention to another device, whose sums round
+//! differently, and [`KvDtype`] rounds keys and values themselves. Whatever they are, all else changes no token.
 
 /// Where decode rows attend. Prompt rows always attend on the GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
@@ -185,6 +186,8 @@ pub struct Policy {
     pub threads: usize,
     /// Tokens, prompt and completion, that a sequence can have.
     pub max_model_len: usize,
+    /// How the host's KV cache keeps an element.
+    pub kv_dtype: KvDtype,
     /// Blocks of the host KV pool.
     pub kv_blocks: usize,
     /// KV workspaces on the GPU; more than one where one micro-batch's context comes while another attends.

@@ -10,7 +10,7 @@ use crate::cpu::isa::Isa;
 use crate::engine::{Engine, EngineBuilder, EngineError, Prepared};
 use crate::gpu::{DeviceChoice, TransferChoice};
 use crate::plan::Wishes;
-use crate::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, KvDtype, RowPath, ScheduleKind, SourceKind};
 use crate::request::batch_file::GenerationDefaults;
 use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::request::tokenizer::Tokenizer;
@@ -31,7 +31,7 @@ fn bytes(text: &str) -> Result<u64, String> {
     parse_bytes(text).map_err(|error| error.to_string())
 }
 
-/// How to run it. None of these changes a token, but --attention, which may round differently.
+/// How to run it. None of these changes a token, but --attention and --kv-dtype, which round differently.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine and policy (change time, never tokens)")]
 pub struct EngineArguments {
@@ -47,6 +47,9 @@ pub struct EngineArguments {
     /// Host memory for keys and values [default: what the sequences need, at most half of the host memory]
     #[arg(long, env = "FULMEN_KV_MEMORY", value_parser = bytes, value_name = "SIZE")]
     kv_memory: Option<u64>,
+    /// How keys and values are kept on the host; int8 takes half the memory and rounds: other tokens than f16 [default: f16]
+    #[arg(long, env = "FULMEN_KV_DTYPE", value_enum, value_name = "NAME")]
+    kv_dtype: Option<KvDtype>,
     /// Tokens of a sequence, prompt and completion [default: the model's positions, at most 8192, or what the KV pool holds]
     #[arg(short = 'c', long, visible_alias = "ctx-size", env = "FULMEN_MAX_MODEL_LEN", value_name = "TOKENS")]
     max_model_len: Option<usize>,
@@ -153,6 +156,7 @@ impl EngineArguments {
             threads: self.threads,
             max_model_len: self.max_model_len,
             kv_bytes: self.kv_memory,
+            kv_dtype: self.kv_dtype,
             resident_experts: self.resident_experts,
             ring_experts: self.ring_experts,
             page_bytes: self.page_size,

@@ -15,6 +15,7 @@ pub mod expert_combine;
 pub mod expert_down;
 pub mod expert_gate_up;
 pub mod expert_sort;
+pub mod kv_quantise;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
@@ -44,6 +45,7 @@ pub static ALL: &[&Kernel] = &[
     &expert_down::EXPERT_DOWN,
     &expert_gate_up::EXPERT_GATE_UP,
     &expert_sort::EXPERT_SORT,
+    &kv_quantise::KV_QUANTISE,
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,

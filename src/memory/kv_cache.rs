@@ -143,11 +143,24 @@ impl KvLayout {
 
     /// The first `tokens` rows of a half, `[tokens, K]`, exactly.
     pub fn read_half(&self, half: &[u8], tokens: usize, into: &mut [f16]) {
-        assert_eq!((half.len(), into.len()), (self.half_bytes(), tokens * self.head_width), "a half and its elements");
+        assert_eq!(half.len(), self.half_bytes(), "bytes of a half");
+        // SAFETY: a half is there as a whole.
+        unsafe { self.read_half_at(half.as_ptr(), tokens, into) }
+    }
+
+    /// As [`read_half`](Self::read_half), of a half that somebody else may be writing rows to beyond the first `tokens`.
+    ///
+    /// # Safety
+    /// * A half starts at `half`, and nobody writes its first `tokens` rows.
+    pub unsafe fn read_half_at(&self, half: *const u8, tokens: usize, into: &mut [f16]) {
+        assert_eq!(into.len(), tokens * self.head_width, "elements of {tokens} rows");
+        // SAFETY: these bytes, and none between them, are those of the first rows.
+        let part = |at: usize, bytes: usize| unsafe { std::slice::from_raw_parts(half.add(at), tokens * bytes) };
         match self.dtype {
-            KvDtype::F16 => bytemuck::cast_slice_mut(into).copy_from_slice(&half[..tokens * self.half_row_bytes()]),
+            KvDtype::F16 => bytemuck::cast_slice_mut(into).copy_from_slice(part(0, self.half_row_bytes())),
             KvDtype::Int8 => {
-                let (integers, scales) = half.split_at(BLOCK_TOKENS * self.head_width);
+                let integers = part(0, self.head_width);
+                let scales = part(BLOCK_TOKENS * self.head_width, size_of::<f16>());
                 let mut row = vec![0.0; self.head_width];
                 let rows = integers.chunks_exact(self.head_width).zip(scales.chunks_exact(size_of::<f16>()));
                 for ((integers, scale), into) in rows.zip(into.chunks_exact_mut(self.head_width)) {
@@ -465,7 +478,9 @@ impl KvCache {
                     if layout.dtype == KvDtype::Int8 {
                         for half in block.chunks_exact_mut(layout.half_bytes()) {
                             let scales = &mut half[BLOCK_TOKENS * layout.head_width..];
-                            scales.chunks_exact_mut(2).for_each(|scale| scale.copy_from_slice(&INT8_NOISE.to_le_bytes()));
+                            scales
+                                .chunks_exact_mut(2)
+                                .for_each(|scale| scale.copy_from_slice(&INT8_NOISE.to_le_bytes()));
                         }
                     }
                 });

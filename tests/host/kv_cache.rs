@@ -129,7 +129,7 @@ fn rows_lie_by_head_keys_before_values() {
     for head in 0..LAYOUT.kv_heads {
         let keys = LAYOUT.keys(head);
         let n = LAYOUT.head_width;
-        let bytes = |row: &[f16]| bytemuck::cast_slice(row).to_vec();
+        let bytes = |row: &[f16]| bytemuck::cast_slice::<f16, u8>(row).to_vec();
         assert_eq!(block[keys.start..][..2 * n], bytes(&row[2 * head * n..][..n]), "K of head {head}");
         assert_eq!(block[keys.end..][..2 * n], bytes(&row[(2 * head + 1) * n..][..n]), "V of head {head}");
     }
@@ -141,7 +141,8 @@ fn rows_of_integers_lie_in_front_of_their_scales() {
     let mut cache = KvCache::new(INT8, 1).unwrap();
     let table = table(&mut cache, BLOCK_TOKENS);
     // The largest is 127 of the scale, which 127 · 2^-7 fits.
-    let row: Vec<f16> = (0..INT8.row_elements()).map(|i| f16::from_f32([127.0, -127.0, 64.0, 1.0, 0.0, -2.0][i % 6] / 128.0)).collect();
+    let row: Vec<f16> =
+        (0..INT8.row_elements()).map(|i| f16::from_f32([127.0, -127.0, 64.0, 1.0, 0.0, -2.0][i % 6] / 128.0)).collect();
     cache.write_row(1, &table, 4, &row.iter().map(|x| *x * f16::from_f32(8.0)).collect::<Vec<_>>());
     cache.write_row(1, &table, 5, &row);
     let block = cache.block(1, table.blocks()[0]);
@@ -151,7 +152,10 @@ fn rows_of_integers_lie_in_front_of_their_scales() {
             let (integers, scales) = half.split_at(BLOCK_TOKENS * INT8.head_width);
             assert_eq!(integers[5 * 6..6 * 6], [127, -127i8 as u8, 64, 1, 0, -2i8 as u8]);
             assert_eq!(integers[4 * 6..5 * 6], integers[5 * 6..6 * 6]);
-            assert_eq!(scales[2 * 4..2 * 6], [f16::from_f32(0.0625).to_le_bytes(), f16::from_f32(0.0078125).to_le_bytes()].concat());
+            assert_eq!(
+                scales[2 * 4..2 * 6],
+                [f16::from_f32(0.0625).to_le_bytes(), f16::from_f32(0.0078125).to_le_bytes()].concat()
+            );
         }
     }
 }

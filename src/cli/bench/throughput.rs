@@ -362,9 +362,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let link_rate = pages as f64 / time.as_secs_f64();
     say!("link    {:.1} GB/s with these pages and nothing else running", link_rate / 1e9);
 
+    let layout = KvLayout::new(&config.shape, engine.plan().policy.kv_dtype);
     let (resident, ring) = (engine.plan().policy.resident_experts, engine.plan().policy.ring_experts);
     let fixed = |asked: Wishes| Wishes {
-        kv_bytes: Some(blocks as u64 * kv_layout(&config).bytes_per_block() as u64),
+        kv_bytes: Some((blocks * layout.bytes_per_block()) as u64),
         resident_experts: Some(resident),
         ring_experts: Some(ring),
         source: None,
@@ -402,11 +403,6 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         print_line(serde_json::to_string_pretty(&document(&outcomes, &rivals, link_rate, &engine, &arguments))?)?;
     }
     Ok(OK)
-}
-
-fn kv_layout(config: &ModelConfig) -> KvLayout {
-    let shape = &config.shape;
-    KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width }
 }
 
 fn write_pictures(engine: &Engine, timelines: &[Timeline], arguments: &Arguments) -> Result<()> {
@@ -461,7 +457,7 @@ fn steady_state(
     let room = (engine.limits().device_bytes - plan.memory.dense_weights) as f64;
     let state = SteadyState {
         weight_bytes: experts - room.min(experts),
-        kv_bytes_per_token: kv_layout(config).bytes_per_block() as f64 / crate::memory::kv_cache::BLOCK_TOKENS as f64,
+        kv_bytes_per_token: KvLayout::new(&config.shape, plan.policy.kv_dtype).bytes_per_token() as f64,
         kv_memory_bytes: (0.95 * total_host as f64 - experts).max(0.0),
         flops_per_token: 0.0,
         prompt_tokens: workload.mean_running(|length| length.prompt as f64),

@@ -506,7 +506,8 @@ impl Tiles {
             let sums = V::sums(sums);
             for head in 0..HEADS {
                 for token in 0..TOKENS {
-                    *weights.add(head * BLOCK_TOKENS + slot + token) = sums[head * TOKENS + token] * factors[slot + token];
+                    *weights.add(head * BLOCK_TOKENS + slot + token) =
+                        sums[head * TOKENS + token] * factors[slot + token];
                 }
             }
         }
@@ -613,7 +614,12 @@ impl Tiles {
                 column += V::COUNT;
             }
             if column < self.head_width {
-                self.weigh_tile::<V, E, HEADS, 1>(values.add(column), self.head_width - column, weights, out.add(column));
+                self.weigh_tile::<V, E, HEADS, 1>(
+                    values.add(column),
+                    self.head_width - column,
+                    weights,
+                    out.add(column),
+                );
             }
         }
     }
