@@ -25,7 +25,7 @@ fn main() {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let passes = number("FULMEN_PASSES").unwrap_or(5);
     let mut tokens_per_s = Vec::new();
-    for dtype in if std::env::var("ONLY_CACHE").is_ok() { vec![] } else { KvDtype::ALL.to_vec() } {
+    for dtype in KvDtype::ALL {
         let all = pool(cores);
         let mut probe = Probe::new(SHAPE, dtype, ROWS_PER_THREAD * cores, CONTEXTS[CONTEXTS.len() - 1], &all)
             .expect("a quarter of the memory that is available");

@@ -124,9 +124,11 @@ impl Probe {
 
     /// Bytes per second of plain reads: the median of `passes`, after one to warm up.
     pub fn read_rate(&self, threads: &rayon::ThreadPool, passes: usize) -> f64 {
-        self.read_seconds(threads);
-        let mut rates: Vec<f64> = (0..passes).map(|_| self.bytes() as f64 / self.read_seconds(threads)).collect();
-        median(&mut rates)
+        threads.install(|| {
+            self.read_seconds(threads);
+            let mut rates: Vec<f64> = (0..passes).map(|_| self.bytes() as f64 / self.read_seconds(threads)).collect();
+            median(&mut rates)
+        })
     }
 
     /// Attends `rows` rows of `context` tokens a call, over the whole pool, `passes` times, and compares a row with the reference.
@@ -154,7 +156,7 @@ impl Probe {
         let mut out = vec![f32::NAN; q.len()];
         let tokens = (n_rows * context) as f64;
         let bytes = tokens * self.cache.layout().bytes_per_token() as f64;
-        let mut pass = || {
+        let pass = |out: &mut [f32]| {
             let each = tables.iter().zip(q.chunks_exact(width)).zip(out.chunks_exact_mut(width));
             let mut each: Vec<DecodeRow> = each.map(|((table, q), out)| DecodeRow { q, out, context, table }).collect();
             let start = Instant::now();
@@ -163,15 +165,18 @@ impl Probe {
             }
             bytes / start.elapsed().as_secs_f64()
         };
-        pass();
         let (mut rates, mut reads, mut shares) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..passes {
-            let read = self.bytes() as f64 / self.read_seconds(threads);
-            let rate = pass();
-            rates.push(rate);
-            reads.push(read);
-            shares.push(rate / read);
-        }
+        // From one of the pool's threads, so that waking a pool that sleeps is no part of a call.
+        threads.install(|| {
+            pass(&mut out);
+            for _ in 0..passes {
+                let read = self.bytes() as f64 / self.read_seconds(threads);
+                let rate = pass(&mut out);
+                rates.push(rate);
+                reads.push(read);
+                shares.push(rate / read);
+            }
+        });
         let last = q.len() - width..q.len();
         let largest_error = self.error_of(context, &tables[n_rows - 1], &q[last.clone()], &out[last]);
         tables.into_iter().for_each(|table| self.cache.release(table));

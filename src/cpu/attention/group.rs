@@ -290,12 +290,13 @@ pub(super) unsafe fn attend<V: Lanes, E: Element>(group: &Group, scratch: &mut S
         let first_token = index * BLOCK_TOKENS;
         let slots = group.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(group.visible.end - first_token);
         let (keys, values) = group.halves(index);
-        let keys_ahead = Ahead(if index + 1 < end { group.halves(index + 1).0 } else { group.next });
-        let values_ahead = Ahead(&values[slots.start * row_bytes..slots.end * row_bytes]);
+        let next_keys = if index + 1 < end { group.halves(index + 1).0 } else { group.next };
+        let mut keys_ahead = Ahead::new(next_keys);
+        let mut values_ahead = Ahead::new(&values[slots.start * row_bytes..slots.end * row_bytes]);
         if E::DTYPE == KvDtype::Int8 {
             // Their scales, a line each.
-            Ahead::fetch_line(&values[scales_at..]);
-            Ahead::fetch_line(keys_ahead.0.get(scales_at..).unwrap_or_default());
+            Ahead::fetch_line(values[scales_at..].as_ptr());
+            Ahead::fetch_line(next_keys.as_ptr().wrapping_add(scales_at));
         }
         if slots.len() < BLOCK_TOKENS {
             weights.fill(f32::NEG_INFINITY);
@@ -309,7 +310,7 @@ pub(super) unsafe fn attend<V: Lanes, E: Element>(group: &Group, scratch: &mut S
             if E::DTYPE == KvDtype::Int8 {
                 scale_by::<V>(&mut factors.0, keys[scales_at..].as_ptr());
             }
-            tiles.score::<V, E>(heads, keys.as_ptr(), q.as_ptr(), &factors.0, weights.as_mut_ptr(), values_ahead);
+            tiles.score::<V, E>(heads, keys.as_ptr(), q.as_ptr(), &factors.0, weights.as_mut_ptr(), &mut values_ahead);
             for head in 0..heads {
                 let weights = &mut weights[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
                 let weight_sums = &mut weight_sums[head * WIDEST..][..WIDEST];
@@ -318,7 +319,7 @@ pub(super) unsafe fn attend<V: Lanes, E: Element>(group: &Group, scratch: &mut S
                     scale_by::<V>(weights, values[scales_at..].as_ptr());
                 }
             }
-            tiles.weigh::<V, E>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), keys_ahead);
+            tiles.weigh::<V, E>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), &mut keys_ahead);
         }
     }
 }
@@ -409,7 +410,7 @@ impl Tiles {
         q: *const f32,
         factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
-        mut ahead: Ahead,
+        ahead: &mut Ahead,
     ) {
         let keys = keys.cast::<E>();
         let mut head = 0;
@@ -419,38 +420,38 @@ impl Tiles {
             if V::TILE == 16 {
                 while head + 8 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 8, 2>(keys, q, factors, weights, &mut ahead);
+                    self.score_heads::<V, E, 8, 2>(keys, q, factors, weights, ahead);
                     head += 8;
                 }
                 if head + 4 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 4, 4>(keys, q, factors, weights, &mut ahead);
+                    self.score_heads::<V, E, 4, 4>(keys, q, factors, weights, ahead);
                     head += 4;
                 }
                 if head + 2 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 2, 8>(keys, q, factors, weights, &mut ahead);
+                    self.score_heads::<V, E, 2, 8>(keys, q, factors, weights, ahead);
                     head += 2;
                 }
                 if head < heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 1, 16>(keys, q, factors, weights, &mut ahead);
+                    self.score_heads::<V, E, 1, 16>(keys, q, factors, weights, ahead);
                 }
                 return;
             }
             while head + 4 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, E, 4, 2>(keys, q, factors, weights, &mut ahead);
+                self.score_heads::<V, E, 4, 2>(keys, q, factors, weights, ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, E, 2, 4>(keys, q, factors, weights, &mut ahead);
+                self.score_heads::<V, E, 2, 4>(keys, q, factors, weights, ahead);
                 head += 2;
             }
             if head < heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, E, 1, 8>(keys, q, factors, weights, &mut ahead);
+                self.score_heads::<V, E, 1, 8>(keys, q, factors, weights, ahead);
             }
         }
     }
@@ -468,12 +469,11 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below `slots.end`.
         unsafe {
             while slot + TOKENS <= self.slots.end {
-                ahead.fetch(TOKENS * self.head_width * size_of::<E>());
-                self.score_tile::<V, E, HEADS, TOKENS>(keys, slot, q, factors, weights);
+                self.score_tile::<V, E, HEADS, TOKENS>(keys, slot, q, factors, weights, ahead);
                 slot += TOKENS;
             }
             while slot < self.slots.end {
-                self.score_tile::<V, E, HEADS, 1>(keys, slot, q, factors, weights);
+                self.score_tile::<V, E, HEADS, 1>(keys, slot, q, factors, weights, ahead);
                 slot += 1;
             }
         }
@@ -488,6 +488,7 @@ impl Tiles {
         q: *const f32,
         factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
+        ahead: &mut Ahead,
     ) {
         const { assert!(HEADS * TOKENS <= TILE) };
         // SAFETY: as the caller's: columns stay below head_width in K, and below padded in q.
@@ -496,6 +497,7 @@ impl Tiles {
             let mut sums = [V::splat(0.0); TILE];
             let mut column = 0;
             while column + V::COUNT <= self.head_width {
+                ahead.fetch(TOKENS * V::COUNT * size_of::<E>());
                 self.score_columns::<V, E, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
                 column += V::COUNT;
             }
@@ -546,7 +548,7 @@ impl Tiles {
         values: *const u8,
         weights: *const f32,
         out: *mut f32,
-        mut ahead: Ahead,
+        ahead: &mut Ahead,
     ) {
         let values = values.cast::<E>();
         let mut head = 0;
@@ -556,38 +558,38 @@ impl Tiles {
             if V::TILE == 16 {
                 while head + 8 <= heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 8, 2>(values, weights, out, &mut ahead);
+                    self.weigh_heads::<V, E, 8, 2>(values, weights, out, ahead);
                     head += 8;
                 }
                 if head + 4 <= heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 4, 4>(values, weights, out, &mut ahead);
+                    self.weigh_heads::<V, E, 4, 4>(values, weights, out, ahead);
                     head += 4;
                 }
                 if head + 2 <= heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 2, 8>(values, weights, out, &mut ahead);
+                    self.weigh_heads::<V, E, 2, 8>(values, weights, out, ahead);
                     head += 2;
                 }
                 if head < heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 1, 8>(values, weights, out, &mut ahead);
+                    self.weigh_heads::<V, E, 1, 8>(values, weights, out, ahead);
                 }
                 return;
             }
             while head + 4 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, E, 4, 2>(values, weights, out, &mut ahead);
+                self.weigh_heads::<V, E, 4, 2>(values, weights, out, ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, E, 2, 4>(values, weights, out, &mut ahead);
+                self.weigh_heads::<V, E, 2, 4>(values, weights, out, ahead);
                 head += 2;
             }
             if head < heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, E, 1, 8>(values, weights, out, &mut ahead);
+                self.weigh_heads::<V, E, 1, 8>(values, weights, out, ahead);
             }
         }
     }
@@ -605,12 +607,17 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below head_width.
         unsafe {
             while column + REGISTERS * V::COUNT <= self.head_width {
-                ahead.fetch(BLOCK_TOKENS * REGISTERS * V::COUNT * size_of::<E>());
-                self.weigh_tile::<V, E, HEADS, REGISTERS>(values.add(column), V::COUNT, weights, out.add(column));
+                self.weigh_tile::<V, E, HEADS, REGISTERS>(
+                    values.add(column),
+                    V::COUNT,
+                    weights,
+                    out.add(column),
+                    ahead,
+                );
                 column += REGISTERS * V::COUNT;
             }
             while column + V::COUNT <= self.head_width {
-                self.weigh_tile::<V, E, HEADS, 1>(values.add(column), V::COUNT, weights, out.add(column));
+                self.weigh_tile::<V, E, HEADS, 1>(values.add(column), V::COUNT, weights, out.add(column), ahead);
                 column += V::COUNT;
             }
             if column < self.head_width {
@@ -619,6 +626,7 @@ impl Tiles {
                     self.head_width - column,
                     weights,
                     out.add(column),
+                    ahead,
                 );
             }
         }
@@ -632,6 +640,7 @@ impl Tiles {
         lanes: usize,
         weights: *const f32,
         out: *mut f32,
+        ahead: &mut Ahead,
     ) {
         const { assert!(HEADS * REGISTERS <= TILE) };
         // SAFETY: as the caller's: V::COUNT columns of `out` lie within padded.
@@ -643,6 +652,7 @@ impl Tiles {
                 }
             }
             for slot in self.slots.clone() {
+                ahead.fetch(REGISTERS * V::COUNT * size_of::<E>());
                 let mut row = [V::splat(0.0); REGISTERS];
                 for (register, row) in row.iter_mut().enumerate() {
                     *row = load_lanes::<V, E>(values.add(slot * self.head_width + register * V::COUNT), lanes);
@@ -663,29 +673,38 @@ impl Tiles {
     }
 }
 
-/// Bytes that come next, asked of memory a little at a time while this block computes: V during K, the next block's K during
-/// V. The hardware's own prefetch does not follow 32 rows read in strips. A third faster on 1 thread of a 2-core EPYC (AVX2,
-/// contexts 128 to 2048: 8 GB/s without, 11 to 12 with). Nothing outside x86-64: stable Rust has no hint there.
-struct Ahead<'a>(&'a [u8]);
+/// Bytes that come next, asked of memory as fast as this block's are used up: V during K, the next block's K during V. The
+/// hardware's own prefetch does not follow 32 rows read in strips. In small portions, because a core waits for few lines at a time,
+/// and what asks for one more stands in front of the arithmetic. Nothing outside x86-64: stable Rust has no hint there.
+struct Ahead {
+    next: *const u8,
+    end: *const u8,
+}
 
-impl Ahead<'_> {
+impl Ahead {
+    fn new(bytes: &[u8]) -> Self {
+        let range = bytes.as_ptr_range();
+        Self { next: range.start, end: range.end }
+    }
+
     /// Asks for the next `bytes`, as far as there are any.
     #[inline(always)]
     fn fetch(&mut self, bytes: usize) {
-        let (now, later) = self.0.split_at(bytes.min(self.0.len()));
-        for line in now.chunks(size_of::<CacheLine>()) {
-            Self::fetch_line(line);
+        if self.next < self.end {
+            for at in (0..bytes).step_by(size_of::<CacheLine>()) {
+                Self::fetch_line(self.next.wrapping_add(at));
+            }
+            self.next = self.next.wrapping_add(bytes);
         }
-        self.0 = later;
     }
 
     #[inline(always)]
-    fn fetch_line(line: &[u8]) {
+    fn fetch_line(line: *const u8) {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a hint, which reads nothing; every x86-64 CPU has it.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+            // SAFETY: a hint, which reads nothing, whatever the address; every x86-64 CPU has it.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = line;
