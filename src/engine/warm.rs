@@ -53,6 +53,7 @@ impl Engine {
         let mut summary = RunSummary::default();
         let result = self.warm_passes(sequences, fresh, passes, on, &mut summary);
         self.batcher.clear();
+        self.on_their_way.clear();
         summary.batch = self.batcher.take_counters();
         result.map(|tokens| (summary, tokens))
     }

@@ -373,6 +373,31 @@ impl Gpu {
         heaps.memory_heaps_as_slice().iter().filter(local).map(|heap| heap.size).max()
     }
 
+    /// Bytes of the largest device heap that nobody has taken, this process aside; None where the driver does not say
+    /// (VK_EXT_memory_budget).
+    pub fn free_memory_bytes(&self) -> Option<u64> {
+        // SAFETY: the handles are only asked for properties, and live as long as the device that the guard holds; the
+        // structures live until the calls return.
+        let (heaps, budget) = unsafe {
+            let device = self.device.as_hal::<wgpu::hal::api::Vulkan>()?;
+            let instance = device.shared_instance().raw_instance();
+            let physical = device.raw_physical_device();
+            let extensions = instance.enumerate_device_extension_properties(physical).ok()?;
+            let named =
+                |it: &ash::vk::ExtensionProperties| it.extension_name_as_c_str() == Ok(ash::ext::memory_budget::NAME);
+            if !extensions.iter().any(named) {
+                return None;
+            }
+            let mut budget = ash::vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
+            let mut properties = ash::vk::PhysicalDeviceMemoryProperties2::default().push_next(&mut budget);
+            instance.get_physical_device_memory_properties2(physical, &mut properties);
+            (properties.memory_properties, budget.heap_budget)
+        };
+        let local = |heap: &ash::vk::MemoryHeap| heap.flags.contains(ash::vk::MemoryHeapFlags::DEVICE_LOCAL);
+        let heaps = heaps.memory_heaps_as_slice().iter().zip(budget).filter(|(heap, _)| local(heap));
+        heaps.max_by_key(|(heap, _)| heap.size).map(|(_, budget)| budget)
+    }
+
     /// Bytes of device memory in live buffers.
     pub fn taken_bytes(&self) -> u64 {
         self.taken.load(Relaxed)

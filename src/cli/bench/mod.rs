@@ -1,6 +1,7 @@
 //! `fulmen bench`: how fast this machine is, held against what it could do.
 
 mod pipeline;
+mod predict;
 mod throughput;
 
 pub use pipeline::shape;
@@ -20,11 +21,14 @@ enum What {
     Pipeline(pipeline::Arguments),
     /// Tokens per second in steady state, beside the bound and the rivals' ways.
     Throughput(throughput::Arguments),
+    /// Predicted against measured passes, and the chosen policy against its neighbours.
+    Predict(predict::Arguments),
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
     match arguments.what {
         What::Pipeline(arguments) => pipeline::run(arguments),
         What::Throughput(arguments) => throughput::run(arguments),
+        What::Predict(arguments) => predict::run(arguments),
     }
 }
