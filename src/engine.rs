@@ -673,6 +673,12 @@ impl Engine {
         &self.config
     }
 
+    /// Bytes of all experts, those that stay among them.
+    pub fn expert_bytes(&self) -> u64 {
+        let shape = &self.config.shape;
+        (shape.layers * shape.experts) as u64 * ModelBytes::of(self.opened.weights.inventory()).expert()
+    }
+
     /// What the plan had to keep to.
     pub fn limits(&self) -> &MachineLimits {
         &self.opened.limits
@@ -709,8 +715,11 @@ impl Engine {
             let started = Instant::now();
             let (mut bytes, mut last) = (0, None);
             for layer in 0..layers {
-                for (chunk, pages) in self.machine.plan().chunks().iter().map(|chunk| chunk.pages.len()).enumerate() {
-                    for page in 0..pages {
+                let pages = self.machine.plan().chunks().iter().enumerate();
+                let pages =
+                    pages.flat_map(|(chunk, of)| (0..of.pages.len()).map(move |page| (chunk, page))).enumerate();
+                for (number, (chunk, page)) in pages {
+                    if self.machine.plan().loads(layer, number) {
                         self.machine.pin_page(&self.opened.weights, &self.threads, layer, chunk, page)?;
                         let (weights, threads) = (&self.opened.weights, &self.threads);
                         last = Some(self.machine.load_page(weights, threads, layer, chunk, page, &[])?);

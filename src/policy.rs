@@ -186,6 +186,9 @@ pub struct Policy {
     pub workspace_blocks: usize,
     /// Experts of each layer that never leave the GPU.
     pub resident_experts: usize,
+    /// Layers, spread evenly, of which one more expert never leaves the GPU.
+    #[serde(default)]
+    pub extra_residents: usize,
     /// Slots for streamed experts.
     pub ring_experts: usize,
     /// Most bytes of one transfer of expert weights.
@@ -198,4 +201,23 @@ pub struct Policy {
     pub precision: Precision,
     /// Rows whose logits exist on the GPU at a time.
     pub head_rows: usize,
+}
+
+/// Some of the layers, spread evenly over all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SpreadLayers {
+    pub n: usize,
+    pub of: usize,
+}
+
+impl SpreadLayers {
+    /// How many of them lie below a layer.
+    pub fn below(&self, layer: usize) -> usize {
+        if self.n == 0 { 0 } else { layer * self.n / self.of }
+    }
+
+    /// A layer is one of them. Layers from `of` on are those of the next pass.
+    pub fn contains(&self, layer: usize) -> bool {
+        self.n > 0 && self.below(layer % self.of) < self.below(layer % self.of + 1)
+    }
 }

@@ -11,7 +11,7 @@ use crate::cpu::attention::{DecodeRow, attend};
 use crate::execute::machine::attention_scale;
 use crate::memory::kv_cache::{BlockTable, KvCache, KvError, KvLayout, RowPlace};
 use crate::model::{AttentionShape, ModelConfig};
-use crate::policy::{RowPath, ScheduleKind};
+use crate::policy::{RowPath, ScheduleKind, SpreadLayers};
 use crate::profile::{Cpu, Curve, Host, ThreadCurve};
 use crate::schedule::{ChunkShape, MicroBatchShape, PassShape, build, check};
 
@@ -202,6 +202,8 @@ pub fn schedules(request: &Request<'_>) -> Host {
             micro_batches: vec![rows; micro_batches],
             groups: (0..micro_batches).map(|one| one..one + 1).collect(),
             chunks: vec![ChunkShape { pages: (0..8).map(|page| page..page + 1).collect() }],
+            kept: SpreadLayers::default(),
+            kept_pages: 0,
             streamed: 8,
             ring: 16,
             loaded_pages: 0,

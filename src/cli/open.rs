@@ -136,6 +136,9 @@ pub struct EngineArguments {
     /// Experts of each layer that stay on the GPU [default: as many as fit]
     #[arg(long, env = "FULMEN_RESIDENT_EXPERTS", value_name = "N")]
     resident_experts: Option<usize>,
+    /// Layers, spread evenly, of which one more expert stays on the GPU [default: as many as fit; none with --resident-experts]
+    #[arg(long, env = "FULMEN_EXTRA_RESIDENTS", value_name = "N")]
+    extra_residents: Option<usize>,
     /// Slots on the GPU for experts that stream [default: two layers' worth, or what fits]
     #[arg(long, env = "FULMEN_RING_EXPERTS", value_name = "N")]
     ring_experts: Option<usize>,
@@ -241,6 +244,7 @@ impl EngineArguments {
             max_model_len: self.max_model_len,
             kv_bytes: self.kv_memory,
             resident_experts: self.resident_experts,
+            extra_residents: self.extra_residents,
             ring_experts: self.ring_experts,
             page_bytes: self.page_size,
             source: self.page_source,

@@ -471,11 +471,8 @@ impl Machine {
     fn load(&mut self, weights: &Weights, progress: &mut dyn FnMut(u64, u64)) -> Result<(), PageError> {
         let shape = self.config.shape;
         let resident: Vec<(usize, usize)> = (0..shape.layers)
-            .flat_map(|layer| {
-                let first = self.plan.chunks()[0].clone();
-                let experts = if first.pages.is_empty() { first.experts } else { 0..0 };
-                experts.map(move |expert| (layer, expert))
-            })
+            .flat_map(|layer| (0..shape.experts).map(move |expert| (layer, expert)))
+            .filter(|(layer, expert)| self.plan.stays(*layer, *expert))
             .collect();
         let dense: Vec<_> = weights
             .inventory()

@@ -141,6 +141,8 @@ pub fn pass_shape(
             .iter()
             .map(|chunk| ChunkShape { pages: chunk.pages.iter().map(experts_of).collect() })
             .collect(),
+        kept: pages.shape().extra_layers(),
+        kept_pages: pages.extra_pages(),
         streamed: pages.streamed(),
         ring: pages.ring(),
         loaded_pages: 0,

@@ -85,6 +85,7 @@ pub struct Wishes {
     pub max_model_len: Option<usize>,
     pub kv_bytes: Option<u64>,
     pub resident_experts: Option<usize>,
+    pub extra_residents: Option<usize>,
     pub ring_experts: Option<usize>,
     pub page_bytes: Option<u64>,
     pub source: Option<SourceKind>,
@@ -165,6 +166,7 @@ impl Plan {
         PageShape {
             experts: config.shape.experts,
             resident: self.policy.resident_experts,
+            extra: self.policy.extra_residents,
             ring: self.policy.ring_experts,
             matrix_bytes: bytes.matrix,
             page_bytes: self.policy.page_bytes,
@@ -433,6 +435,7 @@ fn fit_with_pool(
         workspaces,
         workspace_blocks,
         resident_experts: 0,
+        extra_residents: 0,
         ring_experts: 0,
         page_bytes,
         source: wishes.source,
@@ -480,16 +483,16 @@ fn fit_with_pool(
         });
     }
     let slots = ((machine.device_bytes.saturating_sub(fixed) / expert_bytes) as usize).min(slots_that_bind);
-    let (resident_experts, ring_experts) = place_experts(config, slots, wishes)?;
+    let (resident_experts, extra_residents, ring_experts) = place_experts(config, slots, wishes)?;
     let streamed = shape.experts - resident_experts;
-    let n_slots = shape.layers * resident_experts + if streamed == 0 { 0 } else { ring_experts };
+    let n_slots = shape.layers * resident_experts + extra_residents + if streamed == 0 { 0 } else { ring_experts };
     if wishes.page_bytes.is_some() && streamed == 0 {
         let allowed = "left out: all experts stay on the GPU, so nothing comes in pages".to_owned();
         return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
     }
     memory.expert_slots = n_slots as u64 * expert_bytes;
     if keep {
-        memory.host_weights = (shape.layers * streamed) as u64 * expert_weights;
+        memory.host_weights = (shape.layers * streamed - extra_residents) as u64 * expert_weights;
     }
     if let (Some(source), 0) = (wishes.source, streamed) {
         let with = "this policy: all experts stay on the GPU, so nothing comes in pages".to_owned();
@@ -521,16 +524,16 @@ fn fit_with_pool(
         });
     }
     Ok(Plan {
-        policy: Policy { resident_experts, ring_experts, ..policy },
+        policy: Policy { resident_experts, extra_residents, ring_experts, ..policy },
         memory,
-        streamed_bytes_per_pass: (shape.layers * streamed) as u64 * bytes.expert(),
+        streamed_bytes_per_pass: (shape.layers * streamed - extra_residents) as u64 * bytes.expert(),
         experts_per_layer: shape.experts,
     })
 }
 
-/// Residents and ring for `slots` slots: all resident if they fit, else a ring of two layers and residents from the rest.
-/// Where some stream the ring has a slot at least, whether it fits or not.
-fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<(usize, usize), PlanError> {
+/// Residents of every layer, layers with one more, and ring for `slots` slots: all resident if they fit, else a ring of two layers
+/// and residents from the rest; what is left then goes to extra ones, if nobody said how many stay. Where some stream the ring has a slot at least, whether it fits or not.
+fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<(usize, usize, usize), PlanError> {
     let (layers, experts) = (config.shape.layers, config.shape.experts);
     if let Some(resident) = wishes.resident_experts.filter(|resident| *resident > experts) {
         let allowed = format!("0 to {experts}, the experts of a layer");
@@ -553,7 +556,17 @@ fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<
     let streamed = experts - resident;
     let left = slots.saturating_sub(layers * resident);
     let ring = wishes.ring_experts.unwrap_or(left.max(1).min(2 * streamed));
-    Ok((resident, ring))
+    if let Some(extra) = wishes.extra_residents.filter(|extra| *extra > 0 && (streamed == 0 || *extra > layers)) {
+        let allowed =
+            if streamed == 0 { "0, as all experts stay".into() } else { format!("0 to {layers}, the layers") };
+        return Err(PlanError::Option { option: "--extra-residents", value: extra, allowed });
+    }
+    let extra = wishes.extra_residents.unwrap_or(match wishes.resident_experts {
+        Some(_) => 0,
+        None if streamed == 0 => 0,
+        None => left.saturating_sub(ring).min(layers - 1),
+    });
+    Ok((resident, extra, ring))
 }
 
 /// What goes where, and what it needs.
@@ -589,9 +602,13 @@ impl fmt::Display for Plan {
         } else {
             writeln!(
                 f,
-                "experts {} of {} of each layer stay on the GPU; the others go through a ring of {} slots, {} a pass in pages of up to {}",
+                "experts {} of {} of each layer{} stay on the GPU; the others go through a ring of {} slots, {} a pass in pages of up to {}",
                 p.resident_experts,
                 self.experts_per_layer,
+                match p.extra_residents {
+                    0 => String::new(),
+                    extra => format!(", and one more of {extra} layers,"),
+                },
                 p.ring_experts,
                 human_bytes(self.streamed_bytes_per_pass),
                 human_bytes(p.page_bytes),

@@ -136,6 +136,7 @@ fn pages(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan) -> PagePlan {
     PagePlan::new(PageShape {
         experts: config.shape.experts,
         resident: plan.policy.resident_experts,
+        extra: plan.policy.extra_residents,
         ring: plan.policy.ring_experts,
         matrix_bytes: bytes.matrix,
         page_bytes: plan.policy.page_bytes,
@@ -239,7 +240,7 @@ fn wishes() -> impl Strategy<Value = Wishes> {
     let bytes = || prop_oneof![3 => Just(None), 1 => any_bytes(30).prop_map(Some), 1 => Just(Some(u64::MAX))];
     let batch = (count(300), count(8), count(2000), count(400), any::<bool>(), count(40));
     let memory = (count(9000), bytes(), count(20), count(60), bytes());
-    (batch, memory, 0usize..80, count(4)).prop_map(|(batch, memory, pick, expert_groups)| {
+    (batch, memory, 0usize..80, count(4), count(5)).prop_map(|(batch, memory, pick, expert_groups, extra_residents)| {
         let (max_sequences, groups, pass_rows, prompt_chunk, on_gpu, threads) = batch;
         let (max_model_len, kv_bytes, resident_experts, ring_experts, page_bytes) = memory;
         let attention = on_gpu.then_some(AttentionPlace::Gpu);
@@ -261,6 +262,7 @@ fn wishes() -> impl Strategy<Value = Wishes> {
             max_model_len,
             kv_bytes,
             resident_experts,
+            extra_residents,
             ring_experts,
             page_bytes,
         }

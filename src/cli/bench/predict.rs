@@ -128,7 +128,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         print_line(HEADINGS)?;
     }
     // Policies that cut experts alike one after the other.
-    let cut = |plan: &Plan| (plan.policy.page_bytes, plan.policy.resident_experts, plan.policy.ring_experts);
+    let cut = |plan: &Plan| {
+        let p = &plan.policy;
+        (p.page_bytes, p.resident_experts, p.extra_residents, p.ring_experts)
+    };
     let mut planned: Vec<(Case, Plan)> = Vec::new();
     for case in cases {
         match fit(&config, &bytes, &limits, &case.wishes) {
@@ -136,7 +139,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             Err(error) => say!("{}: {error}", case.label),
         }
     }
-    let mut cuts: Vec<(u64, usize, usize)> = Vec::new();
+    let mut cuts: Vec<(u64, usize, usize, usize)> = Vec::new();
     for (_, plan) in &planned {
         if !cuts.contains(&cut(plan)) {
             cuts.push(cut(plan));
@@ -276,6 +279,7 @@ impl Bench<'_> {
         let split = (policy.micro_batches, policy.expert_groups);
         let of = |n: usize, split: (usize, usize), attention: AttentionPlace| Wishes {
             resident_experts: Some(policy.resident_experts),
+            extra_residents: Some(policy.extra_residents),
             ring_experts: (policy.resident_experts < self.config.shape.experts).then_some(policy.ring_experts),
             page_bytes: (policy.resident_experts < self.config.shape.experts).then_some(policy.page_bytes),
             ..self.decoding(n, split, attention)

@@ -362,11 +362,12 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let link_rate = pages as f64 / time.as_secs_f64();
     say!("link    {:.1} GB/s with these pages and nothing else running", link_rate / 1e9);
 
-    let (resident, ring) = (engine.plan().policy.resident_experts, engine.plan().policy.ring_experts);
+    let kept = engine.plan().policy;
     let fixed = |asked: Wishes| Wishes {
         kv_bytes: Some(blocks as u64 * kv_layout(&config).bytes_per_block() as u64),
-        resident_experts: Some(resident),
-        ring_experts: Some(ring),
+        resident_experts: Some(kept.resident_experts),
+        extra_residents: Some(kept.extra_residents),
+        ring_experts: Some(kept.ring_experts),
         source: None,
         ..asked
     };
@@ -456,8 +457,7 @@ fn steady_state(
     let all = Timeline { spans: timelines.iter().flat_map(|timeline| timeline.spans.iter().copied()).collect() };
     let share = |busy: Duration| busy.as_secs_f64() / wall.as_secs_f64();
     let plan = engine.plan();
-    let experts = (plan.streamed_bytes_per_pass as usize / (plan.experts_per_layer - plan.policy.resident_experts)
-        * plan.experts_per_layer) as f64;
+    let experts = engine.expert_bytes() as f64;
     let room = (engine.limits().device_bytes - plan.memory.dense_weights) as f64;
     let state = SteadyState {
         weight_bytes: experts - room.min(experts),
