@@ -11,8 +11,6 @@
 //! (65,504) are infinite, and those below its normal ones (2^-14) are off by up to 2^-25, or by up to 2^-14 where a device flushes
 //! them to 0.
 
-use std::fmt::Write;
-
 use crate::checkpoint::Dtype;
 use crate::gpu::{Kernel, Variant};
 use crate::kernels::slabs::{self, N_SLABS};
