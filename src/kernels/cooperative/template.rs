@@ -41,9 +41,6 @@ impl Operation {
     }
 }
 
-/// Workgroup memory of the devices that have cooperative matrices: NVIDIA's.
-const MAX_WORKGROUP_BYTES: u32 = (48 << 10) - 64; // and what the tile of an expert takes
-
 /// Terms that a lane loads and stores together. Four: neighbouring lanes then fill neighbouring 8 bytes of a tile, which meets every bank
 /// once, and rows of bf16 and f16 come in loads of 64 bits without a gap.
 const UNIT: u32 = 4;
@@ -115,19 +112,13 @@ impl Writer<'_> {
         self.tile.cols * self.operation.matrices() as u32 * self.pitch()
     }
 
-    /// Column fragments whose sums lie in workgroup memory at a time, and f32 from one of their rows to the next: 8 more than they are
-    /// where there is room, so that rows start in different banks.
+    /// How many subgroups' sums, and how many column fragments of each, lie in workgroup memory at a time: few, for what a workgroup
+    /// takes of that memory decides how many of them run beside each other.
     fn sums_shape(&self) -> (u32, u32) {
         let matrices = self.operation.matrices() as u32;
-        let all = self.tile.subgroup_cols / 16;
-        let tiles = 8 * self.tile.buffers * (self.x_tile_len() + self.w_tile_len());
-        let shapes = [(4 / matrices, 8), (2 / matrices, 8), (1, 8), (1, 0)];
-        let fits = |(fragments, pad): &(u32, u32)| {
-            let bytes = 4 * self.tile.computing() * 16 * (fragments * matrices * 16 + pad);
-            all.is_multiple_of(*fragments) && tiles + bytes <= MAX_WORKGROUP_BYTES
-        };
-        let (fragments, pad) = shapes.into_iter().find(fits).unwrap_or((1, 0));
-        (fragments, fragments * matrices * 16 + pad)
+        let divisor = |of: u32, most: u32| (1..=most.max(1)).rev().find(|n| of.is_multiple_of(*n)).expect("1 divides");
+        let fragments = divisor(self.tile.subgroup_cols / 16, 2 / matrices);
+        (divisor(self.tile.computing(), 4 / (fragments * matrices)), fragments)
     }
 
     /// A unit of weights in registers.
@@ -156,7 +147,8 @@ impl Writer<'_> {
         let (x_len, w_len) = (buffers * self.x_tile_len(), buffers * self.w_tile_len());
         self.line(format!("var<workgroup> x_tile: array<vec4<f16>, {x_len}>;"));
         self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {w_len}>;"));
-        let sums = tile.computing() * 16 * self.sums_shape().1;
+        let (slots, fragments) = self.sums_shape();
+        let sums = slots * fragments * self.operation.matrices() as u32 * 256;
         self.line(format!("var<workgroup> sums: array<f32, {sums}>;"));
         self.line(format!(
             "@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) workgroup: vec3<u32>, \
@@ -449,36 +441,45 @@ impl Writer<'_> {
         }
     }
 
-    /// Sums to workgroup memory, 16 rows and a few fragments at a time, and from there to `finish`.
+    /// Sums to workgroup memory, those of a few fragments at a time, and from there to `finish`.
     fn finish(&mut self) {
-        let (fragments, pitch) = self.sums_shape();
+        let (slots, fragments) = self.sums_shape();
+        let matrices = self.operation.matrices() as u32;
         let width = fragments * 16;
-        let matrices = self.operation.matrices();
-        // Subgroups that only load repeat others' products, and keep them to themselves.
-        let computing = self.tile.computing();
-        let own = (self.tile.subgroups() > computing).then(|| format!("if subgroup < {computing}u {{"));
-        self.line(format!("let out = place_of_subgroup * {}u;", 16 * pitch));
-        for r in 0..self.tile.subgroup_rows / 16 {
-            for first in (0..self.tile.subgroup_cols / 16).step_by(fragments as usize) {
-                self.line(own.as_deref().unwrap_or("{"));
-                for m in 0..matrices {
-                    for c in 0..fragments {
-                        let at = (m as u32 * fragments + c) * 16;
-                        self.line(format!("coopStoreT(acc{m}_{r}_{}, &sums[out + {at}u], {pitch}u);", first + c));
+        let pitch = width * matrices;
+        let across = self.tile.cols / self.tile.subgroup_cols;
+        let (rows, cols) = (self.tile.subgroup_rows, self.tile.subgroup_cols);
+        for first_subgroup in (0..self.tile.computing()).step_by(slots as usize) {
+            for r in 0..rows / 16 {
+                for first in (0..cols / 16).step_by(fragments as usize) {
+                    // Subgroups that only load repeat others' products, and keep them to themselves.
+                    self.line(format!("if subgroup >= {first_subgroup}u && subgroup < {}u {{", first_subgroup + slots));
+                    self.line(format!("let out = (subgroup - {first_subgroup}u) * {}u;", 16 * pitch));
+                    for m in 0..matrices {
+                        for c in 0..fragments {
+                            let at = (m * fragments + c) * 16;
+                            self.line(format!("coopStoreT(acc{m}_{r}_{}, &sums[out + {at}u], {pitch}u);", first + c));
+                        }
                     }
+                    self.line("}\nworkgroupBarrier();");
+                    let (items, lanes) = (slots * 16 * width, self.lanes());
+                    self.line(format!("for (var i = lane; i < {items}u; i += {lanes}u) {{"));
+                    self.line(format!("let owner = {first_subgroup}u + i / {}u;", 16 * width));
+                    self.line(format!(
+                        "let row = first_row + owner / {across}u * {rows}u + {}u + i / {width}u % 16u;",
+                        r * 16
+                    ));
+                    self.line(format!(
+                        "let column = first_col + owner % {across}u * {cols}u + {}u + i % {width}u;",
+                        first * 16
+                    ));
+                    self.line(format!("let at = i / {width}u * {pitch}u + i % {width}u;"));
+                    let values: Vec<String> = (0..matrices).map(|m| format!("sums[at + {}u]", m * width)).collect();
+                    self.line(format!(
+                        "if row < end_row && column < columns() {{ finish(row, column, {}); }}\n}}\nworkgroupBarrier();",
+                        values.join(", ")
+                    ));
                 }
-                self.line("}\nworkgroupBarrier();");
-                self.line(own.as_deref().unwrap_or("{"));
-                self.line(format!("for (var i = lane % 32u; i < {}u; i += 32u) {{", 16 * width));
-                self.line(format!("let row = first_row + own_row + {}u + i / {width}u;", r * 16));
-                self.line(format!("let column = first_col + own_col + {}u + i % {width}u;", first * 16));
-                self.line(format!("let at = out + i / {width}u * {pitch}u + i % {width}u;"));
-                let values: Vec<String> = (0..matrices).map(|m| format!("sums[at + {}u]", m as u32 * width)).collect();
-                self.line(format!(
-                    "if row < end_row && column < columns() {{ finish(row, column, {}); }}\n}}\n}}",
-                    values.join(", ")
-                ));
-                self.line("workgroupBarrier();");
             }
         }
     }
