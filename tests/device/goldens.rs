@@ -14,7 +14,7 @@ use fulmen::tune::{Operation, Tiles, candidates};
 use libtest_mimic::{Failed, Trial};
 use safetensors::SafeTensors;
 
-use crate::common::{device, has_cooperative_matrices};
+use crate::common::{device, if_cooperative};
 
 /// Of the row's largest |logit|. Most of it is the KV cache: K and V are stored in f16, transformers keeps f32 (its own logits
 /// move by up to 4.4e-4 when K and V are rounded so, tests/goldens/manifest.json).
@@ -172,26 +172,34 @@ pub fn worst_error(golden: &Golden, answers: &Answers) -> (f32, usize) {
     worst
 }
 
-/// Every candidate tile forced in turn: the same bits from all, and transformers' logits to [`HALF_TOLERANCE`]. A greedy choice may be
-/// another where the two best logits lie closer together than twice that; what follows it is not compared.
+/// The goldens that every tile is forced on: each dtype, and each way in which experts lie.
+const FORCED: [&str; 5] = ["gqa_bf16", "mqa_f16_head_dim", "mha_f32_top3", "dbrx", "gpt_oss_mxfp4"];
+
+/// The same logits, bit for bit, from every candidate tile.
+fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
+    let golden = Golden::open(folder);
+    let wishes = Wishes { precision: Some(Precision::F16), ..Wishes::default() };
+    let answers = |tiles| answer_from(Engine::builder(folder).tiles(tiles), wishes, vec![golden.request("golden")]);
+    let want = answers(Tiles::default());
+    let (gate_up, other) = (candidates::all(Operation::GateUp), candidates::all(Operation::Matmul));
+    for i in 0..gate_up.len().max(other.len()) {
+        let (gate_up, other) = (gate_up[i % gate_up.len()], other[i % other.len()]);
+        let got = answers(Tiles::forced(gate_up, other));
+        assert_eq!(got.tokens, want.tokens, "{gate_up} and {other}");
+        for (place, want) in &want.logits {
+            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&got.logits[place]), bits(want), "{gate_up} and {other}: {place:?}");
+        }
+    }
+    Ok(())
+}
+
+/// transformers' logits to [`HALF_TOLERANCE`]. A greedy choice may be another where the two best logits lie closer together than twice
+/// that; what follows it is not compared.
 fn matches_transformers_in_f16(folder: &Path, attention: AttentionPlace) -> Result<(), Failed> {
     let golden = Golden::open(folder);
     let wishes = Wishes { attention: Some(attention), precision: Some(Precision::F16), ..Wishes::default() };
-    let (gate_up, other) = (candidates::all(Operation::GateUp), candidates::all(Operation::Matmul));
-    let mut first: Option<Answers> = None;
-    for i in 0..gate_up.len().max(other.len()) {
-        let tiles = Tiles::forced(gate_up[i % gate_up.len()], other[i % other.len()]);
-        let builder = Engine::builder(folder).tiles(tiles);
-        let answers = answer_from(builder, wishes, vec![golden.request("golden")]);
-        let first =
-            first.get_or_insert_with(|| Answers { tokens: answers.tokens.clone(), logits: answers.logits.clone() });
-        assert_eq!(answers.tokens, first.tokens, "tiles {i}");
-        for (place, want) in &first.logits {
-            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&answers.logits[place]), bits(want), "tiles {i}: {place:?}");
-        }
-    }
-    let answers = first.expect("there are candidates");
+    let answers = answer_from(Engine::builder(folder).tiles(Tiles::default()), wishes, vec![golden.request("golden")]);
     let generated = &golden.ids[golden.prompt.len()..];
     let tokens = &answers.tokens["golden"];
     let same = tokens.iter().zip(generated).take_while(|(got, want)| got == want).count();
@@ -236,26 +244,24 @@ fn matches_transformers_in_f16(folder: &Path, attention: AttentionPlace) -> Resu
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    let cooperative = has_cooperative_matrices();
+    let mut cooperative = Vec::new();
     for folder in Golden::all() {
         let name = folder.file_name().expect("a folder").to_string_lossy().into_owned();
         let path = folder.clone();
         trials.push(Trial::test(format!("goldens::{name}::int8"), move || int8_stays_near_transformers(&path)));
         for (place, attention) in [("cpu", AttentionPlace::Cpu), ("gpu", AttentionPlace::Gpu)] {
             let of = folder.clone();
-            let folder = folder.clone();
-            trials.push(Trial::test(format!("goldens::{name}::attention_on_{place}"), move || {
-                matches_transformers(&folder, attention)
-            }));
-            let folder = of.clone();
-            let trial = Trial::test(format!("goldens::{name}::attention_on_{place}_in_f16"), move || {
-                matches_transformers_in_f16(&folder, attention)
-            });
-            trials.push(match cooperative {
-                true => trial,
-                false => trial.with_kind("ignored: no cooperative matrices").with_ignored_flag(true),
-            });
+            let what = format!("goldens::{name}::attention_on_{place}");
+            trials.push(Trial::test(&what, move || matches_transformers(&of, attention)));
+            let of = folder.clone();
+            let what = format!("{what}_in_f16");
+            cooperative.push(Trial::test(what, move || matches_transformers_in_f16(&of, attention)));
+        }
+        if FORCED.contains(&name.as_str()) {
+            let what = format!("goldens::{name}::every_tile_in_f16_gives_the_same_bits");
+            cooperative.push(Trial::test(what, move || every_tile_gives_the_same_bits(&folder)));
         }
     }
+    trials.extend(if_cooperative(cooperative));
     trials
 }
