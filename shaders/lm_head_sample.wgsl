@@ -30,6 +30,16 @@ fn bits_of_key(key: u32) -> u32 {
     return select(~key, key & 0x7fffffffu, (key & 0x80000000u) != 0u);
 }
 
+// Four logits that a lane takes at a time, so that their loads are under way together; NaN beyond the vocabulary.
+fn logit_quad(base: u32, first: u32) -> vec4<u32> {
+    var quad = vec4(0xffffffffu);
+    for (var i = 0u; i < 4u; i++) {
+        let id = first + i * WG_SIZE;
+        if id < params.vocab { quad[i] = logits[base + id]; }
+    }
+    return quad;
+}
+
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let base = workgroup.x * params.vocab;
@@ -39,13 +49,16 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var best_key = 0u;
     var best_id = NO_ID;
     var lane_nan = 0u;
-    for (var id = lane; id < params.vocab; id += WG_SIZE) {
-        let bits = logits[base + id];
-        if is_nan(bits) {
-            lane_nan = 1u;
-        } else if order_key(bits) > best_key {
-            best_key = order_key(bits);
-            best_id = id;
+    for (var first = lane; first < params.vocab; first += 4u * WG_SIZE) {
+        let quad = logit_quad(base, first);
+        for (var i = 0u; i < 4u; i++) {
+            if is_nan(quad[i]) {
+                // Beyond the vocabulary there are NaNs too.
+                if first + i * WG_SIZE < params.vocab { lane_nan = 1u; }
+            } else if order_key(quad[i]) > best_key {
+                best_key = order_key(quad[i]);
+                best_id = first + i * WG_SIZE;
+            }
         }
     }
     keys[lane] = best_key;
@@ -67,9 +80,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let max = bitcast<f32>(max_bits);
 
     var sum = 0.0;
-    for (var id = lane; id < params.vocab; id += WG_SIZE) {
-        let bits = logits[base + id];
-        if !is_nan(bits) { sum += exp(bitcast<f32>(bits) - max); }
+    for (var first = lane; first < params.vocab; first += 4u * WG_SIZE) {
+        let quad = logit_quad(base, first);
+        for (var i = 0u; i < 4u; i++) {
+            if !is_nan(quad[i]) { sum += exp(bitcast<f32>(quad[i]) - max); }
+        }
     }
     let total = workgroup_sum(sum, lane);
     if lane == 0u {

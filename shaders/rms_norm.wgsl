@@ -1,5 +1,5 @@
 // RMS norm over rows.   One workgroup per row; lanes stride over the row, then a tree sum.
-// Reference: src/reference/rms_norm.rs      Needs: shared/weight_*, shared/reduce (workgroup_sum)
+// Reference: src/reference/rms_norm.rs      Needs: shared/weight_*, shared/reduce (workgroup_sum), shared/row_quads
 struct Params { n_rows: u32, d_model: u32, eps: f32 }
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       x: array<f32>;    // [T, D] residual stream
@@ -7,15 +7,14 @@ var<immediate> params: Params;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;    // [T, D]
 
 // No tunable: lane l sums elements l, l + WG_SIZE, ..., so the width is part of the order of summation.
-const WG_SIZE: u32 = 64u;
+const WG_SIZE: u32 = 256u;
 
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let base = workgroup.x * params.d_model;
     var squares = 0.0;
-    for (var j = lane; j < params.d_model; j += WG_SIZE) {
-        let v = x[base + j];
-        squares = fma(v, v, squares);
+    for (var j = lane; j < params.d_model; j += 4u * WG_SIZE) {
+        squares = add_squares(squares, row_quad(base, j, params.d_model));
     }
     let mean = workgroup_sum(squares, lane) / f32(params.d_model);
     let scale = inverseSqrt(mean + params.eps);

@@ -53,6 +53,8 @@ pub struct AdapterSummary {
     pub subgroup_sizes: (u32, u32),
     /// Has what every kernel needs.
     pub usable: bool,
+    /// Has 16x16x16 cooperative matrices of f16 with f32 sums, and subgroups of 32 lanes: what the kernels that use them need.
+    pub cooperative: bool,
 }
 
 /// Which adapter to open.
@@ -198,6 +200,21 @@ fn adapters() -> Vec<wgpu::Adapter> {
     pollster::block_on(instance.enumerate_adapters(backends()))
 }
 
+/// What WGSL needs for f16 cooperative matrices.
+fn cooperative_features() -> wgpu::Features {
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16
+}
+
+fn has_cooperative_matrices(adapter: &wgpu::Adapter, subgroups: (u32, u32)) -> bool {
+    use wgpu::CooperativeScalarType as Scalar;
+    let fits = |p: &wgpu::CooperativeMatrixProperties| {
+        (p.m_size, p.n_size, p.k_size) == (16, 16, 16) && p.ab_type == Scalar::F16 && p.cr_type == Scalar::F32
+    };
+    subgroups == (32, 32)
+        && adapter.features().contains(cooperative_features())
+        && adapter.cooperative_matrix_properties().iter().any(fits)
+}
+
 fn summarise(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
     let (info, limits) = (adapter.get_info(), adapter.limits());
     AdapterSummary {
@@ -218,6 +235,7 @@ fn summarise(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
         workgroup_memory_bytes: limits.max_compute_workgroup_storage_size,
         subgroup_sizes: (info.subgroup_min_size, info.subgroup_max_size),
         usable: adapter.features().contains(wgpu::Features::IMMEDIATES),
+        cooperative: has_cooperative_matrices(adapter, (info.subgroup_min_size, info.subgroup_max_size)),
     }
 }
 
@@ -259,7 +277,10 @@ impl Gpu {
         }
         let limits = wgpu::Limits { max_immediate_size: MAX_PARAM_BYTES, ..adapter.limits() };
         let timestamps = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
-        let features = wgpu::Features::IMMEDIATES | adapter.features() & timestamps;
+        let mut features = wgpu::Features::IMMEDIATES | adapter.features() & timestamps;
+        if summary.cooperative {
+            features |= cooperative_features();
+        }
         let open = |cause: String| GpuError::Open { adapter: summary.name.clone(), cause };
         let faults = Arc::new(Faults::default());
         let beside = match options.transfer {
@@ -277,6 +298,8 @@ impl Gpu {
                     required_features: features,
                     required_limits: limits.clone(),
                     memory_hints: wgpu::MemoryHints::MemoryUsage,
+                    // SAFETY: of what is experimental only cooperative matrices are used, where the adapter lists them.
+                    experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
                     ..Default::default()
                 };
                 let (device, queue) =
@@ -319,6 +342,11 @@ impl Gpu {
 
     pub fn summary(&self) -> &AdapterSummary {
         &self.summary
+    }
+
+    /// Kernels may use cooperative matrices; see [`AdapterSummary::cooperative`].
+    pub fn cooperative(&self) -> bool {
+        self.summary.cooperative
     }
 
     /// Largest storage binding in bytes.

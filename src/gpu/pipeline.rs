@@ -28,6 +28,9 @@ pub enum Part {
     Made(fn() -> String),
     /// The same where it depends on the variant's dtype: how a kernel reads weights that may come in blocks (MXFP4).
     MadeFor(fn(Dtype) -> String),
+    /// Text made of the variant's tunables, which are then no `override` constants: loops unrolled over tiles, accumulators by name.
+    /// Such a kernel needs what [`Gpu::cooperative`] tells of.
+    Template(fn(&Variant) -> String),
 }
 
 /// A field of a kernel's `Params`, as the Rust side lays it out; the macro `params!` lists them.
@@ -88,7 +91,8 @@ pub struct Kernel {
     pub param_bytes: usize,
     /// Its fields.
     pub params: &'static [ParamField],
-    /// `override` constants that only change time, with the values that may be chosen; the first is the default.
+    /// `override` constants that only change time, with the values that may be chosen; the first is the default. Of a kernel with a
+    /// [`Part::Template`]: what its text is made of.
     pub tunables: &'static [(&'static str, &'static [u32])],
 }
 
@@ -101,6 +105,11 @@ impl Kernel {
     /// Reads weights, so it exists once per dtype.
     pub fn reads_weights(&self) -> bool {
         self.parts.iter().any(|part| matches!(part, Part::Weight))
+    }
+
+    /// Its text is made of its tunables.
+    pub fn is_template(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part, Part::Template(_)))
     }
 
     /// The value that `variant` gives a tunable.
@@ -133,7 +142,8 @@ impl Kernel {
     }
 
     /// The WGSL text of a variant.
-    pub fn source(&self, weights: Dtype) -> String {
+    pub fn source(&self, variant: &Variant) -> String {
+        let weights = variant.weights;
         let weight_part = match weights {
             Dtype::Bf16 => include_str!("../../shaders/shared/weight_bf16.wgsl"),
             Dtype::F16 => include_str!("../../shaders/shared/weight_f16.wgsl"),
@@ -147,6 +157,7 @@ impl Kernel {
                 Part::Weight => Cow::Borrowed(weight_part),
                 Part::Made(make) => Cow::Owned(make()),
                 Part::MadeFor(make) => Cow::Owned(make(weights)),
+                Part::Template(make) => Cow::Owned(make(variant)),
             })
             .collect::<Vec<_>>()
             .join("\n")
@@ -166,6 +177,12 @@ impl Variant {
     /// The default tunables.
     pub fn new(weights: Dtype) -> Self {
         Self { weights, tunables: Vec::new() }
+    }
+
+    /// With `value` for a tunable.
+    pub fn with(mut self, tunable: &'static str, value: u32) -> Self {
+        self.tunables.push((tunable, value));
+        self
     }
 }
 
@@ -227,7 +244,7 @@ impl Pipelines {
 
     fn compile(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Pipeline, GpuError> {
         let fail = |cause: String| GpuError::Shader { kernel: kernel.name.to_owned(), cause };
-        let mut source = kernel.source(variant.weights);
+        let mut source = kernel.source(variant);
         for patch in self.patches.iter().filter(|p| p.kernel == kernel.name) {
             if !source.contains(&patch.from) {
                 return Err(fail(format!("patch finds no '{}'", patch.from)));
@@ -264,7 +281,8 @@ impl Pipelines {
             bind_group_layouts: &[Some(&layout)],
             immediate_size: kernel.param_bytes as u32,
         });
-        let constants: Vec<(&str, f64)> = variant.tunables.iter().map(|(name, value)| (*name, *value as f64)).collect();
+        let overrides = if kernel.is_template() { &[][..] } else { &variant.tunables };
+        let constants: Vec<(&str, f64)> = overrides.iter().map(|(name, value)| (*name, *value as f64)).collect();
         let raw = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(kernel.name),
             layout: Some(&pipeline_layout),

@@ -20,6 +20,7 @@ pub mod lm_head_sample;
 pub mod matmul;
 pub mod paged_attention;
 pub mod prompt_attention;
+pub mod prompt_attention_coop;
 pub mod qk_norm;
 pub mod rms_norm;
 pub mod rotary;

@@ -18,7 +18,7 @@ const MAX_WORKGROUP_BYTES: u32 = 16 << 10;
 const MAX_INVOCATIONS: u32 = 256;
 
 fn parse(kernel: &Kernel, variant: &Variant) -> (Module, ModuleInfo) {
-    let source = kernel.source(variant.weights);
+    let source = kernel.source(variant);
     let module = naga::front::wgsl::parse_str(&source)
         .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&source)));
     let info = Validator::new(ValidationFlags::all(), Capabilities::all())
