@@ -38,6 +38,7 @@ use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRow
 use crate::request::tokenizer::Tokenizer;
 use crate::request::{Request, RequestOutput};
 use crate::schedule::{Lane, Schedule, ScheduleFault, Timeline, Work, build, check};
+use crate::tune::Tiles;
 
 mod answers;
 mod pass;
@@ -205,6 +206,7 @@ impl EngineBuilder {
             binding_bytes: gpu.max_binding_bytes(),
             threads,
             kernels_reach_host: gpu.kernels_reach_host(),
+            cooperative: gpu.cooperative(),
         };
         if weights.inventory().expert_dtype().is_none() {
             return Err(EngineError::MixedExperts);
@@ -333,10 +335,12 @@ impl Opened {
             max_positions: policy.max_model_len,
             head_rows: policy.head_rows,
             rows: policy.rows,
+            precision: policy.precision,
         };
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
-        let mut machine = Machine::open(pipelines, weights, page_plan, extents, lent, progress)?;
+        let tiles = Tiles::for_device(gpu);
+        let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
         if let Some(source) = source {
             machine.set_source(source);
         } else if machine.plan().streamed() > 0 {

@@ -79,4 +79,5 @@ pub mod policy;
 pub mod reference;
 pub mod request;
 pub mod schedule;
+pub mod tune;
 pub mod units;

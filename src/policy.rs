@@ -1,7 +1,8 @@
 //! What is chosen before a run: a [`Policy`]. Plain data that `plan`, `schedule` and `execute` share.
 //!
 //! **A policy changes time, never tokens**: bit for bit, over schedules, micro-batches and groups, row limits, chunk lengths, ring
-//! and pool sizes, page sources. The one exception is named: [`AttentionPlace`] moves decode attention to another device, whose sums round differently.
+//! and pool sizes, page sources. Two exceptions are named: [`AttentionPlace`] moves decode attention to another device, whose sums round
+//! differently, and [`Precision`] rounds the operands of products.
 
 /// Where decode rows attend. Prompt rows always attend on the GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
@@ -137,6 +138,26 @@ pub enum RowPath {
     Kernels,
 }
 
+/// Operands of matrix products: what the GPU rounds weights and rows to before it multiplies. Sums are f32 in either case, and each class
+/// has one order of summation, so that within a class no policy changes a bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// As they are, on kernels that run everywhere.
+    F32,
+    /// f16, rows with a power of two each, on cooperative matrices. Where the adapter has them.
+    F16,
+}
+
+impl Precision {
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::F16 => "f16",
+        }
+    }
+}
+
 /// Everything that `execute` and the batcher need to know beside the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Policy {
@@ -173,6 +194,8 @@ pub struct Policy {
     pub source: Option<SourceKind>,
     /// How q, k, v and attention output cross the link.
     pub rows: RowPath,
+    /// Operands of matrix products.
+    pub precision: Precision,
     /// Rows whose logits exist on the GPU at a time.
     pub head_rows: usize,
 }

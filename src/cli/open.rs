@@ -10,7 +10,7 @@ use crate::cpu::isa::Isa;
 use crate::engine::{Engine, EngineBuilder, EngineError, Prepared};
 use crate::gpu::{DeviceChoice, TransferChoice};
 use crate::plan::Wishes;
-use crate::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, Precision, RowPath, ScheduleKind, SourceKind};
 use crate::request::batch_file::GenerationDefaults;
 use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::request::tokenizer::Tokenizer;
@@ -31,7 +31,7 @@ fn bytes(text: &str) -> Result<u64, String> {
     parse_bytes(text).map_err(|error| error.to_string())
 }
 
-/// How to run it. None of these changes a token, but --attention, which may round differently.
+/// How to run it. None of these changes a token, but --attention and --precision, which may round differently.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine and policy (change time, never tokens)")]
 pub struct EngineArguments {
@@ -86,6 +86,9 @@ pub struct EngineArguments {
     /// How q, k, v and attention output cross the link [default: kernels, where they reach host memory]
     #[arg(long, env = "FULMEN_ROWS", value_enum)]
     rows: Option<RowPath>,
+    /// Operands of matrix products; f16 rounds rows and weights, and needs cooperative matrices [default: f16 where the adapter has them, else f32]
+    #[arg(long, env = "FULMEN_PRECISION", value_enum)]
+    precision: Option<Precision>,
     /// How bytes get to and from the GPU [default: queues, where the backend is Vulkan]
     #[arg(long, env = "FULMEN_TRANSFER", value_enum)]
     transfer: Option<Transfer>,
@@ -158,6 +161,7 @@ impl EngineArguments {
             page_bytes: self.page_size,
             source: self.page_source,
             rows: self.rows,
+            precision: self.precision,
         }
     }
 

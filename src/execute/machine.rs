@@ -24,18 +24,21 @@ use half::f16;
 
 use crate::checkpoint::{Dtype, Reader, Weights};
 use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
+use crate::kernels::half_rows::{HalfRows, padded};
 use crate::kernels::lm_head_sample::Sample;
 use crate::kernels::{
-    add_bias, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up, expert_sort, layer_norm,
-    lm_head_sample, matmul, paged_attention, prompt_attention, qk_norm, rms_norm, rotary, router_topk,
+    add_bias, cooperative, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up,
+    expert_sort, half_rows, layer_norm, lm_head_sample, matmul, paged_attention, prompt_attention, qk_norm, rms_norm,
+    rotary, router_topk,
     slabs::{Layout, N_SLABS, Place},
 };
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
-use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role};
-use crate::policy::RowPath;
+use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
+use crate::policy::{Precision, RowPath};
 use crate::reference::rotary::{rope_table, yarn_rope_table};
+use crate::tune::Tiles;
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +56,8 @@ pub struct Extents {
     pub head_rows: usize,
     /// How rows cross the link.
     pub rows: RowPath,
+    /// Operands of products.
+    pub precision: Precision,
 }
 
 /// A region of a group's buffers starts at a multiple of so many rows: then it starts aligned for a binding whatever a row holds.
@@ -86,6 +91,69 @@ impl Extents {
     fn region_start(&self, micro_batch: usize) -> usize {
         micro_batch % self.group_size() * self.region_rows()
     }
+}
+
+/// Columns of the rows that are rounded to f16 before products: none in the f32 class.
+#[derive(Debug, Clone, Copy)]
+pub struct HalfExtents {
+    /// Of rows that projections, router, experts and LM head read.
+    rows: usize,
+    /// Of the rows between an expert's halves.
+    hidden: usize,
+    /// A of them for each row.
+    chosen: usize,
+}
+
+impl HalfExtents {
+    pub fn of(shape: &Shape, precision: Precision) -> Self {
+        let padded = |n: usize| if precision == Precision::F16 { padded(n as u32) as usize } else { 0 };
+        let rows = padded(shape.d_model).max(padded(shape.q_width()));
+        Self { rows, hidden: padded(shape.expert_width), chosen: shape.experts_per_token }
+    }
+
+    /// Words of the widest row of a binding, per row of a pass.
+    pub fn widest_words(&self) -> usize {
+        (self.rows / 2).max(self.chosen * self.hidden / 2)
+    }
+
+    /// Rows that are rounded at a time: of a group, of a micro-batch, or of the LM head.
+    fn n_rows(extents: &Extents) -> usize {
+        extents.group_rows().max(extents.rows_per_micro_batch).max(extents.head_rows)
+    }
+
+    /// Device memory.
+    pub fn bytes(&self, extents: &Extents) -> u64 {
+        if self.rows == 0 {
+            return 0;
+        }
+        let (rows, hidden) = (Self::n_rows(extents), extents.group_rows() * self.chosen);
+        words(rows * self.rows / 2) + words(rows) + words(hidden * self.hidden / 2) + words(hidden)
+    }
+}
+
+/// Rows of f16 and their scales: what the next product reads.
+struct HalfBuffers {
+    rows: Buffer,
+    scales: Buffer,
+    hidden: Buffer,
+    hidden_scales: Buffer,
+}
+
+impl HalfBuffers {
+    fn rows(&self) -> HalfRows<'_> {
+        HalfRows { rows: self.rows.whole(), scales: self.scales.whole() }
+    }
+
+    fn hidden(&self) -> HalfRows<'_> {
+        HalfRows { rows: self.hidden.whole(), scales: self.hidden_scales.whole() }
+    }
+}
+
+/// The left operand of a product.
+#[derive(Clone, Copy)]
+enum Operand<'a> {
+    Full(Slice<'a>),
+    Half(HalfRows<'a>),
 }
 
 /// A tensor that stays on the GPU.
@@ -213,6 +281,9 @@ pub struct Machine {
     router_logits: Buffer,
     /// [T * A, F]
     hidden: Buffer,
+    /// In the f16 class.
+    halves: Option<HalfBuffers>,
+    tiles: Tiles,
     /// `[E]` of gate, and of up in its slabs.
     places: Buffer,
     down_places: Buffer,
@@ -269,12 +340,13 @@ pub const KV_ARENA_BYTES: u64 = 1 << 30;
 
 impl Machine {
     /// Allocates everything, uploads the dense weights and the resident experts. `progress(done, total)` in bytes.
-    /// `lend_kv`: uploads of context read the pool itself, so nothing is staged.
+    /// `tiles`: of products in the f16 class. `lend_kv`: uploads of context read the pool itself, so nothing is staged.
     pub fn open(
         pipelines: Arc<Pipelines>,
         weights: &Weights,
         plan: PagePlan,
         extents: Extents,
+        tiles: Tiles,
         lend_kv: bool,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Machine, PageError> {
@@ -350,6 +422,16 @@ impl Machine {
         let table = PageTable::new(&plan);
         let rope = rotary_table(&config, extents.max_positions);
         let hidden_rows = extents.group_rows() * shape.experts_per_token;
+        let half = HalfExtents::of(&shape, extents.precision);
+        let halves = match extents.precision {
+            Precision::F32 => None,
+            Precision::F16 => Some(HalfBuffers {
+                rows: gpu.buffer("rows of f16", words(HalfExtents::n_rows(&extents) * half.rows / 2))?,
+                scales: gpu.buffer("scales of rows", words(HalfExtents::n_rows(&extents)))?,
+                hidden: gpu.buffer("expert hidden rows of f16", words(hidden_rows * half.hidden / 2))?,
+                hidden_scales: gpu.buffer("scales of expert hidden rows", words(hidden_rows))?,
+            }),
+        };
         let mut machine = Machine {
             config,
             extents,
@@ -377,6 +459,8 @@ impl Machine {
             logits: gpu.buffer("logits", words(extents.head_rows * shape.vocab))?,
             greedy: gpu.buffer("greedy ids", words(4 * extents.head_rows))?,
             host_heads: gpu.host_buffer("ids and logits", words(extents.head_rows * (4 + shape.vocab)))?,
+            halves,
+            tiles,
             plan,
             pipelines,
         };
@@ -637,13 +721,26 @@ impl Machine {
         add_bias::record(recorder, params, bias.whole(), y)
     }
 
+    /// What products read of rows `x`, `[n_rows, n_in]`; until the next rows are asked for.
+    fn operand<'a>(
+        &'a self,
+        recorder: &mut Recorder<'_>,
+        n_rows: usize,
+        n_in: usize,
+        x: Slice<'a>,
+    ) -> Result<Operand<'a>, GpuError> {
+        let Some(halves) = &self.halves else { return Ok(Operand::Full(x)) };
+        half_rows::record(recorder, half_rows::Params::dense(n_rows as u32, n_in as u32), x, halves.rows())?;
+        Ok(Operand::Half(halves.rows()))
+    }
+
     /// Queries, keys and values of rows into `qkv`: projected, with biases, and normed.
     fn project_qkv(
         &self,
         recorder: &mut Recorder<'_>,
         layer: usize,
         n_rows: usize,
-        x: Slice<'_>,
+        x: Operand<'_>,
         qkv: Slice<'_>,
     ) -> Result<(), GpuError> {
         let shape = &self.config.shape;
@@ -689,23 +786,32 @@ impl Machine {
         role: Role,
         n_rows: usize,
         (n_in, n_out): (usize, usize),
-        x: Slice<'_>,
+        x: Operand<'_>,
         y: Slice<'_>,
         (y_stride, y_offset): (usize, usize),
         accumulate: bool,
     ) -> Result<(), GpuError> {
         let weight = self.dense(role);
-        let params = matmul::Params {
-            n_rows: n_rows as u32,
-            n_out: n_out as u32,
-            n_in: n_in as u32,
-            x_stride: n_in as u32,
-            x_offset: 0,
-            y_stride: y_stride as u32,
-            y_offset: y_offset as u32,
-            accumulate: accumulate as u32,
-        };
-        matmul::record(recorder, &Variant::new(weight.dtype), params, x, weight.buffer.whole(), y)
+        let w = weight.buffer.whole();
+        let (n_rows, n_out, n_in) = (n_rows as u32, n_out as u32, n_in as u32);
+        let (y_stride, y_offset, accumulate) = (y_stride as u32, y_offset as u32, accumulate as u32);
+        match x {
+            Operand::Full(x) => {
+                let params =
+                    matmul::Params { y_stride, y_offset, accumulate, ..matmul::Params::dense(n_rows, n_out, n_in) };
+                matmul::record(recorder, &Variant::new(weight.dtype), params, x, w, y)
+            }
+            Operand::Half(x) => {
+                let params = cooperative::matmul::Params {
+                    y_stride,
+                    y_offset,
+                    accumulate,
+                    ..cooperative::matmul::Params::dense(n_rows, n_out, n_in)
+                };
+                let tile = self.tiles.matmul(n_rows, n_out);
+                cooperative::matmul::record(recorder, weight.dtype, tile, params, x, w, y)
+            }
+        }
     }
 
     pub fn pre_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
@@ -718,6 +824,7 @@ impl Machine {
         let x = self.region(&group.x, micro_batch, shape.d_model);
         let normed = self.region(&group.normed, micro_batch, shape.d_model);
         self.norm(r, Role::AttentionNorm { layer }, n, x, normed)?;
+        let normed = self.operand(r, n, shape.d_model, normed)?;
         self.project_qkv(r, layer, n, normed, buffers.qkv.whole())?;
         let params = rotary::Params {
             n_rows: n as u32,
@@ -867,11 +974,13 @@ impl Machine {
         let x = self.region(&group.x, micro_batch, shape.d_model);
         let normed = self.region(&group.normed, micro_batch, shape.d_model);
         let role = Role::AttentionOutput { layer };
-        self.project(r, role, n, output, buffers.attention.whole(), x, (shape.d_model, 0), true)?;
+        let attention = self.operand(r, n, shape.q_width(), buffers.attention.whole())?;
+        self.project(r, role, n, output, attention, x, (shape.d_model, 0), true)?;
         self.add_bias(r, Role::AttentionOutputBias { layer }, n, x, (shape.d_model, 0))?;
         self.norm(r, Role::ExpertNorm { layer }, n, x, normed)?;
         let router = (shape.d_model, shape.experts);
         let logits = self.router_logits.whole();
+        let normed = self.operand(r, n, shape.d_model, normed)?;
         self.project(r, Role::Router { layer }, n, router, normed, logits, (shape.experts, 0), false)?;
         self.add_bias(r, Role::RouterBias { layer }, n, logits, (shape.experts, 0))?;
         let params = router_topk::Params {
@@ -1018,31 +1127,39 @@ impl Machine {
         let params = expert_gate_up::Params::plain(n_assignments, n_experts, n_chosen_u32, d_model, expert_width)
             .with_layout(Layout::gate_up(forward.experts, shape));
         let params = expert_gate_up::Params { biased, limit, ..params };
-        let bindings = expert_gate_up::Bindings {
-            x: buffers.normed.whole(),
-            permutation: buffers.permutation.whole(),
-            offsets: buffers.offsets.whole(),
-            places: self.places.whole(),
-            h: self.hidden.whole(),
-            gate: self.gate.bindings(),
-            up: if forward.experts.gate_holds_up() { self.gate.bindings() } else { self.up.bindings() },
-            bias: self.where_there(forward.biases, Role::GateUpBias { layer }),
-        };
-        let variant = Variant::new(self.expert_dtype);
-        expert_gate_up::record(r, &variant, params, bindings)?;
-        let params = expert_down::Params::plain(n_assignments, n_experts, d_model, expert_width)
+        let down_params = expert_down::Params::plain(n_assignments, n_experts, d_model, expert_width)
             .with_layout(Layout::down(forward.experts, shape));
-        let params = expert_down::Params { biased, ..params };
-        let bindings = expert_down::Bindings {
-            h: self.hidden.whole(),
-            permutation: buffers.permutation.whole(),
-            offsets: buffers.offsets.whole(),
-            places: self.down_places.whole(),
-            y: buffers.expert_out.whole(),
-            down: self.down.bindings(),
-            bias: self.where_there(forward.biases, Role::DownBias { layer }),
-        };
-        expert_down::record(r, &variant, params, bindings)?;
+        let down_params = expert_down::Params { biased, ..down_params };
+        let (permutation, offsets) = (buffers.permutation.whole(), buffers.offsets.whole());
+        let (places, h, gate) = (self.places.whole(), self.hidden.whole(), self.gate.bindings());
+        let up = if forward.experts.gate_holds_up() { gate } else { self.up.bindings() };
+        let bias = self.where_there(forward.biases, Role::GateUpBias { layer });
+        let (down_places, y, down) = (self.down_places.whole(), buffers.expert_out.whole(), self.down.bindings());
+        let down_bias = self.where_there(forward.biases, Role::DownBias { layer });
+        match self.operand(r, extent, shape.d_model, buffers.normed.whole())? {
+            Operand::Full(x) => {
+                let variant = Variant::new(self.expert_dtype);
+                let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                expert_gate_up::record(r, &variant, params, bindings)?;
+                let (places, bias) = (down_places, down_bias);
+                let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
+                expert_down::record(r, &variant, down_params, bindings)?;
+            }
+            Operand::Half(x) => {
+                // Slots start at multiples of 256 bytes.
+                let weights = (self.expert_dtype, true);
+                let bindings =
+                    cooperative::expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                let tile = self.tiles.gate_up(n_assignments / n_experts);
+                cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
+                let hidden = self.halves.as_ref().expect("there are in this class").hidden();
+                half_rows::record(r, half_rows::Params::dense(n_assignments, expert_width), h, hidden)?;
+                let (places, bias, h) = (down_places, down_bias, hidden);
+                let bindings = cooperative::expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
+                let tile = self.tiles.down(n_assignments / n_experts);
+                cooperative::expert_down::record(r, weights, tile, down_params, bindings)?;
+            }
+        }
         if chunk + 1 == self.plan.chunks().len() {
             let params = expert_combine::Params {
                 n_rows: extent as u32,
@@ -1106,6 +1223,7 @@ impl Machine {
             let gather = embed::Params { n_rows: n as u32, d_model: d_model as u32 };
             embed::record(r, Dtype::F32, gather, sampled, x, rows)?;
             self.norm(r, Role::FinalNorm, n, rows, normed)?;
+            let normed = self.operand(r, n, d_model, normed)?;
             self.project(r, Role::LmHead, n, (d_model, vocab), normed, self.logits.whole(), (vocab, 0), false)?;
             let params = lm_head_sample::Params { n_rows: n as u32, vocab: vocab as u32 };
             lm_head_sample::record(r, params, self.logits.whole(), self.greedy.whole())?;

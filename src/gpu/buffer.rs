@@ -66,6 +66,13 @@ pub struct Slice<'a> {
     pub(super) host: bool,
 }
 
+impl Slice<'_> {
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
 /// Host memory that copies read and write without a detour, and kernels too where the adapter allows it
 /// ([`Gpu::kernels_reach_host`](super::Gpu::kernels_reach_host)).
 ///

@@ -233,13 +233,13 @@ impl Pipelines {
         if !kernel.reads_weights() {
             variant.weights = Dtype::F32;
         }
-        let mut compiled = self.compiled.lock().expect("pipeline cache lock");
-        if let Some(pipeline) = compiled.get(&(kernel.name, variant.clone())) {
+        let key = (kernel.name, variant);
+        if let Some(pipeline) = self.compiled.lock().expect("pipeline cache lock").get(&key) {
             return Ok(pipeline.clone());
         }
-        let pipeline = Arc::new(self.compile(kernel, &variant)?);
-        compiled.insert((kernel.name, variant), pipeline.clone());
-        Ok(pipeline)
+        // Without the lock: several threads may compile at a time, and whoever is first wins.
+        let pipeline = Arc::new(self.compile(kernel, &key.1)?);
+        Ok(self.compiled.lock().expect("pipeline cache lock").entry(key).or_insert(pipeline).clone())
     }
 
     fn compile(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Pipeline, GpuError> {

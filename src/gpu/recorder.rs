@@ -32,6 +32,11 @@ impl<'p> Recorder<'p> {
         recorder
     }
 
+    /// Most workgroups in one dimension of a dispatch.
+    pub fn max_workgroups(&self) -> u32 {
+        self.pipelines.gpu().max_workgroups()
+    }
+
     /// Runs `workgroups` of a kernel variant over `bindings` (binding 0, 1, …) with `params`. Nothing happens where a count
     /// of workgroups is 0.
     pub fn dispatch<P: bytemuck::NoUninit>(

@@ -80,6 +80,7 @@ pub fn record(
 ) -> Result<(), GpuError> {
     let Bindings { h, permutation, offsets, places, y, down, bias } = bindings;
     let slices: Vec<_> = [h, permutation, offsets, places, y].into_iter().chain(down).chain([bias]).collect();
-    let workgroups = slabs::tiles(&EXPERT_DOWN, variant, params.n_assignments, params.n_experts, params.d_model);
+    let workgroups =
+        slabs::tiles(slabs::tile(&EXPERT_DOWN, variant), params.n_assignments, params.n_experts, params.d_model);
     recorder.dispatch(&EXPERT_DOWN, variant, &params, &slices, workgroups)
 }

@@ -103,7 +103,11 @@ pub fn record(
 ) -> Result<(), GpuError> {
     let Bindings { x, permutation, offsets, places, h, gate, up, bias } = bindings;
     let slices: Vec<_> = [x, permutation, offsets, places, h].into_iter().chain(gate).chain(up).chain([bias]).collect();
-    let workgroups =
-        slabs::tiles(&EXPERT_GATE_UP, variant, params.n_assignments, params.n_experts, params.expert_width);
+    let workgroups = slabs::tiles(
+        slabs::tile(&EXPERT_GATE_UP, variant),
+        params.n_assignments,
+        params.n_experts,
+        params.expert_width,
+    );
     recorder.dispatch(&EXPERT_GATE_UP, variant, &params, &slices, workgroups)
 }

@@ -8,6 +8,7 @@
 //! row a workgroup. The recorder panics there; a pass stays far below.
 
 pub mod add_bias;
+pub mod cooperative;
 pub mod copy_rows;
 pub mod decode_attention;
 pub mod embed;
@@ -15,10 +16,12 @@ pub mod expert_combine;
 pub mod expert_down;
 pub mod expert_gate_up;
 pub mod expert_sort;
+pub mod half_rows;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
 pub mod paged_attention;
+pub mod probes;
 pub mod prompt_attention;
 pub mod prompt_attention_coop;
 pub mod qk_norm;
@@ -45,6 +48,7 @@ pub static ALL: &[&Kernel] = &[
     &expert_down::EXPERT_DOWN,
     &expert_gate_up::EXPERT_GATE_UP,
     &expert_sort::EXPERT_SORT,
+    &half_rows::HALF_ROWS,
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,

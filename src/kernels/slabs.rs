@@ -65,7 +65,7 @@ fn {tensor}_words(slab: u32, i: u32, j: u32) -> vec2<u32> {{
 }
 
 /// Elements that stand alone.
-fn element_quad(tensor: &str) -> String {
+pub(super) fn element_quad(tensor: &str) -> String {
     format!(
         "
 // Elements `i`, `i + k_stride` and so on of the matrix at `place`, of which the first `n` (at least 1) exist: the others are 0.
@@ -145,16 +145,15 @@ impl Layout {
 
 /// Workgroups of a kernel that tiles the sorted positions and `n_columns` outputs: see `row_tile` in
 /// `shaders/shared/expert_tile.wgsl`. Most tiles are full; up to E of them are partly or wholly empty.
-pub(super) fn tiles(
-    kernel: &Kernel,
-    variant: &Variant,
-    n_assignments: u32,
-    n_experts: u32,
-    n_columns: u32,
-) -> [u32; 3] {
+pub(super) fn tiles([rows, cols]: [u32; 2], n_assignments: u32, n_experts: u32, n_columns: u32) -> [u32; 3] {
     let row_tiles = match n_assignments {
         0 => 0,
-        n => n / kernel.tunable(variant, "TILE_ROWS") + n_experts,
+        n => n / rows + n_experts,
     };
-    [row_tiles, n_columns.div_ceil(kernel.tunable(variant, "TILE_COLS")), 1]
+    [row_tiles, n_columns.div_ceil(cols), 1]
+}
+
+/// Rows and columns of a tile of a portable kernel.
+pub(super) fn tile(kernel: &Kernel, variant: &Variant) -> [u32; 2] {
+    ["TILE_ROWS", "TILE_COLS"].map(|tunable| kernel.tunable(variant, tunable))
 }

@@ -3,13 +3,13 @@
 use std::fmt;
 
 use crate::checkpoint::{Inventory, Placed};
-use crate::execute::machine::{Extents, host_row_bytes};
+use crate::execute::machine::{Extents, HalfExtents, host_row_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, Policy, Precision, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
 /// What the weights of a checkpoint take, which config.json does not say.
@@ -66,6 +66,8 @@ pub struct MachineLimits {
     pub threads: usize,
     /// Kernels can read and write host memory.
     pub kernels_reach_host: bool,
+    /// Kernels can use cooperative matrices.
+    pub cooperative: bool,
 }
 
 /// What the user asked for; None = choose.
@@ -87,6 +89,7 @@ pub struct Wishes {
     pub page_bytes: Option<u64>,
     pub source: Option<SourceKind>,
     pub rows: Option<RowPath>,
+    pub precision: Option<Precision>,
 }
 
 /// Bytes by purpose. Printed before anything is loaded.
@@ -230,6 +233,15 @@ fn fit_with_pool(
         (None, true) => RowPath::Kernels,
         (None, false) => RowPath::Copies,
     };
+    let precision = match (wishes.precision, machine.cooperative) {
+        (Some(Precision::F16), false) => {
+            let with = "this adapter, which has no 16x16x16 cooperative matrices of f16".to_owned();
+            return Err(PlanError::Conflict { option: "--precision", value: "f16".to_owned(), with });
+        }
+        (Some(precision), _) => precision,
+        (None, true) => Precision::F16,
+        (None, false) => Precision::F32,
+    };
     let micro_batches = option("--micro-batches", wishes.micro_batches, DEFAULT_MICRO_BATCHES.min(max_sequences), 256)?;
     at_most("--micro-batches", wishes.micro_batches, max_sequences, "the sequences that run at a time")?;
     let default_groups = match schedule {
@@ -246,6 +258,7 @@ fn fit_with_pool(
     // Rows per micro-batch: what one binding of each row-wise buffer holds, those of a group together.
     let widest = (shape.experts_per_token * shape.expert_width.max(shape.d_model)).max(shape.qkv_width());
     let widest = widest.max(shape.experts).max(4); // router logits; an attended row
+    let widest = widest.max(HalfExtents::of(shape, precision).widest_words());
     let rows_that_bind = (machine.binding_bytes / words(widest)) as usize / group_size;
     // Regions of a group's buffers are padded.
     let padded = |rows: usize| if group_size > 1 { rows.next_multiple_of(64) } else { rows };
@@ -386,6 +399,7 @@ fn fit_with_pool(
         max_positions: max_model_len,
         head_rows,
         rows,
+        precision,
     };
     let group_rows = extents.group_rows();
     let assignments = group_rows * shape.experts_per_token;
@@ -399,7 +413,8 @@ fn fit_with_pool(
         + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
-        + words(4 * shape.experts);
+        + words(4 * shape.experts)
+        + HalfExtents::of(shape, precision).bytes(&extents);
     let kv_workspace = (workspaces * workspace_blocks) as u64 * layer_block_bytes;
     let mut memory = MemoryUse {
         dense_weights: bytes.dense,
@@ -484,6 +499,7 @@ fn fit_with_pool(
             page_bytes,
             source: wishes.source,
             rows,
+            precision,
             head_rows,
         },
         memory,
@@ -563,13 +579,14 @@ impl fmt::Display for Plan {
         }
         write!(
             f,
-            "batch   up to {} sequences in {} micro-batches of {} rows a pass, {} expert groups, prompts in pieces of up to {}, contexts up to {} tokens, decode attention on the {attention}, schedule {}",
+            "batch   up to {} sequences in {} micro-batches of {} rows a pass, {} expert groups, prompts in pieces of up to {}, contexts up to {} tokens, decode attention on the {attention}, products of {}, schedule {}",
             p.max_sequences,
             p.micro_batches,
             p.rows_per_micro_batch,
             p.expert_groups,
             p.prompt_chunk,
             p.max_model_len,
+            p.precision.name(),
             p.schedule,
         )
     }

@@ -11,7 +11,7 @@ use fulmen::model::expert_layout::Packing;
 use fulmen::model::presets;
 use fulmen::model::{Family, Forward, ModelConfig, Shape, tensors};
 use fulmen::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
-use fulmen::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
+use fulmen::policy::{AttentionPlace, Precision, RowPath, ScheduleKind, SourceKind};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
@@ -106,6 +106,17 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
         ("logits", words(policy.head_rows * shape.vocab)),
         ("greedy ids", words(4 * policy.head_rows)),
     ]);
+    if policy.precision == Precision::F16 {
+        // A row of f16 is padded to 256, and has a scale.
+        let half = |n: usize| n.next_multiple_of(256) / 2;
+        let rows = (group_size * region).max(rows).max(policy.head_rows);
+        buffers.extend([
+            ("rows of f16", words(rows * half(shape.d_model).max(half(shape.q_width())))),
+            ("scales of rows", words(rows)),
+            ("expert hidden rows of f16", words(assignments * half(shape.expert_width))),
+            ("scales of expert hidden rows", words(assignments)),
+        ]);
+    }
     let workspace = (policy.workspace_blocks * one_layer.bytes_per_block()) as u64;
     buffers.extend((0..policy.workspaces).map(|_| ("KV workspace", workspace)));
     let slot_bytes = bytes.matrix.map(PageShape::slot_bytes);
@@ -215,6 +226,7 @@ fn machines() -> impl Strategy<Value = MachineLimits> {
             binding_bytes,
             threads,
             kernels_reach_host: device_bytes % 2 == 0,
+            cooperative: device_bytes % 3 == 0,
         },
     )
 }
@@ -290,6 +302,7 @@ fn machine(device_bytes: u64) -> MachineLimits {
         binding_bytes: (1 << 31) - 4,
         threads: 8,
         kernels_reach_host: true,
+        cooperative: false,
     }
 }
 

@@ -4,7 +4,9 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use fulmen::checkpoint::Dtype;
 use fulmen::gpu::{Access, Kernel, ParamField, Variant};
+use fulmen::kernels::cooperative::{self, Tile};
 use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
 use fulmen::kernels::paged_attention::MAX_HEAD_WIDTH;
 use fulmen::kernels::router_topk::MAX_CHOSEN;
@@ -90,25 +92,27 @@ fn entry_point_is_main_and_sizes_fit_every_adapter() {
 
 #[test]
 fn bindings_are_dense_and_have_the_declared_access() {
-    each_variant(|kernel, variant, module| {
-        let mut bindings: Vec<_> = module
-            .global_variables
-            .iter()
-            .filter_map(|(_, variable)| {
-                let binding = variable.binding.as_ref()?;
-                let access = match variable.space {
-                    AddressSpace::Storage { access } if access == StorageAccess::LOAD => Access::Read,
-                    AddressSpace::Storage { .. } => Access::ReadWrite,
-                    space => panic!("{}: {:?} is bound in {space:?}", kernel.name, variable.name),
-                };
-                assert_eq!(binding.group, 0, "{}: group of {:?}", kernel.name, variable.name);
-                Some((binding.binding, access))
-            })
-            .collect();
-        bindings.sort_by_key(|(binding, _)| *binding);
-        let declared: Vec<_> = (0..).zip(kernel.bindings.iter().copied()).collect();
-        assert_eq!(bindings, declared, "{} {variant:?}", kernel.name);
-    });
+    each_variant(|kernel, variant, module| check_bindings(kernel, &format!("{} {variant:?}", kernel.name), module));
+}
+
+fn check_bindings(kernel: &Kernel, what: &str, module: &Module) {
+    let mut bindings: Vec<_> = module
+        .global_variables
+        .iter()
+        .filter_map(|(_, variable)| {
+            let binding = variable.binding.as_ref()?;
+            let access = match variable.space {
+                AddressSpace::Storage { access } if access == StorageAccess::LOAD => Access::Read,
+                AddressSpace::Storage { .. } => Access::ReadWrite,
+                space => panic!("{}: {:?} is bound in {space:?}", kernel.name, variable.name),
+            };
+            assert_eq!(binding.group, 0, "{}: group of {:?}", kernel.name, variable.name);
+            Some((binding.binding, access))
+        })
+        .collect();
+    bindings.sort_by_key(|(binding, _)| *binding);
+    let declared: Vec<_> = (0..).zip(kernel.bindings.iter().copied()).collect();
+    assert_eq!(bindings, declared, "{what}");
 }
 
 #[test]
@@ -200,6 +204,53 @@ fn one_op_is_four_files_of_one_name() {
         if path.is_file() {
             let stem = path.file_stem().and_then(|s| s.to_str()).expect("file names are UTF-8");
             assert!(ALL.iter().any(|kernel| kernel.name == stem), "{path:?} is in no registry entry");
+        }
+    }
+}
+
+/// Tiles of every form that the text takes: one subgroup's worth of columns or many, octets that do and do not fill the lanes.
+fn tiles() -> Vec<Tile> {
+    vec![
+        Tile::new(16, 64, 64, 16, 16),
+        Tile::new(16, 16, 256, 16, 16),
+        Tile { prefetch: false, ..Tile::new(48, 48, 32, 16, 48) },
+        Tile { buffers: 2, ..Tile::new(128, 128, 32, 64, 64) },
+    ]
+}
+
+/// Text, validation and translation of every kernel on cooperative matrices: what a device without them cannot try.
+#[test]
+fn cooperative_kernels_translate_to_spirv() {
+    for kernel in cooperative::ALL {
+        let dtypes: &[Dtype] = match kernel.name {
+            "cooperative/matmul" => &Dtype::ALL,
+            _ => &[Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::Mxfp4],
+        };
+        for (tile, dtype) in tiles().iter().flat_map(|tile| dtypes.iter().map(move |dtype| (tile, *dtype))) {
+            for (wide, tail) in [(true, false), (true, true), (false, false)] {
+                if wide && dtype == Dtype::Mxfp4 {
+                    continue;
+                }
+                let variant = tile.variant(dtype, wide, tail);
+                let what = format!("{} {variant:?}", kernel.name);
+                let (module, info) = parse(kernel, &variant);
+                let options = naga::back::spv::Options {
+                    lang_version: (1, 3),
+                    bounds_check_policies: Default::default(),
+                    ..Default::default()
+                };
+                let words = naga::back::spv::write_vec(&module, &info, &options, None);
+                words.unwrap_or_else(|error| panic!("{what}: {error}"));
+                let entry = &module.entry_points[0];
+                assert_eq!(entry.workgroup_size, [32 * tile.subgroups(), 1, 1], "{what}");
+                check_bindings(kernel, &what, &module);
+                let (_, params) = module
+                    .global_variables
+                    .iter()
+                    .find(|(_, variable)| variable.space == AddressSpace::Immediate)
+                    .expect("it has parameters");
+                assert_same_struct(&what, &module, params.ty, kernel.params, kernel.param_bytes);
+            }
         }
     }
 }

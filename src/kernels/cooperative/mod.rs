@@ -1,0 +1,137 @@
+//! Matrix products on cooperative matrices: operands f16, sums f32.
+//!
+//! In: rows that [`half_rows`](super::half_rows) made, weights as the checkpoint stores them. Out: what the portable kernels of the same
+//! operation give, to f16's rounding of the operands. Only where [`Gpu::cooperative`](crate::gpu::Gpu::cooperative) says so.
+//!
+//! A [`Tile`] changes time and never bits (see `template`), so that one may be picked for every count of rows. Small ones read each
+//! weight once for up to 64 rows and are bound by memory; large ones share weights and rows between many products.
+
+mod template;
+
+pub mod expert_down;
+pub mod expert_gate_up;
+pub mod matmul;
+
+use crate::checkpoint::Dtype;
+use crate::gpu::{Kernel, Variant};
+
+/// Every kernel there is on cooperative matrices. Tests walk this list.
+pub static ALL: &[&Kernel] = &[&matmul::MATMUL, &expert_gate_up::EXPERT_GATE_UP, &expert_down::EXPERT_DOWN];
+
+/// How a kernel's work is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Tile {
+    /// Outputs of a workgroup. Where a kernel multiplies with two matrices, `cols` of each.
+    pub rows: u32,
+    pub cols: u32,
+    /// Terms of each sum between two barriers.
+    pub depth: u32,
+    /// Outputs of a subgroup.
+    pub subgroup_rows: u32,
+    pub subgroup_cols: u32,
+    /// At least so many subgroups: more than multiply, where loads need the lanes.
+    pub least_subgroups: u32,
+    /// Units of 8 bytes between the rows of a tile in workgroup memory, against bank conflicts.
+    pub pad: u32,
+    /// The next step is on its way to registers while this one is multiplied.
+    pub prefetch: bool,
+    /// Tiles in workgroup memory: 2 save a barrier a step.
+    pub buffers: u32,
+}
+
+/// What a tile is to a kernel, with the defaults.
+const TUNABLES: &[(&str, &[u32])] = &[
+    ("ROWS", &[16]),
+    ("COLS", &[64]),
+    ("DEPTH", &[64]),
+    ("SUBGROUP_ROWS", &[16]),
+    ("SUBGROUP_COLS", &[16]),
+    ("LEAST_SUBGROUPS", &[4]),
+    ("PAD", &[2]),
+    ("PREFETCH", &[1]),
+    ("BUFFERS", &[1]),
+    ("WIDE", &[1]),
+    ("TAIL", &[0]),
+];
+
+impl Tile {
+    /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
+    pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
+        let least_subgroups = 4;
+        Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, pad: 2, prefetch: true, buffers: 1 }
+    }
+
+    fn of(kernel: &Kernel, variant: &Variant) -> Self {
+        let get = |name| kernel.tunable(variant, name);
+        Self {
+            rows: get("ROWS"),
+            cols: get("COLS"),
+            depth: get("DEPTH"),
+            subgroup_rows: get("SUBGROUP_ROWS"),
+            subgroup_cols: get("SUBGROUP_COLS"),
+            least_subgroups: get("LEAST_SUBGROUPS"),
+            pad: get("PAD"),
+            prefetch: get("PREFETCH") == 1,
+            buffers: get("BUFFERS"),
+        }
+    }
+
+    /// Subgroups of a workgroup.
+    pub const fn subgroups(&self) -> u32 {
+        let computing = self.rows / self.subgroup_rows * (self.cols / self.subgroup_cols);
+        if computing > self.least_subgroups { computing } else { self.least_subgroups }
+    }
+
+    /// The variant of a kernel with this tile. `wide`: rows of weights are contiguous and start at multiples of 16 bytes. `tail`: the
+    /// number of terms is no multiple of the depth.
+    pub fn variant(&self, weights: Dtype, wide: bool, tail: bool) -> Variant {
+        Variant {
+            weights,
+            tunables: vec![
+                ("ROWS", self.rows),
+                ("COLS", self.cols),
+                ("DEPTH", self.depth),
+                ("SUBGROUP_ROWS", self.subgroup_rows),
+                ("SUBGROUP_COLS", self.subgroup_cols),
+                ("LEAST_SUBGROUPS", self.least_subgroups),
+                ("PAD", self.pad),
+                ("PREFETCH", self.prefetch as u32),
+                ("BUFFERS", self.buffers),
+                ("WIDE", wide as u32),
+                ("TAIL", tail as u32),
+            ],
+        }
+    }
+}
+
+impl std::fmt::Display for Tile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Tile { rows, cols, depth, subgroup_rows, subgroup_cols, pad, .. } = self;
+        write!(
+            f,
+            "{rows}x{cols}x{depth} by {subgroup_rows}x{subgroup_cols}, {} subgroups, pad {pad}",
+            self.subgroups()
+        )?;
+        if self.prefetch {
+            write!(f, ", prefetch")?;
+        }
+        if self.buffers > 1 {
+            write!(f, ", {} buffers", self.buffers)?;
+        }
+        Ok(())
+    }
+}
+
+/// The variant for weights of `n_terms` terms that lie as `strides` (row, k, first) say.
+fn variant(weights: Dtype, tile: Tile, n_terms: u32, strides: [u32; 3], aligned_slots: bool) -> Variant {
+    let wide = is_wide(weights, n_terms, strides, aligned_slots);
+    tile.variant(weights, wide, wide && !n_terms.is_multiple_of(tile.depth))
+}
+
+/// Rows of weights in memory: `k_stride` 1, and every octet of terms at a multiple of 16 bytes (of 32 for f32, which has its start of a slot
+/// counted in octets).
+fn is_wide(weights: Dtype, n_terms: u32, strides: [u32; 3], aligned_slots: bool) -> bool {
+    let [row_stride, k_stride, first] = strides;
+    let octets = |n: u32| n.is_multiple_of(8);
+    weights != Dtype::Mxfp4 && aligned_slots && k_stride == 1 && octets(n_terms) && octets(row_stride) && octets(first)
+}

@@ -1,0 +1,533 @@
+//! The text of a kernel on cooperative matrices: one loop for all of them, unrolled for a [`Tile`].
+//!
+//! A workgroup computes `rows x cols` outputs (`cols` of each matrix where it multiplies with two). For every `depth` terms of the
+//! sums it lays its rows and its weights, as f16, into workgroup memory; every subgroup then multiplies its own
+//! `subgroup_rows x subgroup_cols` of them, 16 terms at a time. While it does, what the next step needs is on its way to registers.
+//!
+//! **Order of summation**: an output is one accumulator, `acc = x[k..k + 16] * w[k..k + 16] + acc` with k ascending from 0, whatever the
+//! tile, so a tile changes time and never bits. Terms past the end are zeros.
+//!
+//! Weights become f16 on their way: f16 ones as they are; bf16 and f32 ones rounded to nearest, so that those above f16's greatest number
+//! (65,504) are infinite, and those below its normal ones (2^-14) are off by up to 2^-25, or by up to 2^-14 where a device flushes
+//! them to 0.
+
+use std::fmt::Write;
+
+use crate::checkpoint::Dtype;
+use crate::gpu::{Kernel, Variant};
+use crate::kernels::slabs::{self, N_SLABS};
+
+use super::Tile;
+
+/// Where a kernel's weights are.
+pub(super) enum Weights {
+    /// One matrix, at this binding.
+    Whole(usize),
+    /// Of experts: matrices by name, each in slabs from a binding on.
+    Slabs(&'static [(&'static str, usize)]),
+}
+
+/// What one kernel puts into the text.
+pub(super) struct Operation {
+    pub weights: Weights,
+    /// Bindings, parameters, `finish` and what it says about rows and columns.
+    pub text: &'static str,
+}
+
+impl Operation {
+    fn matrices(&self) -> usize {
+        match self.weights {
+            Weights::Whole(_) => 1,
+            Weights::Slabs(matrices) => matrices.len(),
+        }
+    }
+}
+
+/// Workgroup memory of the devices that have cooperative matrices: NVIDIA's.
+const MAX_WORKGROUP_BYTES: u32 = (48 << 10) - 64; // and what the tile of an expert takes
+
+/// Terms that are loaded together: 16 bytes of f16.
+const OCTET: u32 = 8;
+
+struct Writer<'a> {
+    operation: &'a Operation,
+    tile: Tile,
+    dtype: Dtype,
+    /// Rows of weights are contiguous and every octet of them starts at a multiple of 16 bytes.
+    wide: bool,
+    /// The number of terms is no multiple of the depth.
+    tail: bool,
+    out: String,
+}
+
+/// The whole text of `variant`.
+pub(super) fn source(kernel: &Kernel, operation: &Operation, variant: &Variant) -> String {
+    let mut writer = Writer {
+        operation,
+        tile: Tile::of(kernel, variant),
+        dtype: variant.weights,
+        wide: kernel.tunable(variant, "WIDE") == 1,
+        tail: kernel.tunable(variant, "TAIL") == 1,
+        out: String::new(),
+    };
+    writer.all();
+    writer.out
+}
+
+/// Statements over `for_each(i)` of `n` items spread over lanes, those of the last round under a condition where they do not fill it.
+fn rounds(items: u32, lanes: u32) -> Vec<(u32, bool)> {
+    (0..items.div_ceil(lanes)).map(|i| (i, (i + 1) * lanes > items)).collect()
+}
+
+impl Writer<'_> {
+    fn line(&mut self, text: impl AsRef<str>) {
+        self.out.push_str(text.as_ref());
+        self.out.push('\n');
+    }
+
+    fn lanes(&self) -> u32 {
+        self.tile.subgroups() * 32
+    }
+
+    /// Octets of a row of a step.
+    fn row_octets(&self) -> u32 {
+        self.tile.depth / OCTET
+    }
+
+    /// `vec4<f16>` from one row of a tile to the next.
+    fn pitch(&self) -> u32 {
+        self.tile.depth / 4 + self.tile.pad
+    }
+
+    fn x_octets(&self) -> u32 {
+        self.tile.rows * self.row_octets()
+    }
+
+    /// Of one matrix.
+    fn w_octets(&self) -> u32 {
+        self.tile.cols * self.row_octets()
+    }
+
+    fn x_tile_len(&self) -> u32 {
+        self.tile.rows * self.pitch()
+    }
+
+    fn w_tile_len(&self) -> u32 {
+        self.tile.cols * self.operation.matrices() as u32 * self.pitch()
+    }
+
+    /// Column fragments whose sums lie in workgroup memory at a time, and f32 from one of their rows to the next: 8 more than they are
+    /// where there is room, so that rows start in different banks.
+    fn sums_shape(&self) -> (u32, u32) {
+        let matrices = self.operation.matrices() as u32;
+        let all = self.tile.subgroup_cols / 16;
+        let tiles = 8 * self.tile.buffers * (self.x_tile_len() + self.w_tile_len());
+        let shapes = [(4 / matrices, 8), (2 / matrices, 8), (1, 8), (1, 0)];
+        let fits = |(fragments, pad): &(u32, u32)| {
+            let bytes = 4 * self.tile.subgroups() * 16 * (fragments * matrices * 16 + pad);
+            all.is_multiple_of(*fragments) && tiles + bytes <= MAX_WORKGROUP_BYTES
+        };
+        let (fragments, pad) = shapes.into_iter().find(fits).unwrap_or((1, 0));
+        (fragments, fragments * matrices * 16 + pad)
+    }
+
+    /// Words of a weight octet in registers.
+    fn staged(&self) -> &'static [&'static str] {
+        match (self.wide, self.dtype) {
+            (true, Dtype::Bf16) => &["vec4<u32>"],
+            (true, Dtype::F32) => &["vec4<u32>", "vec4<u32>"],
+            _ => &["vec4<f16>", "vec4<f16>"],
+        }
+    }
+
+    /// Elements of a weight binding that one octet takes.
+    fn octet_elements(&self) -> u32 {
+        self.staged().len() as u32
+    }
+
+    fn all(&mut self) {
+        let tile = self.tile;
+        self.line("enable f16;\nenable wgpu_cooperative_matrix;");
+        self.line(format!("const TILE_ROWS: u32 = {}u;\nconst TILE_COLS: u32 = {}u;", tile.rows, tile.cols));
+        self.line(self.operation.text);
+        self.bindings();
+        if let Weights::Slabs(_) = self.operation.weights {
+            self.line(include_str!("../../../shaders/shared/expert_tile.wgsl"));
+            if self.operation.matrices() == 2 {
+                self.line(include_str!("../../../shaders/shared/expert_activation.wgsl"));
+            }
+            self.line("var<workgroup> tile: RowTile;");
+        }
+        let buffers = tile.buffers;
+        let (x_len, w_len) = (buffers * self.x_tile_len(), buffers * self.w_tile_len());
+        self.line(format!("var<workgroup> x_tile: array<vec4<f16>, {x_len}>;"));
+        self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {w_len}>;"));
+        let sums = tile.subgroups() * 16 * self.sums_shape().1;
+        self.line(format!("var<workgroup> sums: array<f32, {sums}>;"));
+        self.line(format!(
+            "@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) workgroup: vec3<u32>, \
+             @builtin(local_invocation_index) lane: u32) {{",
+            self.lanes()
+        ));
+        self.rows_of_tile();
+        self.start_of_octets();
+        self.main_loop();
+        self.finish();
+        self.line("}");
+    }
+
+    fn bindings(&mut self) {
+        let element = match (self.wide, self.dtype) {
+            (true, Dtype::F16) => "vec4<f16>",
+            (true, _) => "vec4<u32>",
+            (false, _) => "u32",
+        };
+        match self.operation.weights {
+            Weights::Whole(binding) => {
+                self.line(format!("@group(0) @binding({binding}) var<storage, read> w: array<{element}>;"));
+                if !self.wide {
+                    self.line(slabs::element_quad("w").replace("params.k_stride", "1u"));
+                    self.line("fn w_words(slab: u32, i: u32, j: u32) -> vec2<u32> { return vec2(w[i], w[j]); }");
+                }
+            }
+            Weights::Slabs(matrices) => {
+                for (name, first) in matrices {
+                    if !self.wide {
+                        self.line(slabs::accessor(name, *first, self.dtype));
+                        continue;
+                    }
+                    for slab in 0..N_SLABS {
+                        let binding = first + slab;
+                        self.line(format!(
+                            "@group(0) @binding({binding}) var<storage, read> {name}_slab_{slab}: array<{element}>;"
+                        ));
+                    }
+                }
+            }
+        }
+        if !self.wide {
+            self.line(match self.dtype {
+                Dtype::Bf16 => include_str!("../../../shaders/shared/weight_bf16.wgsl"),
+                Dtype::F16 => include_str!("../../../shaders/shared/weight_f16.wgsl"),
+                Dtype::F32 => include_str!("../../../shaders/shared/weight_f32.wgsl"),
+                Dtype::Mxfp4 => include_str!("../../../shaders/shared/weight_mxfp4.wgsl"),
+            });
+        }
+        if self.wide && self.dtype == Dtype::Bf16 {
+            self.line(
+                "fn halves(a: u32, b: u32) -> vec4<f16> {\n    return vec4<f16>(bitcast<vec4<f32>>(vec4(a << 16u, a & \
+                 0xffff0000u, b << 16u, b & 0xffff0000u)));\n}",
+            );
+        }
+    }
+
+    /// `first_row`, `end_row`, `first_col`, and the end of those without work.
+    fn rows_of_tile(&mut self) {
+        match self.operation.weights {
+            Weights::Whole(_) => {
+                self.line("let first_row = workgroup.x * TILE_ROWS;");
+                self.line("let end_row = min(first_row + TILE_ROWS, params.n_rows);");
+            }
+            Weights::Slabs(_) => {
+                self.line("if lane == 0u { tile = row_tile(workgroup.x); }\nworkgroupBarrier();");
+                self.line("let first_row = tile.first;\nlet end_row = tile.end;\nlet place = tile.place;");
+                self.line("if first_row >= end_row { return; }");
+            }
+        }
+        self.line("let first_col = workgroup.y * TILE_COLS;\nlet n_terms = terms();");
+        if self.wide {
+            self.line("let n_octets = n_terms / 8u;");
+        }
+    }
+
+    /// Where each lane's octets start: `a<i>` of x, `<matrix><i>` of weights. Rows and columns past the end repeat the last
+    /// one: what comes of them is not stored.
+    fn start_of_octets(&mut self) {
+        let (octets, lanes) = (self.row_octets(), self.lanes());
+        let row_of = match self.operation.weights {
+            Weights::Whole(_) => "row",
+            Weights::Slabs(_) => "x_row(row)",
+        };
+        for (i, _) in rounds(self.x_octets(), lanes) {
+            let item = format!("(lane + {}u)", i * lanes);
+            self.line(format!("var a{i} = 0u;\n{{ let row = min(first_row + {item} / {octets}u, end_row - 1u);"));
+            self.line(format!("a{i} = {row_of} * params.x_octets + {item} % {octets}u; }}"));
+            self.line(format!("var xl{i}: vec4<f16>; var xh{i}: vec4<f16>;"));
+        }
+        let names = self.matrix_names();
+        for name in &names {
+            for (i, _) in rounds(self.w_octets(), lanes) {
+                let item = format!("(lane + {}u)", i * lanes);
+                let column = format!("min(first_col + {item} / {octets}u, columns() - 1u)");
+                let first = if name == "up" { " + params.up_first" } else { "" };
+                let start = match (self.wide, &self.operation.weights) {
+                    (true, Weights::Whole(_)) => format!("{column} * (row_stride() / 8u)"),
+                    (true, Weights::Slabs(_)) => {
+                        let words = if self.dtype == Dtype::F32 { 8 } else { 4 };
+                        format!("place.y / {words}u + ({column} * row_stride(){first}) / 8u")
+                    }
+                    (false, _) => format!("{column} * row_stride(){first}"),
+                };
+                self.line(format!("let {name}{i} = {start};"));
+                for (part, kind) in self.staged().iter().enumerate() {
+                    self.line(format!("var {name}{i}_{part}: {kind};"));
+                }
+            }
+        }
+        self.line("let subgroup = lane / 32u;");
+        let across = self.tile.cols / self.tile.subgroup_cols;
+        let computing = self.tile.rows / self.tile.subgroup_rows * across;
+        self.line(format!("let place_of_subgroup = subgroup % {computing}u;"));
+        let (rows, cols) = (self.tile.subgroup_rows, self.tile.subgroup_cols);
+        self.line(format!("let own_row = place_of_subgroup / {across}u * {rows}u;"));
+        self.line(format!("let own_col = place_of_subgroup % {across}u * {cols}u;"));
+        let pitch = self.pitch();
+        self.line(format!("let x_from = own_row * {pitch}u;\nlet w_from = own_col * {pitch}u;"));
+    }
+
+    fn matrix_names(&self) -> Vec<String> {
+        match self.operation.weights {
+            Weights::Whole(_) => vec!["w".to_owned()],
+            Weights::Slabs(matrices) => matrices.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        }
+    }
+
+    /// Starts the loads of the step at term `k`.
+    fn load(&mut self, k: &str) {
+        let lanes = self.lanes();
+        let octets = self.row_octets();
+        for (i, partial) in rounds(self.x_octets(), lanes) {
+            let load = format!("xl{i} = x[2u * (a{i} + {k} / 8u)]; xh{i} = x[2u * (a{i} + {k} / 8u) + 1u];");
+            self.under(partial, i, self.x_octets(), &load);
+        }
+        // Of every matrix, the index of octet i, then its loads out of `from`.
+        for name in self.matrix_names() {
+            if !self.wide {
+                let place = match self.operation.weights {
+                    Weights::Whole(_) => "vec2(0u)",
+                    Weights::Slabs(_) => "place",
+                };
+                let step = match self.operation.weights {
+                    Weights::Whole(_) => "",
+                    Weights::Slabs(_) => " * params.k_stride",
+                };
+                for (i, partial) in rounds(self.w_octets(), lanes) {
+                    let mut text = format!("let k = {k} + (lane + {}u) % {octets}u * 8u;", i * lanes);
+                    let name = &name;
+                    for part in 0..2 {
+                        let at = 4 * part;
+                        let _ = write!(
+                            text,
+                            " {name}{i}_{part} = vec4<f16>(0.0); if k + {at}u < n_terms {{ {name}{i}_{part} = \
+                             vec4<f16>({name}_quad({place}, {name}{i} + (k + {at}u){step}, n_terms - k - {at}u)); }}"
+                        );
+                    }
+                    self.under_block(partial, i, self.w_octets(), &text);
+                }
+                continue;
+            }
+            let per = self.octet_elements();
+            for (i, _) in rounds(self.w_octets(), lanes) {
+                let own = format!("{k} / 8u + (lane + {}u) % {octets}u", i * lanes);
+                let octet = if self.tail { format!("min({own}, n_octets - 1u)") } else { own };
+                self.line(format!("let {name}_at{i} = ({name}{i} + {octet}) * {per}u;"));
+            }
+            match self.operation.weights {
+                Weights::Whole(_) => self.loads_from(&name, "w"),
+                Weights::Slabs(_) => {
+                    self.line("switch place.x {");
+                    for slab in 0..N_SLABS {
+                        // The last one is the default, for a switch needs one.
+                        let label = if slab + 1 == N_SLABS { "default".to_owned() } else { format!("case {slab}u") };
+                        self.line(format!("{label}: {{"));
+                        self.loads_from(&name, &format!("{name}_slab_{slab}"));
+                        self.line("}");
+                    }
+                    self.line("}");
+                }
+            }
+        }
+    }
+
+    fn loads_from(&mut self, name: &str, from: &str) {
+        for (i, partial) in rounds(self.w_octets(), self.lanes()) {
+            let parts = 0..self.octet_elements();
+            let load: String =
+                parts.map(|part| format!("{name}{i}_{part} = {from}[{name}_at{i} + {part}u]; ")).collect();
+            self.under(partial, i, self.w_octets(), &load);
+        }
+    }
+
+    /// `text`, for the lanes that have an item in round `i`.
+    fn under(&mut self, partial: bool, i: u32, items: u32, text: &str) {
+        match partial {
+            true => self.line(format!("if lane + {}u < {items}u {{ {text} }}", i * self.lanes())),
+            false => self.line(text),
+        }
+    }
+
+    fn under_block(&mut self, partial: bool, i: u32, items: u32, text: &str) {
+        self.under(partial, i, items, &format!("{{ {text} }}"));
+    }
+
+    /// Lays the loaded step, at term `k`, into tile `buffer` (an expression, 0 or 1).
+    fn store(&mut self, k: &str, buffer: Option<&str>) {
+        let (octets, pitch, lanes) = (self.row_octets(), self.pitch(), self.lanes());
+        let offset = |len: u32| buffer.map_or(String::new(), |b| format!(" + {b} * {len}u"));
+        for (i, partial) in rounds(self.x_octets(), lanes) {
+            let item = format!("(lane + {}u)", i * lanes);
+            let at = format!("{item} / {octets}u * {pitch}u + {item} % {octets}u * 2u{}", offset(self.x_tile_len()));
+            let text = format!("{{ let at = {at}; x_tile[at] = xl{i}; x_tile[at + 1u] = xh{i}; }}");
+            self.under(partial, i, self.x_octets(), &text);
+        }
+        for (m, name) in self.matrix_names().iter().enumerate() {
+            let first = m as u32 * self.tile.cols * pitch;
+            for (i, partial) in rounds(self.w_octets(), lanes) {
+                let item = format!("(lane + {}u)", i * lanes);
+                let at = format!(
+                    "{first}u + {item} / {octets}u * {pitch}u + {item} % {octets}u * 2u{}",
+                    offset(self.w_tile_len())
+                );
+                let (low, high) = match (self.wide, self.dtype) {
+                    (true, Dtype::Bf16) => (
+                        format!("halves({name}{i}_0.x, {name}{i}_0.y)"),
+                        format!("halves({name}{i}_0.z, {name}{i}_0.w)"),
+                    ),
+                    (true, Dtype::F32) => (
+                        format!("vec4<f16>(bitcast<vec4<f32>>({name}{i}_0))"),
+                        format!("vec4<f16>(bitcast<vec4<f32>>({name}{i}_1))"),
+                    ),
+                    _ => (format!("{name}{i}_0"), format!("{name}{i}_1")),
+                };
+                let (low, high) = if self.wide && self.tail {
+                    let there = format!("{k} / 8u + {item} % {octets}u < n_octets");
+                    let or_zero = |v: String| format!("select(vec4<f16>(0.0), {v}, {there})");
+                    (or_zero(low), or_zero(high))
+                } else {
+                    (low, high)
+                };
+                let text = format!("{{ let at = {at}; w_tile[at] = {low}; w_tile[at + 1u] = {high}; }}");
+                self.under(partial, i, self.w_octets(), &text);
+            }
+        }
+    }
+
+    /// (matrix, row fragment, column fragment) of every accumulator of a subgroup.
+    fn accumulators(&self) -> Vec<(usize, u32, u32)> {
+        let (rows, cols) = (self.tile.subgroup_rows / 16, self.tile.subgroup_cols / 16);
+        (0..self.operation.matrices())
+            .flat_map(|m| (0..rows).flat_map(move |r| (0..cols).map(move |c| (m, r, c))))
+            .collect()
+    }
+
+    /// Multiplies what lies in tile `buffer`.
+    fn multiply(&mut self, buffer: Option<&str>) {
+        let pitch = self.pitch();
+        let (rows, cols) = (self.tile.subgroup_rows / 16, self.tile.subgroup_cols / 16);
+        let (x_len, w_len) = (self.x_tile_len(), self.w_tile_len());
+        let offset = |len: u32| buffer.map_or(String::new(), |b| format!(" + {b} * {len}u"));
+        for step in 0..self.tile.depth / 16 {
+            self.line("{");
+            for r in 0..rows {
+                let at = r * 16 * pitch + step * 4;
+                let base = offset(x_len);
+                self.line(format!(
+                    "let fx{r} = coopLoadT<coop_mat16x16<f16, A>>(&x_tile[x_from + {at}u{base}], {pitch}u);"
+                ));
+            }
+            for m in 0..self.operation.matrices() {
+                for c in 0..cols {
+                    let at = (m as u32 * self.tile.cols + c * 16) * pitch + step * 4;
+                    let base = offset(w_len);
+                    self.line(format!(
+                        "let fw{m}_{c} = coopLoad<coop_mat16x16<f16, B>>(&w_tile[w_from + {at}u{base}], {pitch}u);"
+                    ));
+                    for r in 0..rows {
+                        self.line(format!("acc{m}_{r}_{c} = coopMultiplyAdd(fx{r}, fw{m}_{c}, acc{m}_{r}_{c});"));
+                    }
+                }
+            }
+            self.line("}");
+        }
+    }
+
+    fn main_loop(&mut self) {
+        let depth = self.tile.depth;
+        for (m, r, c) in self.accumulators() {
+            self.line(format!("var acc{m}_{r}_{c} = coop_mat16x16<f32, C>();"));
+        }
+        match (self.tile.buffers, self.tile.prefetch) {
+            (1, false) => {
+                self.line(format!("for (var k0 = 0u; k0 < n_terms; k0 += {depth}u) {{"));
+                self.load("k0");
+                self.store("k0", None);
+                self.line("workgroupBarrier();");
+                self.multiply(None);
+                self.line("workgroupBarrier();\n}");
+            }
+            (1, true) => {
+                self.line("{");
+                self.load("0u");
+                self.line(format!("}}\nfor (var k0 = 0u; k0 < n_terms; k0 += {depth}u) {{"));
+                self.store("k0", None);
+                self.line(format!("workgroupBarrier();\nlet k1 = k0 + {depth}u;\nif k1 < n_terms {{"));
+                self.load("k1");
+                self.line("}");
+                self.multiply(None);
+                self.line("workgroupBarrier();\n}");
+            }
+            _ => {
+                self.line("{");
+                self.load("0u");
+                self.line("}");
+                self.store("0u", Some("0u"));
+                self.line(format!(
+                    "workgroupBarrier();\nvar now = 0u;\nfor (var k0 = 0u; k0 < n_terms; k0 += {depth}u) {{"
+                ));
+                self.line(format!("let k1 = k0 + {depth}u;\nif k1 < n_terms {{"));
+                self.load("k1");
+                self.line("}");
+                self.multiply(Some("now"));
+                self.line("now = 1u - now;");
+                self.store("k1", Some("now"));
+                self.line("workgroupBarrier();\n}");
+            }
+        }
+    }
+
+    /// Sums to workgroup memory, 16 rows and a few fragments at a time, and from there to `finish`.
+    fn finish(&mut self) {
+        let (fragments, pitch) = self.sums_shape();
+        let width = fragments * 16;
+        let matrices = self.operation.matrices();
+        let computing = self.tile.rows / self.tile.subgroup_rows * (self.tile.cols / self.tile.subgroup_cols);
+        self.line(format!("let out = subgroup * {}u;", 16 * pitch));
+        for r in 0..self.tile.subgroup_rows / 16 {
+            for first in (0..self.tile.subgroup_cols / 16).step_by(fragments as usize) {
+                for m in 0..matrices {
+                    for c in 0..fragments {
+                        let at = (m as u32 * fragments + c) * 16;
+                        self.line(format!("coopStoreT(acc{m}_{r}_{}, &sums[out + {at}u], {pitch}u);", first + c));
+                    }
+                }
+                self.line("workgroupBarrier();");
+                // Subgroups that only load repeat others' products, and keep them to themselves.
+                let own = if self.tile.subgroups() > computing {
+                    format!("subgroup < {computing}u && ")
+                } else {
+                    String::new()
+                };
+                self.line(format!("for (var i = lane % 32u; i < {}u; i += 32u) {{", 16 * width));
+                self.line(format!("let row = first_row + own_row + {}u + i / {width}u;", r * 16));
+                self.line(format!("let column = first_col + own_col + {}u + i % {width}u;", first * 16));
+                self.line(format!("let at = out + i / {width}u * {pitch}u + i % {width}u;"));
+                let values: Vec<String> = (0..matrices).map(|m| format!("sums[at + {}u]", m as u32 * width)).collect();
+                self.line(format!(
+                    "if {own}row < end_row && column < columns() {{ finish(row, column, {}); }}\n}}",
+                    values.join(", ")
+                ));
+                self.line("workgroupBarrier();");
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Rows as f16 with a power of two each: what the kernels on cooperative matrices read.
+
+use crate::checkpoint::Dtype;
+use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Slice, Variant, params};
+
+params! {
+    /// Immediates of `shaders/half_rows.wgsl`.
+    pub struct Params {
+        /// T
+        pub n_rows: u32,
+        /// Columns that are read.
+        pub n_in: u32,
+        /// Columns of a row of f16: [`padded`] of `n_in`.
+        pub n_padded: u32,
+        /// Elements from one row of x to the next.
+        pub x_stride: u32,
+        /// Column of x that becomes column 0.
+        pub x_offset: u32,
+    }
+}
+
+/// Columns of a row of f16 with `n_in` that count. The rest is 0, as far as the deepest step along a sum reaches.
+pub const fn padded(n_in: u32) -> u32 {
+    n_in.next_multiple_of(256)
+}
+
+impl Params {
+    /// All of rows `[T, n_in]`.
+    pub fn dense(n_rows: u32, n_in: u32) -> Self {
+        Self { n_rows, n_in, n_padded: padded(n_in), x_stride: n_in, x_offset: 0 }
+    }
+}
+
+pub static HALF_ROWS: Kernel = Kernel {
+    name: "half_rows",
+    parts: &[
+        Part::Text(include_str!("../../shaders/shared/f16.wgsl")),
+        Part::Text(include_str!("../../shaders/half_rows.wgsl")),
+    ],
+    bindings: &[Read, ReadWrite, ReadWrite],
+    param_bytes: size_of::<Params>(),
+    params: Params::FIELDS,
+    tunables: &[],
+};
+
+/// Rows of f16, `[T, n_padded]`, and the power of two that each is to be multiplied by, `[T]`.
+#[derive(Clone, Copy)]
+pub struct HalfRows<'a> {
+    pub rows: Slice<'a>,
+    pub scales: Slice<'a>,
+}
+
+/// `halves[t, k] = x[t, x_offset + k] / scales[t]`; see [`reference`](crate::reference::half_rows).
+pub fn record(recorder: &mut Recorder<'_>, params: Params, x: Slice<'_>, halves: HalfRows<'_>) -> Result<(), GpuError> {
+    let workgroups = [params.n_rows.min(recorder.max_workgroups()), 1, 1];
+    recorder.dispatch(&HALF_ROWS, &Variant::new(Dtype::F32), &params, &[x, halves.rows, halves.scales], workgroups)
+}

@@ -1,0 +1,124 @@
+//! What may be the best tile, and which one is.
+
+use super::measure::{Dense, ExpertShape, Experts, MeasureError, Reading};
+use super::{NARROW, Operation, ROW_CLASSES, Tiles};
+use crate::checkpoint::Dtype;
+use crate::gpu::Pipelines;
+use crate::kernels::cooperative::Tile;
+
+/// A candidate and what it took.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Tried {
+    pub operation: Operation,
+    pub rows: u32,
+    pub tile: Tile,
+    /// None: it did not compile, or its answer was wrong.
+    pub seconds: Option<f64>,
+}
+
+/// Tiles with a chance, for products of one or of two matrices, with up to about `rows` rows.
+fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
+    let t = Tile::new;
+    match (operation, rows) {
+        (Operation::GateUp, 0..=16) => {
+            vec![t(16, 32, 64, 16, 16), t(16, 32, 128, 16, 16), t(16, 64, 32, 16, 16), t(16, 64, 64, 16, 16)]
+        }
+        (Operation::GateUp, 17..=32) => {
+            vec![t(32, 32, 64, 16, 16), t(32, 32, 128, 16, 16), t(32, 64, 32, 32, 16), t(32, 64, 64, 32, 16)]
+        }
+        (Operation::GateUp, 33..=64) => {
+            vec![t(64, 32, 64, 32, 16), t(64, 64, 32, 64, 16), t(64, 64, 32, 32, 32), t(64, 64, 64, 32, 32)]
+        }
+        (Operation::GateUp, _) => vec![
+            t(64, 64, 32, 32, 32),
+            t(128, 64, 32, 64, 32),
+            Tile { prefetch: false, ..t(128, 64, 32, 64, 32) },
+            t(128, 64, 64, 64, 32),
+            t(128, 128, 32, 64, 32),
+        ],
+        (_, 0..=16) => vec![
+            t(16, 16, 256, 16, 16),
+            t(16, 32, 128, 16, 16),
+            t(16, 32, 256, 16, 16),
+            t(16, 64, 64, 16, 16),
+            t(16, 64, 128, 16, 16),
+        ],
+        (_, 17..=32) => {
+            vec![t(32, 32, 128, 16, 16), t(32, 64, 64, 32, 16), t(32, 64, 128, 32, 16), t(32, 128, 64, 32, 32)]
+        }
+        (_, 33..=64) => vec![
+            t(64, 32, 128, 32, 16),
+            t(64, 64, 64, 32, 32),
+            t(64, 64, 32, 32, 32),
+            t(64, 128, 32, 64, 32),
+            t(64, 128, 64, 64, 32),
+        ],
+        (_, _) => vec![
+            t(64, 64, 64, 32, 32),
+            t(64, 128, 32, 64, 32),
+            t(128, 64, 32, 64, 32),
+            t(128, 128, 32, 64, 64),
+            Tile { prefetch: false, ..t(128, 128, 32, 64, 64) },
+            t(128, 128, 32, 64, 32),
+            t(128, 128, 64, 64, 64),
+            t(256, 128, 32, 64, 64),
+        ],
+    }
+}
+
+/// Tries every candidate on weights of bf16, at each class of rows, and returns the best ones and all that was tried. `progress` sees each.
+pub fn tune(
+    pipelines: &Pipelines,
+    shape: ExpertShape,
+    loads: &[f64],
+    progress: &mut dyn FnMut(&Tried),
+) -> Result<(Tiles, Vec<Tried>), MeasureError> {
+    let mut tiles = Tiles::default();
+    let mut tried = Vec::new();
+    let mut best_of = |operation: Operation,
+                       rows: u32,
+                       measure: &mut dyn FnMut(Tile) -> Result<Reading, MeasureError>|
+     -> Result<(), MeasureError> {
+        let mut best: Option<(f64, Tile)> = None;
+        for tile in candidates(operation, rows) {
+            let seconds = match measure(tile) {
+                Ok(reading) => Some(reading.seconds),
+                Err(error) => {
+                    // A lost device would fail them all.
+                    pipelines.gpu().check()?;
+                    tracing::warn!(%error, "a candidate is left out");
+                    None
+                }
+            };
+            let one = Tried { operation, rows, tile, seconds };
+            progress(&one);
+            tried.push(one);
+            best = match (best, seconds) {
+                (Some((least, _)), Some(seconds)) if seconds < least => Some((seconds, tile)),
+                (None, Some(seconds)) => Some((seconds, tile)),
+                (best, _) => best,
+            };
+        }
+        if let Some((_, tile)) = best {
+            tiles.set(operation, rows, tile);
+        }
+        Ok(())
+    };
+    let classes = ROW_CLASSES.into_iter().chain([4 * ROW_CLASSES[ROW_CLASSES.len() - 1]]);
+    let most = 4 * ROW_CLASSES[ROW_CLASSES.len() - 1] as usize;
+    for (operation, n_out) in [(Operation::Matmul, 2 * NARROW as usize), (Operation::NarrowMatmul, NARROW as usize / 3)]
+    {
+        let dense = Dense::new(pipelines, (n_out, shape.d_model), Dtype::Bf16, most, 256 << 20)?;
+        for rows in classes.clone() {
+            best_of(operation, rows, &mut |tile| dense.measure(Some(tile), rows as usize))?;
+        }
+    }
+    let per_expert = |rows: u32| rows as usize * shape.experts / shape.chosen;
+    let experts = Experts::new(pipelines, shape, Dtype::Bf16, per_expert(most as u32))?;
+    for rows in classes {
+        let routing = experts.route(per_expert(rows), loads)?;
+        best_of(Operation::GateUp, rows, &mut |tile| experts.measure_gate_up(Some(tile), per_expert(rows), &routing))?;
+        best_of(Operation::Down, rows, &mut |tile| experts.measure_down(Some(tile), per_expert(rows), &routing))?;
+    }
+    Ok((tiles, tried))
+}
