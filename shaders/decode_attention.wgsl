@@ -5,14 +5,14 @@
 // Lanes next to each other take 8 elements next to each other, 16 bytes, so that whole rows of K and V are loaded at once.
 // Reference: src/reference/decode_attention.rs      Needs: shared/kv_octets (load_octet, bindings 3 and 4)
 struct Params {
-    n_parts: u32, q_heads: u32, kv_heads: u32, head_width: u32, q_stride: u32, window: u32, scale: f32, has_sinks: u32,
+    n_parts: u32, first_part: u32, q_heads: u32, kv_heads: u32, head_width: u32, q_stride: u32, window: u32, scale: f32,
 }
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       qkv: array<f32>;          // [T, q_stride], each row's H query heads of K first
 @group(0) @binding(1) var<storage, read>       parts: array<vec4<u32>>;  // row t, position, first entry of block_table, number of the part
 @group(0) @binding(2) var<storage, read>       block_table: array<u32>;  // block of context tokens 32 i .. 32 i + 32
-@group(0) @binding(5) var<storage, read_write> states: array<vec2<f32>>; // [parts, H] greatest score, sum of weights
-@group(0) @binding(6) var<storage, read_write> sums: array<f32>;         // [parts, H, K] of weight * V
+@group(0) @binding(5) var<storage, read_write> states: array<vec2<f32>>; // [n_parts, H] greatest score, sum of weights
+@group(0) @binding(6) var<storage, read_write> sums: array<f32>;         // [n_parts, H, K] of weight * V
 
 const BLOCK_TOKENS: u32 = 32u;
 const SPLIT_TOKENS: u32 = 256u;
@@ -65,7 +65,7 @@ fn add_values(values: ptr<function, array<vec4<f32>, 8>>, weight: vec4<f32>, oct
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let part = parts[workgroup.x];
+    let part = parts[params.first_part + workgroup.x];
     let width = params.head_width;
     let octets = (width + 7u) / 8u;
     let group = params.q_heads / params.kv_heads;

@@ -1,6 +1,6 @@
 // The parts of each decode row's attention put together, in ascending order.   One workgroup per row and head.
 // Reference: src/reference/decode_combine.rs
-struct Params { n_rows: u32, q_heads: u32, head_width: u32, has_sinks: u32 }
+struct Params { n_rows: u32, first_row: u32, q_heads: u32, head_width: u32, has_sinks: u32 }
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       rows: array<vec4<u32>>;   // row t, its first part, number of its parts, unused
 @group(0) @binding(1) var<storage, read>       states: array<vec2<f32>>; // [parts, H] greatest score, sum of weights
@@ -12,7 +12,7 @@ const WG_SIZE: u32 = 64u;
 
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let row = rows[workgroup.x];
+    let row = rows[params.first_row + workgroup.x];
     let head = workgroup.y;
     // Every lane does the few parts' states for itself.
     var greatest = states[row.y * params.q_heads + head].x;

@@ -9,8 +9,18 @@ var<immediate> params: Params;
 @group(0) @binding(2) var<storage, read_write> permutation: array<u32>; // [T * A] assignment of each sorted position
 
 const WG_SIZE: u32 = 256u;
+const NOBODY: u32 = 0xffffffffu;
 var<workgroup> before: array<u32, WG_SIZE>; // assignments of the experts before this one, in the lanes up to this one
 var<workgroup> own: array<u32, WG_SIZE>;    // and of this one
+
+// Four ids whose loads are under way together; nobody's from `end` on.
+fn id_quad(a: u32, end: u32) -> vec4<u32> {
+    var quad = vec4(ids[a], NOBODY, NOBODY, NOBODY);
+    if a + 1u < end { quad.y = ids[a + 1u]; }
+    if a + 2u < end { quad.z = ids[a + 2u]; }
+    if a + 3u < end { quad.w = ids[a + 3u]; }
+    return quad;
+}
 
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -20,10 +30,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let end = min(first + n_each, params.n_assignments);
     var n_before = 0u;
     var n_own = 0u;
-    for (var a = first; a < end; a++) {
-        let id = ids[a];
-        n_before += u32(id < expert);
-        n_own += u32(id == expert);
+    for (var a = first; a < end; a += 4u) {
+        let quad = id_quad(a, end);
+        let less = vec4<u32>(quad < vec4(expert));
+        let same = vec4<u32>(quad == vec4(expert));
+        n_before += less.x + less.y + less.z + less.w;
+        n_own += same.x + same.y + same.z + same.w;
     }
     before[lane] = n_before;
     own[lane] = n_own;
@@ -42,10 +54,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         if expert + 1u == params.n_experts { offsets[params.n_experts] = start + own[WG_SIZE - 1u]; }
     }
     var next = start + own[lane] - n_own;
-    for (var a = first; a < end; a++) {
-        if ids[a] == expert {
-            permutation[next] = a;
-            next++;
-        }
+    for (var a = first; a < end; a += 4u) {
+        let same = id_quad(a, end) == vec4(expert);
+        if same.x { permutation[next] = a; next++; }
+        if same.y { permutation[next] = a + 1u; next++; }
+        if same.z { permutation[next] = a + 2u; next++; }
+        if same.w { permutation[next] = a + 3u; next++; }
     }
 }

@@ -1,12 +1,13 @@
 // Causal attention of prompt rows over their paged context.   One workgroup per KV head and tile; a tile is some consecutive tokens of
-// one sequence, with all query heads of the KV head: row m of it is token m / group, head m % group. Its rows share every load of K and V.
+// one sequence, with the query heads of the KV head (with some of them, where they are more than TILE_ROWS): row m of it is token
+// m / heads, head m % heads. Its rows share every load of K and V.
 // Softmax runs online over the blocks of the context in ascending order, each score is one chain over the head's elements and each sum
 // one chain over tokens: a row's result depends on its position, its window and its context alone, so no cut of a prompt and no other
 // row changes a bit of it. K and V are read as the cache stores them, the row's own chunk included.
 // lavapipe 22.3 ends an invocation after 65,535 loop iterations: about 12,000 tokens of context at head width 128.
 // Reference: src/reference/prompt_attention.rs      Needs: shared/kv_words (load_kv)
 struct Params {
-    n_rows: u32, q_heads: u32, kv_heads: u32, head_width: u32, q_stride: u32, window: u32, scale: f32, has_sinks: u32,
+    n_tiles: u32, q_heads: u32, kv_heads: u32, head_width: u32, q_stride: u32, window: u32, scale: f32, has_sinks: u32,
 }
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       qkv: array<f32>;         // [T, q_stride], each row's H query heads of K first
@@ -49,20 +50,27 @@ fn add_value_to(sums: ptr<function, array<vec4<f32>, 16>>, i: u32, weight: vec4<
 }
 
 @compute @workgroup_size(LANES)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
     let width = params.head_width;
     let words = width / 2u;
     let group = params.q_heads / params.kv_heads;
     let kv_head = workgroup.x;
     let tile = tiles[workgroup.y];
-    let n_rows = tile.w * group;
+    let heads_each = (group + workgroups.z - 1u) / workgroups.z;
+    let first_head = kv_head * group + workgroup.z * heads_each;
+    let heads = min(heads_each, group - workgroup.z * heads_each);
+    let n_rows = tile.w * heads;
     // A lane owns four rows: of two tokens' scores, then of some columns' sums.
     let row_quad = lane % ROW_QUADS;
     let column_group = lane / ROW_QUADS;
     let rows = vec4(4u * row_quad) + vec4(0u, 1u, 2u, 3u);
     let there = rows < vec4(n_rows);
     // A row sees tokens begin .. end of its sequence, the tile as a whole first .. last. Rows beyond the tile's last see nothing.
-    let ends = vec4(tile.y + 1u) + rows / group;
+    let ends = vec4(tile.y + 1u) + rows / heads;
     let end = select(vec4(0u), ends, there);
     let windowed = vec4(params.window != 0u) & (ends > vec4(params.window));
     let begin = select(vec4(0u), ends - params.window, windowed);
@@ -100,8 +108,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 for (var r = 0u; r < 4u; r++) {
                     let row = 4u * quad + r;
                     if row < n_rows {
-                        q[r] = qkv[(tile.x + row / group) * params.q_stride + (kv_head * group + row % group) * width
-                                   + 2u * first_word + j];
+                        let at = (tile.x + row / heads) * params.q_stride + (first_head + row % heads) * width;
+                        q[r] = qkv[at + 2u * first_word + j];
                     }
                 }
                 query_tile[j * QUERY_PITCH + quad] = q;
@@ -184,11 +192,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var r = 0u; r < 4u; r++) {
         let row = rows[r];
         if row >= n_rows { continue; }
-        let head = kv_head * group + row % group;
+        let head = first_head + row % heads;
         var whole = total[r];
         // As if one more token had the sink for a score, and zeros for a value.
         if params.has_sinks != 0u { whole += exp(sinks[head] - greatest[r]); }
-        let at = ((tile.x + row / group) * params.q_heads + head) * width;
+        let at = ((tile.x + row / heads) * params.q_heads + head) * width;
         for (var i = 0u; i < 8u; i++) {
             let word = column_group + 16u * i;
             if word < words {

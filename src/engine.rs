@@ -336,6 +336,7 @@ impl Opened {
             head_rows: policy.head_rows,
             rows: policy.rows,
             precision: policy.precision,
+            gpu_decode: policy.attention == AttentionPlace::Gpu,
         };
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();

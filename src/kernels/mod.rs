@@ -11,6 +11,7 @@ pub mod add_bias;
 pub mod cooperative;
 pub mod copy_rows;
 pub mod decode_attention;
+pub mod decode_combine;
 pub mod embed;
 pub mod expert_combine;
 pub mod expert_down;
@@ -23,7 +24,6 @@ pub mod matmul;
 pub mod paged_attention;
 pub mod probes;
 pub mod prompt_attention;
-pub mod prompt_attention_coop;
 pub mod qk_norm;
 pub mod rms_norm;
 pub mod rotary;
@@ -43,6 +43,7 @@ pub static ALL: &[&Kernel] = &[
     &add_bias::ADD_BIAS,
     &copy_rows::COPY_ROWS,
     &decode_attention::DECODE_ATTENTION,
+    &decode_combine::DECODE_COMBINE,
     &embed::EMBED,
     &expert_combine::EXPERT_COMBINE,
     &expert_down::EXPERT_DOWN,

@@ -400,7 +400,9 @@ fn fit_with_pool(
         head_rows,
         rows,
         precision,
+        gpu_decode: attention == AttentionPlace::Gpu,
     };
+    let [attention_lists, attention_scratch] = extents.attention_bytes(shape);
     let group_rows = extents.group_rows();
     let assignments = group_rows * shape.experts_per_token;
     let per_group = 2 * words(group_rows * shape.d_model) // residual, normed
@@ -408,12 +410,13 @@ fn fit_with_pool(
         + words(shape.experts + 1)
         + words(assignments * shape.d_model); // expert outputs
     let per_micro_batch = words(rows_per_micro_batch) * 4 // ids, positions, KV slots, sampled rows
-        + 2 * words(4 * rows_per_micro_batch) // attended rows, decode and prompt
+        + attention_lists
         + words(workspace_blocks)
         + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
         + words(4 * shape.experts)
+        + attention_scratch
         + HalfExtents::of(shape, precision).bytes(&extents);
     let kv_workspace = (workspaces * workspace_blocks) as u64 * layer_block_bytes;
     let mut memory = MemoryUse {

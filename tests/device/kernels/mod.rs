@@ -5,6 +5,7 @@ mod add_bias;
 mod attention;
 mod copy_rows;
 mod decode_attention;
+mod decode_combine;
 mod embed;
 mod expert_combine;
 mod expert_down;
@@ -28,6 +29,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(add_bias::trials());
     trials.extend(copy_rows::trials());
     trials.extend(decode_attention::trials());
+    trials.extend(decode_combine::trials());
     trials.extend(embed::trials());
     trials.extend(expert_combine::trials());
     trials.extend(expert_down::trials());

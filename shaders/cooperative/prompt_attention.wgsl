@@ -28,12 +28,14 @@ const QUADS: u32 = WIDTH / 4u;             // vec4 of a head
 const FRAGS: u32 = (WIDTH + 15u) / 16u;    // matrices across a head
 const KEY_FRAGS: u32 = KEYS / 16u;
 const KEY_QUADS: u32 = KEYS / 4u;
-const LOADS: u32 = (2u * KEYS * QUADS + LANES - 1u) / LANES;
+const UNITS: u32 = KEY_QUADS * QUADS;      // four tokens by four elements
+const LOADS: u32 = (UNITS + LANES - 1u) / LANES;
 // Two vec4 more than a row has: rows next to each other then meet different banks.
-const KV_PITCH: u32 = 4u * FRAGS + 2u;
-const SCORE_PITCH: u32 = KEY_QUADS + SCORE_PAD;
+const KEY_PITCH: u32 = 4u * FRAGS + 2u;
+const VALUE_PITCH: u32 = KEY_QUADS + 2u;
 const WEIGHT_PITCH: u32 = KEY_QUADS + 2u;
-// Queries come through the memory of K and V, Q_FRAGS matrices of each row at a time.
+const SCORE_PITCH: u32 = KEYS + 4u;
+// Queries come through the memory of K, Q_FRAGS matrices of each row at a time.
 const Q_FRAGS: u32 = FRAGS / Q_CHUNKS;
 const Q_PITCH: u32 = 4u * Q_FRAGS + 2u;
 // Below every score: the finite one, since an infinite one minus itself is no number.
@@ -44,8 +46,9 @@ const LOG2_E: f32 = 1.4426950408889634;
 const RESCALE: u32 = 1u;
 const NOT_FINITE: u32 = 2u;
 
-var<workgroup> kv_tile: array<vec4<f16>, max(2u * KEYS * KV_PITCH, ROWS * Q_PITCH)>; // KEYS rows of K, then KEYS of V
-var<workgroup> score_tile: array<vec4<f32>, ROWS * SCORE_PITCH>;
+var<workgroup> key_tile: array<vec4<f16>, max(KEYS * KEY_PITCH, ROWS * Q_PITCH)>; // [KEYS][K]
+var<workgroup> value_tile: array<vec4<f16>, 16u * FRAGS * VALUE_PITCH>;            // [K][KEYS]
+var<workgroup> score_tile: array<f32, ROWS * SCORE_PITCH>;
 var<workgroup> weight_tile: array<vec4<f16>, ROWS * WEIGHT_PITCH>;
 var<workgroup> totals: array<f32, LANES>;
 var<workgroup> mends: atomic<u32>; // what a step's sums need before they go on: RESCALE, NOT_FINITE
@@ -82,6 +85,11 @@ fn not_finite_terms(row: u32, column_quad: u32, first_block: u32, kv_head: u32, 
     return sum;
 }
 
+fn score_quad(row: u32, quad: u32) -> vec4<f32> {
+    let at = row * SCORE_PITCH + 4u * quad;
+    return vec4(score_tile[at], score_tile[at + 1u], score_tile[at + 2u], score_tile[at + 3u]);
+}
+
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let kv_head = workgroup.x;
@@ -115,7 +123,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 
     // Columns beyond the head's width stay zero.
     if WIDTH % 16u != 0u {
-        for (var i = lane; i < 2u * KEYS * KV_PITCH; i += LANES) { kv_tile[i] = vec4<f16>(); }
+        for (var i = lane; i < 16u * FRAGS * VALUE_PITCH; i += LANES) { value_tile[i] = vec4<f16>(); }
     }
     var query: array<coop_mat16x16<f16, A>, FRAGS>;
     for (var chunk = 0u; chunk < Q_CHUNKS; chunk++) { // unrolled
@@ -124,16 +132,16 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             let c = chunk * 4u * Q_FRAGS + 2u * i + side;
             var q = vec4<f16>();
             if there && c < QUADS { q = vec4<f16>(qkv[q_at + c] * shrink); }
-            kv_tile[row * Q_PITCH + 2u * i + side] = q;
+            key_tile[row * Q_PITCH + 2u * i + side] = q;
         }
         workgroupBarrier();
         for (var f = 0u; f < Q_FRAGS; f++) { // unrolled
-            query[chunk * Q_FRAGS + f] = coopLoadT<coop_mat16x16<f16, A>>(&kv_tile[first_of_subgroup * Q_PITCH + f * 4u], Q_PITCH);
+            query[chunk * Q_FRAGS + f] = coopLoadT<coop_mat16x16<f16, A>>(&key_tile[first_of_subgroup * Q_PITCH + f * 4u], Q_PITCH);
         } // f
     } // chunk
     if WIDTH % 16u != 0u {
         workgroupBarrier();
-        for (var i = lane; i < 2u * KEYS * KV_PITCH; i += LANES) { kv_tile[i] = vec4<f16>(); }
+        for (var i = lane; i < KEYS * KEY_PITCH; i += LANES) { key_tile[i] = vec4<f16>(); }
     }
     if lane == 0u { atomicStore(&mends, 0u); }
 
@@ -144,28 +152,41 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var reference = LOWEST;
     var total = vec4(0.0);
     let first_step = first / KEYS;
-    var staged: array<vec4<f16>, LOADS>;
+    var staged_keys: array<vec4<f16>, 4u * LOADS>;
+    var staged_values: array<vec4<f16>, 4u * LOADS>;
     if PREFETCH {
-        for (var i = 0u; i < LOADS; i++) { // unrolled
-            staged[i] = stage(tile.z, kv_head, first_step * KEYS, first, last, i * LANES + lane);
+        for (var i = 0u; i < 4u * LOADS; i++) { // unrolled
+            staged_keys[i] = stage_key(tile.z, kv_head, first_step * KEYS, first, last, i * LANES + lane);
+            staged_values[i] = stage_value(tile.z, kv_head, first_step * KEYS, first, last, i / 4u * LANES + lane, i % 4u);
         } // i
     }
     for (var step = first_step; step * KEYS < last; step++) {
         let first_token = step * KEYS;
         if !PREFETCH {
-            for (var i = 0u; i < LOADS; i++) { // unrolled
-                staged[i] = stage(tile.z, kv_head, first_token, first, last, i * LANES + lane);
+            for (var i = 0u; i < 4u * LOADS; i++) { // unrolled
+                staged_keys[i] = stage_key(tile.z, kv_head, first_token, first, last, i * LANES + lane);
+                staged_values[i] = stage_value(tile.z, kv_head, first_token, first, last, i / 4u * LANES + lane, i % 4u);
             } // i
         }
         workgroupBarrier();
+        for (var i = 0u; i < 4u * LOADS; i++) { // unrolled
+            put_key(i * LANES + lane, staged_keys[i]);
+        } // i
         for (var i = 0u; i < LOADS; i++) { // unrolled
-            put(i * LANES + lane, staged[i]);
+            put_values(
+                i * LANES + lane,
+                staged_values[4u * i],
+                staged_values[4u * i + 1u],
+                staged_values[4u * i + 2u],
+                staged_values[4u * i + 3u],
+            );
         } // i
         workgroupBarrier();
         if PREFETCH {
             // Beyond the last step no token is visible, and nothing is read.
-            for (var i = 0u; i < LOADS; i++) { // unrolled
-                staged[i] = stage(tile.z, kv_head, first_token + KEYS, first, last, i * LANES + lane);
+            for (var i = 0u; i < 4u * LOADS; i++) { // unrolled
+                staged_keys[i] = stage_key(tile.z, kv_head, first_token + KEYS, first, last, i * LANES + lane);
+                staged_values[i] = stage_value(tile.z, kv_head, first_token + KEYS, first, last, i / 4u * LANES + lane, i % 4u);
             } // i
         }
 
@@ -175,18 +196,18 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         } // n
         for (var f = 0u; f < FRAGS; f++) { // unrolled
             for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
-                scores[n] = coopMultiplyAdd(query[f], coopLoad<coop_mat16x16<f16, B>>(&kv_tile[n * 16u * KV_PITCH + f * 4u], KV_PITCH), scores[n]);
+                scores[n] = coopMultiplyAdd(query[f], coopLoad<coop_mat16x16<f16, B>>(&key_tile[n * 16u * KEY_PITCH + f * 4u], KEY_PITCH), scores[n]);
             } // n
         } // f
         for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
-            coopStoreT(scores[n], &score_tile[first_of_subgroup * SCORE_PITCH + n * 4u], SCORE_PITCH);
+            coopStoreT(scores[n], &score_tile[first_of_subgroup * SCORE_PITCH + n * 16u], SCORE_PITCH);
         } // n
         workgroupBarrier();
 
         // Both lanes of a row look at all its scores, and each makes every second vec4 of weights.
         var greatest = vec4(LOWEST);
         for (var c = 0u; c < KEY_QUADS; c++) { // unrolled
-            greatest = max(greatest, select(vec4(LOWEST), score_tile[row * SCORE_PITCH + c], visible(first_token + 4u * c, begin, end)));
+            greatest = max(greatest, select(vec4(LOWEST), score_quad(row, c), visible(first_token + 4u * c, begin, end)));
         } // c
         let passing = max(max(greatest.x, greatest.y), max(greatest.z, greatest.w)) * factor;
         var rescale = 1.0;
@@ -199,7 +220,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         total *= rescale;
         for (var i = 0u; i < KEY_QUADS / 2u; i++) { // unrolled
             let c_i = 2u * i + side;
-            let exps = exp2(fma(score_tile[row * SCORE_PITCH + c_i], vec4(factor), vec4(-reference)));
+            let exps = exp2(fma(score_quad(row, c_i), vec4(factor), vec4(-reference)));
             let weights = vec4<f16>(select(vec4(0.0), exps, visible(first_token + 4u * c_i, begin, end)));
             total += vec4<f32>(weights);
             weight_tile[row * WEIGHT_PITCH + c_i] = weights;
@@ -209,24 +230,28 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         if lane == 0u { atomicStore(&mends, 0u); }
         if mend != 0u {
             for (var f = 0u; f < FRAGS; f++) { // unrolled
-                coopStoreT(sums[f], &score_tile[first_of_subgroup * SCORE_PITCH + f % 2u * 4u], SCORE_PITCH);
+                coopStoreT(sums[f], &score_tile[first_of_subgroup * SCORE_PITCH + f % 2u * 16u], SCORE_PITCH);
                 workgroupBarrier();
                 for (var i = 0u; i < 2u; i++) {
                     let c = 2u * i + side;
-                    let at = row * SCORE_PITCH + f % 2u * 4u + c;
-                    score_tile[at] *= rescale;
+                    var sum = score_quad(row, f % 2u * 4u + c) * rescale;
                     if (mend & NOT_FINITE) != 0u {
-                        score_tile[at] += not_finite_terms(row, f * 4u + c, tile.z, kv_head, first_token, begin, end);
+                        sum += not_finite_terms(row, f * 4u + c, tile.z, kv_head, first_token, begin, end);
                     }
+                    let at = row * SCORE_PITCH + f % 2u * 16u + 4u * c;
+                    score_tile[at] = sum.x;
+                    score_tile[at + 1u] = sum.y;
+                    score_tile[at + 2u] = sum.z;
+                    score_tile[at + 3u] = sum.w;
                 }
                 workgroupBarrier();
-                sums[f] = coopLoadT<coop_mat16x16<f32, C>>(&score_tile[first_of_subgroup * SCORE_PITCH + f % 2u * 4u], SCORE_PITCH);
+                sums[f] = coopLoadT<coop_mat16x16<f32, C>>(&score_tile[first_of_subgroup * SCORE_PITCH + f % 2u * 16u], SCORE_PITCH);
             } // f
         }
         for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
             let weights = coopLoadT<coop_mat16x16<f16, A>>(&weight_tile[first_of_subgroup * WEIGHT_PITCH + n * 4u], WEIGHT_PITCH);
             for (var f = 0u; f < FRAGS; f++) { // unrolled
-                sums[f] = coopMultiplyAdd(weights, coopLoadT<coop_mat16x16<f16, B>>(&kv_tile[(KEYS + n * 16u) * KV_PITCH + f * 4u], KV_PITCH), sums[f]);
+                sums[f] = coopMultiplyAdd(weights, coopLoad<coop_mat16x16<f16, B>>(&value_tile[f * 16u * VALUE_PITCH + n * 4u], VALUE_PITCH), sums[f]);
             } // f
         } // n
     }
@@ -240,34 +265,51 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let out_at = ((tile.x + token_of_tile) * params.q_heads + head) * QUADS;
     for (var f = 0u; f < FRAGS; f++) { // unrolled
-        coopStoreT(sums[f], &score_tile[first_of_subgroup * SCORE_PITCH + f % 2u * 4u], SCORE_PITCH);
+        coopStoreT(sums[f], &score_tile[first_of_subgroup * SCORE_PITCH + f % 2u * 16u], SCORE_PITCH);
         workgroupBarrier();
         for (var i = 0u; i < 2u; i++) {
             let c = 2u * i + side;
             if there && f * 4u + c < QUADS {
-                out[out_at + f * 4u + c] = score_tile[row * SCORE_PITCH + f % 2u * 4u + c] / whole;
+                out[out_at + f * 4u + c] = score_quad(row, f % 2u * 4u + c) / whole;
             }
         }
     } // f
 }
 
-// Number `i` of the vec4 of K and V that a step needs: zeros where no row of the tile sees the token, which may hold anything.
-fn stage(first_block: u32, kv_head: u32, first_token: u32, first: u32, last: u32, i: u32) -> vec4<f16> {
-    let line = i / QUADS;
-    let token = first_token + line / (2u * BLOCK_TOKENS) * BLOCK_TOKENS + line % BLOCK_TOKENS;
-    if line >= 2u * KEYS || token < first || token >= last { return vec4<f16>(); }
-    return load_kv(keys_at(first_block, token / BLOCK_TOKENS, kv_head) + i % (2u * BLOCK_TOKENS * QUADS));
+// Number `i` of the vec4 of K that a step needs: zeros where no row of the tile sees the token, which may hold anything.
+fn stage_key(first_block: u32, kv_head: u32, first_token: u32, first: u32, last: u32, i: u32) -> vec4<f16> {
+    let token = first_token + i / QUADS;
+    if i >= KEYS * QUADS || token < first || token >= last { return vec4<f16>(); }
+    return load_kv(keys_at(first_block, token / BLOCK_TOKENS, kv_head) + token % BLOCK_TOKENS * QUADS + i % QUADS);
 }
 
-fn put(i: u32, staged: vec4<f16>) {
-    let line = i / QUADS;
-    if line >= 2u * KEYS { return; }
-    let is_value = line / BLOCK_TOKENS % 2u;
-    var v = staged;
-    if is_value == 1u && any(!is_finite(v)) == true {
-        v = select(vec4<f16>(), v, is_finite(v));
+fn put_key(i: u32, key: vec4<f16>) {
+    if i < KEYS * QUADS { key_tile[i / QUADS * KEY_PITCH + i % QUADS] = key; }
+}
+
+// The same of V, for one of the four tokens of unit `unit`, which is four tokens by four elements. Lanes next to each other take tokens
+// first, so that what they put into the tile meets different banks.
+fn stage_value(first_block: u32, kv_head: u32, first_token: u32, first: u32, last: u32, unit: u32, i: u32) -> vec4<f16> {
+    let token = first_token + unit % KEY_QUADS * 4u + i;
+    if unit >= UNITS || token < first || token >= last { return vec4<f16>(); }
+    let line = BLOCK_TOKENS + token % BLOCK_TOKENS;
+    return load_kv(keys_at(first_block, token / BLOCK_TOKENS, kv_head) + line * QUADS + unit / KEY_QUADS);
+}
+
+// V is turned on its way, so that both K and V are columns of the right-hand matrix.
+fn put_values(unit: u32, v0: vec4<f16>, v1: vec4<f16>, v2: vec4<f16>, v3: vec4<f16>) {
+    if unit >= UNITS { return; }
+    var v = array(v0, v1, v2, v3);
+    if !all(is_finite(v0) & is_finite(v1) & is_finite(v2) & is_finite(v3)) {
+        v[0] = select(vec4<f16>(), v0, is_finite(v0));
+        v[1] = select(vec4<f16>(), v1, is_finite(v1));
+        v[2] = select(vec4<f16>(), v2, is_finite(v2));
+        v[3] = select(vec4<f16>(), v3, is_finite(v3));
         atomicOr(&mends, NOT_FINITE);
     }
-    let to = is_value * KEYS + line / (2u * BLOCK_TOKENS) * BLOCK_TOKENS + line % BLOCK_TOKENS;
-    kv_tile[to * KV_PITCH + i % QUADS] = v;
+    let to = unit / KEY_QUADS * 4u * VALUE_PITCH + unit % KEY_QUADS;
+    value_tile[to] = vec4(v[0].x, v[1].x, v[2].x, v[3].x);
+    value_tile[to + VALUE_PITCH] = vec4(v[0].y, v[1].y, v[2].y, v[3].y);
+    value_tile[to + 2u * VALUE_PITCH] = vec4(v[0].z, v[1].z, v[2].z, v[3].z);
+    value_tile[to + 3u * VALUE_PITCH] = vec4(v[0].w, v[1].w, v[2].w, v[3].w);
 }
