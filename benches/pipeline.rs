@@ -19,7 +19,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("pipeline: no Vulkan adapter answers, nothing is measured");
         return Ok(());
     }
-    let sequences: Vec<WarmSequence> = (0..SEQUENCES).map(|age| WarmSequence { context: 20 + 8 * age }).collect();
+    let sequences: Vec<WarmSequence> =
+        (0..SEQUENCES).map(|age| WarmSequence { prompt: 20 + 4 * age, generated: 1 + 4 * age, left: 64 }).collect();
     let wishes = Wishes {
         resident_experts: Some(0),
         ring_experts: Some(16),
@@ -37,8 +38,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for kind in ScheduleKind::ALL {
         engine = engine.reopen(Wishes { schedule: Some(kind), ..wishes })?;
         let mut ends = Vec::new();
-        let (_, tokens) =
-            engine.run_warm(&sequences, WARM_UP + PASSES, &mut |_| ends.push(std::time::Instant::now()))?;
+        let (_, tokens) = engine.run_warm(&sequences, &mut std::iter::empty(), WARM_UP + PASSES, &mut |_| {
+            ends.push(std::time::Instant::now())
+        })?;
         let place = engine.plan().policy.attention.name();
         let same = by_attention.entry(place).or_insert_with(|| tokens.clone());
         assert_eq!(*same, tokens, "{kind} gives the tokens of the other schedules that attend on the {place}");

@@ -20,9 +20,15 @@ fn main(
     for (var row = workgroup.x; row < params.n_rows; row += workgroups.x) {
         let start = row * params.x_stride + params.x_offset;
         // Magnitudes order as their bits do, with those that are not finite last.
+        // Eight loads are under way together; those past the end repeat the last one.
         var bits = 0u;
-        for (var k = lane; k < params.n_in; k += WG_SIZE) {
-            bits = max(bits, bitcast<u32>(x[start + k]) & 0x7fffffffu);
+        let last = start + params.n_in - 1u;
+        for (var k = start + lane; k <= last; k += 8u * WG_SIZE) {
+            let a = vec4(x[k], x[min(k + WG_SIZE, last)], x[min(k + 2u * WG_SIZE, last)], x[min(k + 3u * WG_SIZE, last)]);
+            let b = vec4(x[min(k + 4u * WG_SIZE, last)], x[min(k + 5u * WG_SIZE, last)],
+                         x[min(k + 6u * WG_SIZE, last)], x[min(k + 7u * WG_SIZE, last)]);
+            let most = max(bitcast<vec4<u32>>(a) & vec4(0x7fffffffu), bitcast<vec4<u32>>(b) & vec4(0x7fffffffu));
+            bits = max(max(bits, max(most.x, most.y)), max(most.z, most.w));
         }
         workgroupBarrier();
         greatest[lane] = bits;
@@ -36,12 +42,19 @@ fn main(
         if bits != 0u && bits < 0x7f800000u { exponent = max(i32(bits >> 23u) - 127 - 14, -100); }
         let inverse = bitcast<f32>(u32(127 - exponent) << 23u);
         if lane == 0u { scales[row] = bitcast<f32>(u32(127 + exponent) << 23u); }
-        for (var pair = lane; pair < params.n_padded / 2u; pair += WG_SIZE) {
-            var low = 0.0;
-            var high = 0.0;
-            if 2u * pair < params.n_in { low = x[start + 2u * pair]; }
-            if 2u * pair + 1u < params.n_in { high = x[start + 2u * pair + 1u]; }
-            halves[row * (params.n_padded / 2u) + pair] = pack_f16(low * inverse, high * inverse);
+        let pairs = params.n_padded / 2u;
+        for (var pair = lane; pair < pairs; pair += 4u * WG_SIZE) {
+            // As many loads again, and at most four words: 0 from beyond n_in, nothing beyond the row.
+            let k = vec4(2u * pair) + vec4(0u, 2u, 4u, 6u) * WG_SIZE;
+            let even = vec4(start) + min(k, vec4(params.n_in - 1u));
+            let odd = vec4(start) + min(k + 1u, vec4(params.n_in - 1u));
+            let low = select(vec4(0.0), vec4(x[even.x], x[even.y], x[even.z], x[even.w]), k < vec4(params.n_in));
+            let high = select(vec4(0.0), vec4(x[odd.x], x[odd.y], x[odd.z], x[odd.w]), k + 1u < vec4(params.n_in));
+            let at = row * pairs + pair;
+            halves[at] = pack_f16(low.x * inverse, high.x * inverse);
+            if pair + WG_SIZE < pairs { halves[at + WG_SIZE] = pack_f16(low.y * inverse, high.y * inverse); }
+            if pair + 2u * WG_SIZE < pairs { halves[at + 2u * WG_SIZE] = pack_f16(low.z * inverse, high.z * inverse); }
+            if pair + 3u * WG_SIZE < pairs { halves[at + 3u * WG_SIZE] = pack_f16(low.w * inverse, high.w * inverse); }
         }
     }
 }

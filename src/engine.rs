@@ -20,9 +20,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Synthetic, Weights};
+use crate::checkpoint::{Checkpoint, CheckpointError, Inventory, Synthetic, Weights};
 use crate::cpu::isa::Isa;
-use crate::execute::machine::{Extents, KV_ARENA_BYTES, KvPool};
+use crate::execute::machine::{KV_ARENA_BYTES, KvPool};
 use crate::execute::{Carried, Machine, TaskError, run as run_schedule};
 use crate::gpu::{
     DeviceChoice, Gpu, GpuError, HostBuffer, OpenOptions, Pipelines, ShaderPatch, TestFaults, Ticket, TransferChoice,
@@ -30,14 +30,19 @@ use crate::gpu::{
 use crate::memory::host_memory;
 use crate::memory::kv_cache::{KvCache, KvError, KvLayout, SpillFile};
 use crate::memory::page_source::{PageError, PageSource, SourceRequest};
-use crate::memory::pages::{PagePlan, PageShape};
+use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
-use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
-use crate::policy::AttentionPlace;
+use crate::plan::compare::{Comparison, Phase, Side};
+use crate::plan::cost::{PassRows, Predictor};
+use crate::plan::search::{Found, Problem, SearchError};
+use crate::plan::workload::Workload;
+use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
+use crate::policy::{AttentionPlace, Policy};
+use crate::profile::{MachineKey, ModelKey, Profile, ProfileError};
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
 use crate::request::{Request, RequestOutput};
-use crate::schedule::{Lane, Schedule, ScheduleFault, Timeline, Work, build, check};
+use crate::schedule::{Lane, OnItsWay, Schedule, ScheduleFault, Timeline, Work, build, check, simulate_pass};
 use crate::tune::Tiles;
 
 mod answers;
@@ -71,6 +76,8 @@ pub enum EngineError {
     Schedule(#[from] ScheduleFault),
     #[error(transparent)]
     Task(#[from] TaskError<WorkError>),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
 }
 
 impl EngineError {
@@ -106,6 +113,18 @@ enum Model {
     Synthetic(Box<ModelConfig>),
 }
 
+/// Where what was measured of the machine comes from.
+#[derive(Debug, Clone, Default)]
+pub enum ProfileChoice {
+    /// Nothing was: passes are not predicted, and policies are not searched for.
+    #[default]
+    None,
+    /// The user's cache folder, where it has one of this machine and this kind of layers.
+    Cached,
+    /// This one; refused where it is of another machine or other layers.
+    Given(Arc<Profile>),
+}
+
 /// How to open a model. Made by [`Engine::builder`].
 #[derive(Debug, Clone)]
 pub struct EngineBuilder {
@@ -119,12 +138,23 @@ pub struct EngineBuilder {
     isa: Option<Isa>,
     more_eos_tokens: Vec<u32>,
     patches: Vec<ShaderPatch>,
+    tiles: Option<Tiles>,
+    profile: ProfileChoice,
+    workload: Option<Workload>,
+    margin: f64,
+    policy: Option<Policy>,
 }
 
 impl EngineBuilder {
     /// Makes texts of tokens. Without it completions have tokens only, and stop strings are refused.
     pub fn tokenizer(mut self, tokenizer: Tokenizer) -> Self {
         self.tokenizer = Some(tokenizer);
+        self
+    }
+
+    /// How the device is opened, as a whole.
+    pub fn open_options(mut self, options: OpenOptions) -> Self {
+        self.open = options;
         self
     }
 
@@ -136,6 +166,12 @@ impl EngineBuilder {
     /// How bytes get to and from the device. Default: the best that the adapter has.
     pub fn transfer(mut self, choice: TransferChoice) -> Self {
         self.open.transfer = choice;
+        self
+    }
+
+    /// Copies to the device at no more than so many bytes per second: how a slower link is imitated. Rows cross it by copies then.
+    pub fn link_pace(mut self, bytes_per_s: u64) -> Self {
+        self.open.link_pace = Some(bytes_per_s);
         self
     }
 
@@ -186,6 +222,83 @@ impl EngineBuilder {
         self
     }
 
+    /// Tiles of the f16 class, instead of those kept for the adapter.
+    pub fn tiles(mut self, tiles: Tiles) -> Self {
+        self.tiles = Some(tiles);
+        self
+    }
+
+    /// What predictions are made from. Default: none are made.
+    pub fn profile(mut self, choice: ProfileChoice) -> Self {
+        self.profile = choice;
+        self
+    }
+
+    /// Searches for the policy that answers such requests fastest, within the wishes, where there is a profile. `margin`: share of
+    /// both memories that it leaves free.
+    pub fn plan_for(mut self, workload: Option<Workload>, margin: f64) -> Self {
+        (self.workload, self.margin) = (workload, margin);
+        self
+    }
+
+    /// This policy, as far as no wish says otherwise: nothing is searched for.
+    pub fn policy(mut self, policy: Option<Policy>) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// The profile of this machine and these layers, if there is one.
+    fn find_profile(&self, gpu: &Gpu, inventory: &Inventory) -> Result<Option<Arc<Profile>>, EngineError> {
+        let machine = MachineKey::of(gpu.summary(), self.isa.unwrap_or_else(Isa::best));
+        let model = ModelKey::of(inventory);
+        match &self.profile {
+            ProfileChoice::None => Ok(None),
+            ProfileChoice::Given(profile) => {
+                profile.check(&machine, &model)?;
+                Ok(Some(profile.clone()))
+            }
+            // A cache that cannot be read is no reason not to run.
+            ProfileChoice::Cached => match Profile::cached(&machine, &model) {
+                Ok(profile) => Ok(profile.map(Arc::new)),
+                Err(error) => {
+                    tracing::warn!("{error}; running without a profile");
+                    Ok(None)
+                }
+            },
+        }
+    }
+
+    /// The policy that was searched for, else the first one that fits.
+    fn choose(
+        &self,
+        weights: &Weights,
+        limits: &MachineLimits,
+        profile: Option<&Profile>,
+    ) -> Result<(Plan, Option<Arc<Found>>), EngineError> {
+        let bytes = ModelBytes::of(weights.inventory());
+        if let Some(policy) = &self.policy {
+            let wishes = self.wishes.or(Wishes::of(policy, weights.config()));
+            return Ok((fit(weights.config(), &bytes, limits, &wishes)?, None));
+        }
+        if let (Some(profile), Some(workload)) = (profile, self.workload) {
+            let problem = Problem {
+                config: weights.config(),
+                bytes,
+                profile,
+                limits: *limits,
+                margin: self.margin,
+                wishes: self.wishes,
+                workload,
+            };
+            match problem.search() {
+                Ok(found) => return Ok((found.best.plan, Some(Arc::new(found)))),
+                Err(SearchError::Plan(error)) => return Err(error.into()),
+                Err(error) => tracing::warn!("{error}; taking the defaults"),
+            }
+        }
+        Ok((fit(weights.config(), &bytes, limits, &self.wishes)?, None))
+    }
+
     /// The plan alone.
     pub fn plan_only(self) -> Result<Plan, EngineError> {
         Ok(self.prepare()?.plan)
@@ -199,20 +312,25 @@ impl EngineBuilder {
         };
         let weights = Arc::new(weights);
         let gpu = Arc::new(Gpu::open_with(&self.open)?);
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let limits = MachineLimits {
-            device_bytes: self.gpu_memory.unwrap_or_else(|| gpu.memory_bytes().unwrap_or(2 << 30) / 10 * 9),
-            host_bytes: self.host_memory.unwrap_or_else(|| host_memory::available_bytes().unwrap_or(4 << 30) / 10 * 8),
-            binding_bytes: gpu.max_binding_bytes(),
-            threads,
-            kernels_reach_host: gpu.kernels_reach_host(),
-            cooperative: gpu.cooperative(),
-        };
+        let limits = machine_limits(&gpu, self.gpu_memory, self.host_memory);
         if weights.inventory().expert_dtype().is_none() {
             return Err(EngineError::MixedExperts);
         }
-        let plan = fit(weights.config(), &ModelBytes::of(weights.inventory()), &limits, &self.wishes)?;
-        Ok(Prepared { builder: self, weights, gpu, limits, plan })
+        let profile = self.find_profile(&gpu, weights.inventory())?;
+        let (plan, found) = self.choose(&weights, &limits, profile.as_deref())?;
+        Ok(Prepared { builder: self, weights, gpu, limits, profile, plan, found })
+    }
+}
+
+/// What may be taken of a machine, where nobody says how much: 90 % of the device's memory, 80 % of what the host has available.
+pub fn machine_limits(gpu: &Gpu, gpu_memory: Option<u64>, host_memory: Option<u64>) -> MachineLimits {
+    MachineLimits {
+        device_bytes: gpu_memory.unwrap_or_else(|| gpu.memory_bytes().unwrap_or(2 << 30) / 10 * 9),
+        host_bytes: host_memory.unwrap_or_else(|| host_memory::available_bytes().unwrap_or(4 << 30) / 10 * 8),
+        binding_bytes: gpu.max_binding_bytes(),
+        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        kernels_reach_host: gpu.kernels_reach_host(),
+        cooperative: gpu.cooperative(),
     }
 }
 
@@ -222,12 +340,42 @@ pub struct Prepared {
     weights: Arc<Weights>,
     gpu: Arc<Gpu>,
     limits: MachineLimits,
+    profile: Option<Arc<Profile>>,
     plan: Plan,
+    found: Option<Arc<Found>>,
 }
 
 impl Prepared {
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// The plan for other wishes, on the same adapter.
+    pub fn plan_for(&self, wishes: &Wishes) -> Result<Plan, EngineError> {
+        let bytes = ModelBytes::of(self.weights.inventory());
+        Ok(fit(self.weights.config(), &bytes, &self.limits, wishes)?)
+    }
+
+    /// Takes those wishes.
+    pub fn replan(&mut self, wishes: Wishes) -> Result<(), EngineError> {
+        self.plan = self.plan_for(&wishes)?;
+        self.builder.wishes = wishes;
+        Ok(())
+    }
+
+    /// What the search found that made the plan; None where it was not searched for.
+    pub fn found(&self) -> Option<&Found> {
+        self.found.as_deref()
+    }
+
+    /// What was measured of this machine, where somebody asked for it and it is there.
+    pub fn profile(&self) -> Option<&Arc<Profile>> {
+        self.profile.as_ref()
+    }
+
+    /// What may be taken of the machine.
+    pub fn limits(&self) -> &MachineLimits {
+        &self.limits
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -257,23 +405,23 @@ impl Prepared {
             // What was taken when the next buffer was refused is what there is.
             let there = (*taken).min(self.plan.memory.device() - 1);
             let limits = MachineLimits { device_bytes: there, ..self.limits };
-            let bytes = ModelBytes::of(self.weights.inventory());
-            let Ok(plan) = fit(self.weights.config(), &bytes, &limits, &self.builder.wishes) else {
+            let Ok((plan, found)) = self.builder.choose(&self.weights, &limits, self.profile.as_deref()) else {
                 return Err(refused.into());
             };
             tracing::warn!(%refused, "the device has less memory than it said; planning again with a smaller ring:\n{plan}");
-            (self.plan, self.limits) = (plan, limits);
+            (self.plan, self.limits, self.found) = (plan, limits, found);
         }
     }
 
     fn load_once(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Engine, EngineError> {
-        let Prepared { builder, weights, gpu, limits, plan } = self;
+        let Prepared { builder, weights, gpu, limits, profile, plan, .. } = self;
         let opened = Opened {
             builder: builder.clone(),
             weights: weights.clone(),
             gpu: gpu.clone(),
             pipelines: Arc::new(Pipelines::with_patches(gpu.clone(), builder.patches.clone())),
             limits: *limits,
+            profile: profile.clone(),
         };
         opened.assemble(*plan, None, progress)
     }
@@ -287,6 +435,7 @@ struct Opened {
     /// Compiled once, whatever the policy.
     pipelines: Arc<Pipelines>,
     limits: MachineLimits,
+    profile: Option<Arc<Profile>>,
 }
 
 /// What is dear to make and survives a change of policy.
@@ -326,21 +475,10 @@ impl Opened {
         let batcher = Batcher::new(limits, kv, SpillFile::new(&builder.spill_folder, layout));
         let threads = attention_threads(policy.threads)?;
         let page_plan = page_plan(&config, weights, &plan);
-        let extents = Extents {
-            micro_batches: policy.micro_batches,
-            expert_groups: policy.expert_groups,
-            rows_per_micro_batch: policy.rows_per_micro_batch,
-            workspaces: policy.workspaces,
-            workspace_blocks: policy.workspace_blocks,
-            max_positions: policy.max_model_len,
-            head_rows: policy.head_rows,
-            rows: policy.rows,
-            precision: policy.precision,
-            gpu_decode: policy.attention == AttentionPlace::Gpu,
-        };
+        let extents = extents(&policy);
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
-        let tiles = Tiles::for_device(gpu);
+        let tiles = builder.tiles.clone().unwrap_or_else(|| Tiles::for_device(gpu));
         let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
         if let Some(source) = source {
             machine.set_source(source);
@@ -370,20 +508,14 @@ impl Opened {
             tokenizer: builder.tokenizer.clone(),
             eos_tokens,
             loaded_pages: 0,
+            on_their_way: Vec::new(),
             opened: self,
         })
     }
 }
 
 fn page_plan(config: &ModelConfig, weights: &Weights, plan: &Plan) -> PagePlan {
-    PagePlan::new(PageShape {
-        experts: config.shape.experts,
-        resident: plan.policy.resident_experts,
-        ring: plan.policy.ring_experts,
-        matrix_bytes: ModelBytes::of(weights.inventory()).matrix,
-        page_bytes: plan.policy.page_bytes,
-        layers: config.shape.layers,
-    })
+    PagePlan::new(plan.page_shape(config, &ModelBytes::of(weights.inventory())))
 }
 
 /// The pool as the driver knows it, in pieces; empty where it does not take it.
@@ -444,6 +576,10 @@ pub struct PassReport<'a> {
     pub queued: usize,
 }
 
+/// Passes of a run that are all predicted; of later ones, which are like them, every so manyth. A prediction takes milliseconds.
+const ALL_COMPARED: u64 = 64;
+const SOME_COMPARED: u64 = 16;
+
 /// What a run does beside answering.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RunOptions {
@@ -474,6 +610,8 @@ pub struct RunSummary {
     pub batch: BatchCounters,
     /// The receiver of the events broke off; some requests are not answered.
     pub interrupted: bool,
+    /// How well its passes were predicted, where there is a profile.
+    pub comparison: Option<Comparison>,
 }
 
 /// A loaded model.
@@ -492,6 +630,8 @@ pub struct Engine {
     eos_tokens: Vec<u32>,
     /// Pages of the next pass that are loaded or on their way.
     loaded_pages: usize,
+    /// Those that are predicted to be on their way still.
+    on_their_way: Vec<OnItsWay>,
 }
 
 impl Engine {
@@ -517,11 +657,25 @@ impl Engine {
             isa: None,
             more_eos_tokens: Vec::new(),
             patches: Vec::new(),
+            tiles: None,
+            profile: ProfileChoice::None,
+            workload: None,
+            margin: 0.0,
+            policy: None,
         }
     }
 
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What the plan had to keep to.
+    pub fn limits(&self) -> &MachineLimits {
+        &self.opened.limits
     }
 
     /// Device memory in live buffers: what the plan's [`MemoryUse::device`](crate::plan::MemoryUse::device) foretold.
@@ -609,6 +763,7 @@ impl Engine {
         let result = self.run_passes(requests, options, on, &mut summary);
         // An interrupted or failed run leaves sequences behind.
         self.batcher.clear();
+        self.on_their_way.clear();
         summary.elapsed = started.elapsed();
         summary.batch = self.batcher.take_counters();
         result.map(|()| summary)
@@ -656,6 +811,21 @@ impl Engine {
         }
     }
 
+    /// Predicts the pass that has just run, and holds the prediction against it.
+    fn compare(&mut self, rows: &PassRows, schedule: &Schedule, measured: Side<'_>, summary: &mut RunSummary) {
+        let Some(profile) = &self.opened.profile else { return };
+        // Pages that were never measured have no prediction.
+        let pages = self.machine.plan().clone();
+        let Ok(predictor) = Predictor::with_pages(&self.config, &self.plan, pages, profile) else { return };
+        let costs = predictor.costs(rows);
+        let layers = self.config.shape.layers;
+        let pass = simulate_pass(schedule, layers, |work| costs.of(work), &self.on_their_way);
+        let seconds = pass.seconds + predictor.between(schedule.tasks.len());
+        let comparison = summary.comparison.get_or_insert_default();
+        comparison.add(Phase::of(rows), Side { seconds, timeline: &pass.timeline }, measured);
+        self.on_their_way = pass.on_their_way;
+    }
+
     /// One pass over the rows of `next`, which holds those of the following one afterwards.
     fn run_pass(
         &mut self,
@@ -667,6 +837,7 @@ impl Engine {
         summary: &mut RunSummary,
     ) -> Result<(), EngineError> {
         let (policy, every_logit) = (self.plan.policy, options.every_logit);
+        let begun = Instant::now();
         let rows = next.iter_mut().map(std::mem::take).collect();
         let (machine, config) = (&mut self.machine, &self.config);
         let (micro_batches, groups, mut shape) =
@@ -699,6 +870,7 @@ impl Engine {
         let ran = run_schedule(&schedule, &pass, &mut host, origin, self.config.shape.layers, carried);
         pass.machine.gpu().end_pass();
         let timeline = ran?;
+        let pass_rows = self.opened.profile.is_some().then(|| pass.rows(&shape));
         summary.page_bytes += schedule
             .tasks
             .iter()
@@ -708,8 +880,13 @@ impl Engine {
         self.machine.end_pass();
         self.loaded_pages = shape.pages_ahead();
         self.machine.gpu().reap()?;
+        let seconds = begun.elapsed().as_secs_f64();
 
         summary.passes += 1;
+        if let Some(rows) = pass_rows.filter(|_| summary.passes <= ALL_COMPARED || summary.passes % SOME_COMPARED == 0)
+        {
+            self.compare(&rows, &schedule, Side { seconds, timeline: &timeline }, summary);
+        }
         let decode: usize = micro_batches.iter().map(|of| of.rows.n_decode()).sum();
         let all: usize = micro_batches.iter().map(|of| of.rows.rows.len()).sum();
         summary.prompt_tokens += (all - decode) as u64;

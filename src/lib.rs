@@ -65,6 +65,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod calibrate;
 pub mod checkpoint;
 pub mod cli;
 pub mod cpu;
@@ -76,6 +77,7 @@ pub mod memory;
 pub mod model;
 pub mod plan;
 pub mod policy;
+pub mod profile;
 pub mod reference;
 pub mod request;
 pub mod schedule;

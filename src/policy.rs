@@ -5,7 +5,7 @@
 //! differently, and [`Precision`] rounds the operands of products.
 
 /// Where decode rows attend. Prompt rows always attend on the GPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum AttentionPlace {
     #[default]
@@ -159,7 +159,7 @@ impl Precision {
 }
 
 /// Everything that `execute` and the batcher need to know beside the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Policy {
     pub schedule: ScheduleKind,
     /// N: sequences that run at a time.

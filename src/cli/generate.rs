@@ -9,6 +9,7 @@ use clap::Args;
 use super::open::{EngineArguments, ModelArguments, load};
 use super::{Usage, print_line};
 use crate::engine::{Event, RunOptions};
+use crate::plan::workload::Workload;
 use crate::request::batch_file::{
     BatchLine, Body, ChatBody, CompletionsBody, OutputLine, Prompt, SamplingFields, now_seconds,
 };
@@ -144,7 +145,12 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let line = BatchLine { line_number: 1, custom_id: "generate".into(), body };
     // Refused before anything is loaded, as far as that can be known.
     line.to_sampling(&text.defaults).map_err(|error| Usage(error.message))?;
-    let prepared = arguments.engine.prepare(&arguments.model, &text)?;
+    // A request that is refused says so below.
+    let lengths = line.to_request(&text.tokenizer, text.template.as_ref(), &text.defaults, usize::MAX);
+    let lengths = lengths.map(|request| super::lengths::of_request(&request)).unwrap_or_default();
+    let completions = lengths.len() as u64;
+    let workload = Workload::of(lengths, Some(completions));
+    let prepared = arguments.engine.prepare(&arguments.model, &text, workload)?;
     let vocab = prepared.config().shape.vocab;
     let mut request = line
         .to_request(&text.tokenizer, text.template.as_ref(), &text.defaults, vocab)
@@ -191,6 +197,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         summary.generated_tokens,
         summary.generated_tokens as f64 / seconds
     );
+    if let Some(comparison) = &summary.comparison {
+        say!("{}", comparison.line());
+    }
     trace.finish(&super::open::heading(&engine))?;
     Ok(super::OK)
 }

@@ -12,9 +12,11 @@ macro_rules! say {
 }
 
 mod bench;
+mod calibrate;
 mod devices;
 mod generate;
 mod inspect;
+mod lengths;
 mod open;
 mod plan;
 mod progress;
@@ -32,6 +34,7 @@ use clap::{Parser, Subcommand};
 
 use crate::engine::EngineError;
 use crate::plan::PlanError;
+use crate::plan::search::SearchError;
 
 /// Everything was done.
 pub const OK: u8 = 0;
@@ -61,6 +64,8 @@ enum Command {
     Generate(generate::Arguments),
     /// Answer a file of OpenAI Batch lines.
     RunBatch(run_batch::Arguments),
+    /// Measure this machine for a model's kind of layers: what plans predict from.
+    Calibrate(calibrate::Arguments),
     /// Predict the best policy for a model, a machine and a workload. Needs neither weights nor adapter.
     Plan(plan::Arguments),
     /// Show a model's shape, sizes and chat template. Loads no weights.
@@ -73,6 +78,17 @@ enum Command {
     Synthesize(synthesize::Arguments),
     /// Score a results file against known answers.
     Score(score::Arguments),
+}
+
+/// To be called first, while the process has one thread.
+///
+/// Workaround: Mesa's device-select layer (22.3) prints "error: XDG_RUNTIME_DIR is invalid" for every instance where the variable
+/// is not set, as in containers. It only looks for a display there. Remove with that Mesa.
+pub fn quiet_mesa() {
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir()) };
+    }
 }
 
 /// Runs the command line of this process.
@@ -100,6 +116,7 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Generate(arguments) => generate::run(arguments),
         Command::RunBatch(arguments) => run_batch::run(arguments),
+        Command::Calibrate(arguments) => calibrate::run(arguments),
         Command::Plan(arguments) => plan::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),
@@ -120,6 +137,13 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     let engine = error.downcast_ref::<EngineError>();
     match engine {
         _ if error.is::<Usage>() => USAGE,
+        _ if matches!(
+            error.downcast_ref(),
+            Some(SearchError::Plan(PlanError::Option { .. } | PlanError::Conflict { .. }))
+        ) =>
+        {
+            USAGE
+        }
         Some(EngineError::Plan(PlanError::Option { .. } | PlanError::Conflict { .. })) => USAGE,
         Some(error) if error.device_lost() => INTERRUPTED,
         _ => FATAL,

@@ -1,19 +1,25 @@
 //! Flags that open a model, shared by the commands that run one, and what is said while it opens.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use super::progress::LoadProgress;
 use crate::cpu::isa::Isa;
-use crate::engine::{Engine, EngineBuilder, EngineError, Prepared};
-use crate::gpu::{DeviceChoice, TransferChoice};
-use crate::plan::Wishes;
-use crate::policy::{AttentionPlace, Precision, RowPath, ScheduleKind, SourceKind};
+use crate::engine::{Engine, EngineBuilder, EngineError, Prepared, ProfileChoice, machine_limits};
+use crate::gpu::{DeviceChoice, Gpu, OpenOptions, TransferChoice};
+use crate::model::ModelConfig;
+use crate::plan::hrm::human_seconds;
+use crate::plan::workload::Workload;
+use crate::plan::{MachineLimits, Wishes};
+use crate::policy::{AttentionPlace, Policy, Precision, RowPath, ScheduleKind, SourceKind};
+use crate::profile::Profile;
 use crate::request::batch_file::GenerationDefaults;
 use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::request::tokenizer::Tokenizer;
+use crate::schedule::Lane;
 use crate::units::parse_bytes;
 
 /// Where the model is.
@@ -31,10 +37,10 @@ fn bytes(text: &str) -> Result<u64, String> {
     parse_bytes(text).map_err(|error| error.to_string())
 }
 
-/// How to run it. None of these changes a token, but --attention and --precision, which may round differently.
+/// Which machine, and how much of it.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine and policy (change time, never tokens)")]
-pub struct EngineArguments {
+pub struct MachineArguments {
     /// Adapter by number or part of its name, see `fulmen devices` [default: the best]
     #[arg(long, env = "FULMEN_DEVICE", value_name = "N|NAME")]
     device: Option<String>,
@@ -44,6 +50,62 @@ pub struct EngineArguments {
     /// Most host memory to take beside the mapped weights [default: 80 % of what is available]
     #[arg(long, env = "FULMEN_HOST_MEMORY", value_parser = bytes, value_name = "SIZE")]
     host_memory: Option<u64>,
+    /// How bytes get to and from the GPU [default: queues, where the backend is Vulkan]
+    #[arg(long, env = "FULMEN_TRANSFER", value_enum)]
+    transfer: Option<Transfer>,
+    /// Instruction set of the CPU attention [default: the best there is]
+    #[arg(long, env = "FULMEN_ISA", value_name = "NAME")]
+    isa: Option<String>,
+}
+
+impl MachineArguments {
+    fn open_options(&self) -> Result<OpenOptions> {
+        let mut options = OpenOptions::default();
+        if let Some(device) = &self.device {
+            options.device = DeviceChoice::from(device.as_str());
+        }
+        if let Some(Transfer::Plain) = self.transfer {
+            options.transfer = TransferChoice::Plain;
+        }
+        if let Ok(faults) = std::env::var(TEST_FAULTS) {
+            options.test_faults = faults.parse().map_err(|error| super::Usage(format!("{TEST_FAULTS}: {error}")))?;
+        }
+        Ok(options)
+    }
+
+    /// Opens the adapter.
+    pub fn gpu(&self) -> Result<Arc<Gpu>> {
+        Ok(Arc::new(Gpu::open_with(&self.open_options()?)?))
+    }
+
+    pub fn isa(&self) -> Result<Isa> {
+        match &self.isa {
+            None => Ok(Isa::best()),
+            Some(name) => Ok(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?),
+        }
+    }
+
+    /// What the flags leave of a machine's limits.
+    pub fn limited(&self, limits: MachineLimits) -> MachineLimits {
+        MachineLimits {
+            device_bytes: self.gpu_memory.unwrap_or(limits.device_bytes),
+            host_bytes: self.host_memory.unwrap_or(limits.host_bytes),
+            ..limits
+        }
+    }
+
+    /// What an engine may take of it.
+    pub fn limits(&self, gpu: &Gpu) -> MachineLimits {
+        machine_limits(gpu, self.gpu_memory, self.host_memory)
+    }
+}
+
+/// How to run it. None of these changes a token, but --attention and --precision, which may round differently.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Machine and policy (change time, never tokens)")]
+pub struct EngineArguments {
+    #[command(flatten)]
+    machine: MachineArguments,
     /// Host memory for keys and values [default: what the sequences need, at most half of the host memory]
     #[arg(long, env = "FULMEN_KV_MEMORY", value_parser = bytes, value_name = "SIZE")]
     kv_memory: Option<u64>,
@@ -89,18 +151,31 @@ pub struct EngineArguments {
     /// Operands of matrix products; f16 rounds rows and weights, and needs cooperative matrices [default: f16 where the adapter has them, else f32]
     #[arg(long, env = "FULMEN_PRECISION", value_enum)]
     precision: Option<Precision>,
-    /// How bytes get to and from the GPU [default: queues, where the backend is Vulkan]
-    #[arg(long, env = "FULMEN_TRANSFER", value_enum)]
-    transfer: Option<Transfer>,
     /// Threads of the CPU attention [default: all cores]
     #[arg(short, long, env = "FULMEN_THREADS", value_name = "N")]
     threads: Option<usize>,
-    /// Instruction set of the CPU attention [default: the best there is]
-    #[arg(long, env = "FULMEN_ISA", value_name = "NAME")]
-    isa: Option<String>,
     /// Folder for the KV blocks of preempted sequences [default: the system's temporary folder]
     #[arg(long, env = "FULMEN_SPILL_DIR", value_name = "FOLDER")]
     spill_dir: Option<PathBuf>,
+    /// What `fulmen calibrate` measured of this machine [default: what it left in the user's cache folder]
+    #[arg(long, env = "FULMEN_PROFILE", value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// Policy to run, as --save-policy wrote it; flags that say otherwise win
+    #[arg(long, env = "FULMEN_POLICY", value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// Write the policy that is run into this file
+    #[arg(long, value_name = "FILE")]
+    save_policy: Option<PathBuf>,
+    /// Percent of both memories that a searched policy leaves free
+    #[arg(long, env = "FULMEN_MARGIN", value_name = "PERCENT", default_value_t = 0.0, value_parser = percent)]
+    margin: f64,
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(percent) if (0.0..100.0).contains(&percent) => Ok(percent),
+        _ => Err("a number from 0 to below 100 is needed".to_owned()),
+    }
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -109,6 +184,15 @@ enum Transfer {
     Queues,
     /// wgpu's own means: no overlap.
     Plain,
+}
+
+/// The config of a folder or of a made-up model, with all layers or the first ones.
+pub fn model_config(model: Option<&Path>, synthetic: Option<&str>, layers: Option<usize>) -> Result<ModelConfig> {
+    match (model, synthetic) {
+        (_, Some(name)) => super::bench::shape(name, layers),
+        (Some(folder), None) => Ok(ModelConfig::open(folder)?),
+        (None, None) => unreachable!("clap asks for one of them"),
+    }
 }
 
 /// All that turns requests into tokens and back.
@@ -165,32 +249,61 @@ impl EngineArguments {
         }
     }
 
+    /// `--host-memory`
+    pub fn host_memory(&self) -> Option<u64> {
+        self.machine.host_memory
+    }
+
+    /// What predictions are made from.
+    pub fn profile_choice(&self) -> Result<ProfileChoice> {
+        Ok(match &self.profile {
+            Some(file) => ProfileChoice::Given(Arc::new(Profile::read(file)?)),
+            None => ProfileChoice::Cached,
+        })
+    }
+
+    fn policy(&self) -> Result<Option<Policy>> {
+        let Some(file) = &self.policy else { return Ok(None) };
+        let named = || format!("--policy {}", file.display());
+        let text = std::fs::read_to_string(file).with_context(named)?;
+        Ok(Some(serde_json::from_str(&text).with_context(named)?))
+    }
+
+    /// --save-policy.
+    pub fn keep_policy(&self, policy: &Policy) -> Result<()> {
+        let Some(file) = &self.save_policy else { return Ok(()) };
+        std::fs::write(file, serde_json::to_string_pretty(policy)?)
+            .with_context(|| format!("--save-policy {}", file.display()))
+    }
+
+    /// The machine's flags.
+    pub fn machine(&self) -> &MachineArguments {
+        &self.machine
+    }
+
+    /// Share of both memories that stays free.
+    pub fn margin(&self) -> f64 {
+        self.margin / 100.0
+    }
+
     /// Adds all that these flags say to a builder.
     pub fn apply(&self, builder: EngineBuilder) -> Result<EngineBuilder> {
-        let mut builder = builder.wishes(self.wishes()).gpu_memory(self.gpu_memory).host_memory(self.host_memory);
-        if let Some(device) = &self.device {
-            builder = builder.device(DeviceChoice::from(device.as_str()));
-        }
-        if let Some(Transfer::Plain) = self.transfer {
-            builder = builder.transfer(TransferChoice::Plain);
-        }
-        if let Ok(faults) = std::env::var(TEST_FAULTS) {
-            let faults = faults.parse().map_err(|error| super::Usage(format!("{TEST_FAULTS}: {error}")))?;
-            builder = builder.test_faults(faults);
-        }
+        let machine = &self.machine;
+        let mut builder = builder.wishes(self.wishes()).gpu_memory(machine.gpu_memory).host_memory(machine.host_memory);
+        builder = builder.open_options(machine.open_options()?).isa(machine.isa()?);
+        builder = builder.profile(self.profile_choice()?).policy(self.policy()?);
         if let Some(folder) = &self.spill_dir {
             builder = builder.spill_folder(folder);
-        }
-        if let Some(name) = &self.isa {
-            builder = builder.isa(Isa::from_name(name).map_err(|error| super::Usage(format!("--isa: {error}")))?);
         }
         Ok(builder)
     }
 
-    /// Validates and plans; says where everything goes. Nothing is loaded yet.
-    pub fn prepare(&self, model: &ModelArguments, text: &Text) -> Result<Prepared> {
+    /// Validates and plans, for requests like those of `workload` where it is known; says where everything goes. Nothing is loaded
+    /// yet.
+    pub fn prepare(&self, model: &ModelArguments, text: &Text, workload: Option<Workload>) -> Result<Prepared> {
         let builder = Engine::builder(&model.model).tokenizer(text.tokenizer.clone());
         let builder = self.apply(builder)?.more_eos_tokens(&text.defaults.eos_token_ids);
+        let builder = builder.plan_for(workload, self.margin());
         let prepared = builder.prepare().map_err(|error| match error {
             EngineError::Checkpoint(_) | EngineError::MixedExperts => {
                 anyhow::Error::from(error).context(format!("model {}", model.model.display()))
@@ -198,6 +311,10 @@ impl EngineArguments {
             of_the_machine => of_the_machine.into(),
         })?;
         say_prepared(&prepared);
+        if let Some(workload) = workload.filter(|_| self.policy.is_none()) {
+            say_search(&prepared, &workload);
+        }
+        self.keep_policy(&prepared.plan().policy)?;
         Ok(prepared)
     }
 }
@@ -216,6 +333,29 @@ pub fn say_prepared(prepared: &Prepared) {
         prepared.gpu().transfer_words()
     );
     say!("{}", prepared.plan());
+}
+
+/// What the search found, or why there was none.
+fn say_search(prepared: &Prepared, workload: &Workload) {
+    let Some(found) = prepared.found() else {
+        if prepared.profile().is_none() {
+            say!(
+                "policy  the defaults: nothing was measured here for this model yet; after `fulmen calibrate` they are searched for"
+            );
+        }
+        return;
+    };
+    let best = &found.best;
+    let share = |lane: Lane| format!("{} {:.0} %", lane.name(), 100.0 * best.lanes.of(lane) / best.steady.seconds);
+    say!(
+        "policy  best of {} that fit, for {:.0} prompt and {:.0} generated tokens: {:.1} tok/s predicted, a pass {}; busy: {}",
+        found.fitting,
+        workload.prompt_tokens,
+        workload.generated_tokens,
+        best.tokens_per_second,
+        human_seconds(best.steady.seconds),
+        Lane::ALL.map(share).join(", "),
+    );
 }
 
 /// What a picture of a run says above it.

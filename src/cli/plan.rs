@@ -1,12 +1,16 @@
 //! `fulmen plan`: the policy for a model, a machine and a workload, before any of them is there.
+//!
+//! Its own mode searches with a measured profile, or with one made of a data sheet, and predicts by simulation ([`own`]);
+//! `--paper` plans as the MoE-Lightning paper does.
 
 use std::fmt::{self, Write};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::open::EngineArguments;
 use super::{Usage, print_line};
 use crate::model::presets::NAMES;
 use crate::model::{ModelConfig, Shape};
@@ -20,6 +24,8 @@ use crate::plan::published;
 use crate::policy::AttentionPlace;
 use crate::units::human_bytes;
 
+mod own;
+
 #[derive(Debug, Args)]
 pub struct Arguments {
     /// Folder with the model's config.json; no weights are needed
@@ -28,8 +34,8 @@ pub struct Arguments {
     /// A model by name, without any file
     #[arg(long, value_name = "NAME", value_parser = NAMES, ignore_case = true, conflicts_with = "published")]
     shape: Option<String>,
-    /// A machine by name
-    #[arg(long, value_name = "NAME", value_parser = HARDWARE.map(|preset| preset.name), ignore_case = true, conflicts_with = "published")]
+    /// A machine by name, or this one, for which `fulmen calibrate` has to have run [default: this]
+    #[arg(long, value_name = "NAME", value_parser = machine_names(), ignore_case = true, conflicts_with = "published")]
     hardware: Option<String>,
     /// Tokens of a prompt: the mean, or the longest where prompts are padded
     #[arg(long, value_name = "TOKENS", conflicts_with = "published")]
@@ -46,17 +52,30 @@ pub struct Arguments {
     /// One JSON object instead of text
     #[arg(long)]
     json: bool,
-    /// Draw the hierarchical roofline with the workload's points into this file
+    /// Draw the hierarchical roofline with the workload's points into this file, and below it the predicted timeline
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    /// Lengths of the workload: a batch file (.jsonl; needs MODEL's tokenizer), or a trace of lengths (.csv)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt_len", "gen_len", "paper"])]
+    workload: Option<PathBuf>,
+    /// Requests in all [default: those of a workload file; with lengths, without an end]
+    #[arg(long, value_name = "N", conflicts_with = "paper", value_parser = clap::value_parser!(u64).range(1..))]
+    requests: Option<u64>,
+    /// Also show so many of the policies that were predicted slower, and why they are
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "paper")]
+    runners_up: usize,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+/// Names that --hardware takes.
+fn machine_names() -> Vec<&'static str> {
+    HARDWARE.iter().map(|preset| preset.name).chain([own::THIS]).collect()
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
     if !arguments.paper {
-        bail!(
-            "planning from a measured profile of this machine is not there yet; --paper plans by the MoE-Lightning paper's \
-             model for a machine by name (--hardware)"
-        );
+        return own::run(&arguments);
     }
     if arguments.published {
         print_line(published::page()?.trim_end())?;
@@ -67,7 +86,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let missing = |option: &str, why: &str| Usage(format!("--paper needs {option}{why}"));
     let machine =
         arguments.hardware.as_deref().ok_or_else(|| missing("--hardware", &format!(", one of {}", names())))?;
-    let machine = *hardware(machine).expect("clap takes known names only");
+    let machine = *hardware(machine).ok_or_else(|| missing("--hardware", &format!(", one of {}", names())))?;
     let prompt_tokens = arguments.prompt_len.ok_or_else(|| missing("--prompt-len", ""))?;
     let generated_tokens = arguments.gen_len.ok_or_else(|| missing("--gen-len", ""))?;
     let setting = Setting { shape, hardware: machine, prompt_tokens, generated_tokens };

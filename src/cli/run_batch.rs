@@ -222,7 +222,15 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let total = count_lines(&arguments)?;
     let mut text = arguments.model.open_text()?;
     text.defaults.seed = arguments.seed;
-    let prepared = arguments.engine.prepare(&arguments.model, &text)?;
+    let workload = match is_regular(&arguments.input_file)? {
+        true => {
+            let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, ..ReadOptions::default() };
+            super::lengths::of_batch(&arguments.input_file, options, &text, total)?
+        }
+        // A pipe can be read only once, so nobody knows its lengths.
+        false => None,
+    };
+    let prepared = arguments.engine.prepare(&arguments.model, &text, workload)?;
     let vocab = prepared.config().shape.vocab;
     if arguments.strict {
         let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, ..ReadOptions::default() };
@@ -312,6 +320,7 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
                 "any_busy_seconds": summary.busy_any.as_secs_f64(),
                 "preemptions": summary.batch.preemptions, "spilled_blocks": summary.batch.spilled_blocks,
                 "peak_sequences": summary.batch.peak_running,
+                "prediction": summary.comparison.as_ref().map(crate::plan::compare::Comparison::json),
             })
         );
         return Ok(());
@@ -344,5 +353,8 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
         summary.page_bytes as f64 / wall / 1e9,
         100.0 - share(summary.busy_any),
     );
+    if let Some(comparison) = &summary.comparison {
+        say!("{}", comparison.line());
+    }
     Ok(())
 }

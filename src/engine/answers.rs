@@ -129,7 +129,9 @@ impl<'e> Answers<'e> {
                 done: None,
             })
             .collect();
-        batcher.add(SequenceId { request: ordinal, choice: 0 }, request.prompt.clone(), max_new);
+        let params = &request.params;
+        let exact = params.ignore_eos && params.stop.is_empty() && params.stop_token_ids.is_empty();
+        batcher.add(SequenceId { request: ordinal, choice: 0 }, request.prompt.clone(), max_new, exact);
         self.asked.insert(ordinal, Asked { request, max_new, choices, error: None });
     }
 

@@ -29,9 +29,10 @@ use crate::execute::{Device, Host, Machine, Started};
 use crate::gpu::Ticket;
 use crate::memory::kv_cache::BLOCK_TOKENS;
 use crate::model::{AttentionShape, ModelConfig};
+use crate::plan::cost::{PassRows, RowsOf, pass_shape};
 use crate::policy::{AttentionPlace, Policy};
 use crate::request::batcher::{Batcher, MicroBatchRows};
-use crate::schedule::{ChunkShape, MicroBatchShape, PassShape, Task, TaskId, Work};
+use crate::schedule::{MicroBatchShape, PassShape, Task, TaskId, Work};
 
 /// A micro-batch of this pass.
 pub(super) struct MicroBatch {
@@ -57,6 +58,33 @@ pub(super) struct Pass<'p> {
     pub micro_batches: &'p [MicroBatch],
     /// The schedule's expert groups by the machine's numbers.
     pub groups: &'p [usize],
+}
+
+impl Pass<'_> {
+    /// The rows of this pass as a prediction needs them.
+    pub fn rows(&self, shape: &PassShape) -> PassRows {
+        let window = self.config.widest_window().unwrap_or(usize::MAX);
+        let of = |of: &MicroBatch| {
+            let mut rows = RowsOf {
+                sampled: of.sampled.len(),
+                uploaded_blocks: of.uploads.len(),
+                decode: of.rows.n_decode(),
+                prompt: of.rows.rows.len() - of.rows.n_decode(),
+                ..RowsOf::default()
+            };
+            for (number, row) in of.rows.rows.iter().enumerate() {
+                let context = row.position + 1;
+                if number < rows.decode {
+                    rows.context += context as f64;
+                    rows.context_in_window += context.min(window) as f64;
+                } else {
+                    rows.prompt_context += context as f64;
+                }
+            }
+            rows
+        };
+        PassRows { micro_batches: self.micro_batches.iter().map(of).collect(), groups: shape.groups.clone() }
+    }
 }
 
 /// Which rows go where, and what the schedule has to cover. `rows`: by the batcher's number of the micro-batch.
@@ -99,29 +127,9 @@ pub(super) fn lay_out(
         groups.push((group_of(&members[0]), start..start + members.len()));
         start += members.len();
     }
-    let plan = machine.plan();
-    let resident = config.shape.experts - plan.streamed();
-    let experts_of = |page: &crate::memory::pages::Page| {
-        let experts = page.pieces.iter().map(|piece| piece.expert - resident);
-        experts.clone().min().unwrap_or(0)..experts.max().map_or(0, |last| last + 1)
-    };
-    let shape = PassShape {
-        layers: config.shape.layers,
-        micro_batches: shapes,
-        groups: groups.iter().map(|(_, members)| members.clone()).collect(),
-        chunks: plan
-            .chunks()
-            .iter()
-            .map(|chunk| ChunkShape { pages: chunk.pages.iter().map(experts_of).collect() })
-            .collect(),
-        streamed: plan.streamed(),
-        ring: plan.ring(),
-        loaded_pages: 0,
-        load_ahead: policy.schedule != crate::policy::ScheduleKind::Serial,
-        rows: policy.rows,
-        workspaces: policy.workspaces,
-        relay: machine.source().is_some_and(|source| source.kind() == crate::policy::SourceKind::Relay),
-    };
+    let relay = machine.source().is_some_and(|source| source.kind() == crate::policy::SourceKind::Relay);
+    let members = groups.iter().map(|(_, members)| members.clone()).collect();
+    let shape = pass_shape(config, policy, machine.plan(), shapes, members, relay);
     (micro_batches, groups.into_iter().map(|(group, _)| group).collect(), shape)
 }
 

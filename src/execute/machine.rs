@@ -528,10 +528,22 @@ impl Machine {
         let mut done = 0;
         let gpu = self.pipelines.gpu().clone();
         let reader = Reader::new();
-        for (role, dtype, bytes) in dense {
-            let dense = self.upload(role, dtype, &weights.tensor(&reader, role)?)?;
+        for (role, dtype, bytes) in dense.iter().copied() {
+            let tensor = weights.tensor(&reader, role)?;
+            match joined_place(&dense, role, gpu.max_binding_bytes()) {
+                Some((joined, at, total)) => {
+                    if !self.dense.contains_key(&joined) {
+                        let buffer = gpu.buffer(&format!("{joined:?}"), total)?;
+                        self.dense.insert(joined, Dense { buffer, dtype });
+                    }
+                    gpu.write(&self.dense[&joined].buffer, at, &tensor);
+                }
+                None => {
+                    let dense = self.upload(role, dtype, &tensor)?;
+                    self.dense.insert(role, dense);
+                }
+            }
             gpu.flush()?;
-            self.dense.insert(role, dense);
             done += bytes;
             progress(done, total);
         }
@@ -798,16 +810,20 @@ impl Machine {
     ) -> Result<(), GpuError> {
         let shape = &self.config.shape;
         let (q, kv, all) = (shape.q_width(), shape.kv_width(), shape.qkv_width());
-        if self.config.forward.fused_qkv {
-            let (role, extents) = (Role::QueryKeyValue { layer }, (shape.d_model, all));
-            self.project(recorder, role, n_rows, extents, x, qkv, (all, 0), false)?;
-        } else {
+        let joined = Role::QueryKeyValue { layer };
+        let is_joined = self.dense.contains_key(&joined);
+        if is_joined {
+            self.project(recorder, joined, n_rows, (shape.d_model, all), x, qkv, (all, 0), false)?;
+        }
+        if !self.config.forward.fused_qkv {
             for (role, bias, width, offset) in [
                 (Role::Query { layer }, Role::QueryBias { layer }, q, 0),
                 (Role::Key { layer }, Role::KeyBias { layer }, kv, q),
                 (Role::Value { layer }, Role::ValueBias { layer }, kv, q + kv),
             ] {
-                self.project(recorder, role, n_rows, (shape.d_model, width), x, qkv, (all, offset), false)?;
+                if !is_joined {
+                    self.project(recorder, role, n_rows, (shape.d_model, width), x, qkv, (all, offset), false)?;
+                }
                 self.add_bias(recorder, bias, n_rows, qkv, (all, offset))?;
             }
         }
@@ -1308,6 +1324,22 @@ impl Machine {
         }
         Ok(heads)
     }
+}
+
+/// Query, key and value projections of a layer lie one after the other where they can, so that one product makes all three: the role of
+/// the joined tensor, where in it `role` starts, and its bytes.
+fn joined_place(dense: &[(Role, Dtype, u64)], role: Role, binding_bytes: u64) -> Option<(Role, u64, u64)> {
+    let (Role::Query { layer } | Role::Key { layer } | Role::Value { layer }) = role else { return None };
+    let part = |role| dense.iter().find(|(other, ..)| *other == role);
+    let [q, k, v] = [part(Role::Query { layer })?, part(Role::Key { layer })?, part(Role::Value { layer })?];
+    let whole_words = [q, k, v].iter().all(|(_, dtype, bytes)| *dtype == q.1 && bytes.is_multiple_of(4));
+    let at = match role {
+        Role::Query { .. } => 0,
+        Role::Key { .. } => q.2,
+        _ => q.2 + k.2,
+    };
+    let total = q.2 + k.2 + v.2;
+    (whole_words && total <= binding_bytes).then_some((Role::QueryKeyValue { layer }, at, total))
 }
 
 /// Cosine and sine of every position and pair, as the model turns its queries and keys.

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::buffer::{Buffer, CopyRange, HostBuffer, Keep};
 use super::timing::Clock;
@@ -90,6 +90,7 @@ pub struct Gpu {
     faults: Arc<Faults>,
     test_faults: TestFaults,
     taken: Arc<AtomicU64>,
+    pace: Option<Pace>,
     /// A pass is under way: wgpu's own staging, which allocates, is not for now.
     in_pass: AtomicBool,
 }
@@ -163,6 +164,24 @@ pub struct OpenOptions {
     pub device: DeviceChoice,
     pub transfer: TransferChoice,
     pub test_faults: TestFaults,
+    /// Most bytes per second to the device. Kernels do not reach host memory then, since nothing could pace them.
+    pub link_pace: Option<u64>,
+}
+
+/// Holds copies to the device back, as a slower link would.
+struct Pace {
+    bytes_per_s: u64,
+    /// When the slower link would have brought all that was copied so far.
+    free_at: Mutex<Instant>,
+}
+
+impl Pace {
+    /// Returns when a slower link would have brought so many bytes.
+    fn take(&self, bytes: u64) {
+        let mut free_at = self.free_at.lock().expect("pace lock");
+        *free_at = (*free_at).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / self.bytes_per_s as f64);
+        std::thread::sleep(free_at.saturating_duration_since(Instant::now()));
+    }
 }
 
 /// `Device::poll` panics when the driver reports a lost device (wgpu 30, backend/wgpu_core.rs); here it is an error.
@@ -325,6 +344,7 @@ impl Gpu {
             limits,
             faults,
             test_faults: options.test_faults,
+            pace: options.link_pace.map(|bytes_per_s| Pace { bytes_per_s, free_at: Mutex::new(Instant::now()) }),
             taken: Arc::new(AtomicU64::new(0)),
             in_pass: AtomicBool::new(false),
         })
@@ -337,7 +357,7 @@ impl Gpu {
 
     /// Kernels can bind [`HostBuffer`]s.
     pub fn kernels_reach_host(&self) -> bool {
-        self.transfer.kernels_reach_host()
+        self.pace.is_none() && self.transfer.kernels_reach_host()
     }
 
     pub fn summary(&self) -> &AdapterSummary {
@@ -379,6 +399,31 @@ impl Gpu {
         };
         let local = |heap: &&ash::vk::MemoryHeap| heap.flags.contains(ash::vk::MemoryHeapFlags::DEVICE_LOCAL);
         heaps.memory_heaps_as_slice().iter().filter(local).map(|heap| heap.size).max()
+    }
+
+    /// Bytes of the largest device heap that nobody has taken, this process aside; None where the driver does not say
+    /// (VK_EXT_memory_budget).
+    pub fn free_memory_bytes(&self) -> Option<u64> {
+        // SAFETY: the handles are only asked for properties, and live as long as the device that the guard holds; the
+        // structures live until the calls return.
+        let (heaps, budget) = unsafe {
+            let device = self.device.as_hal::<wgpu::hal::api::Vulkan>()?;
+            let instance = device.shared_instance().raw_instance();
+            let physical = device.raw_physical_device();
+            let extensions = instance.enumerate_device_extension_properties(physical).ok()?;
+            let named =
+                |it: &ash::vk::ExtensionProperties| it.extension_name_as_c_str() == Ok(ash::ext::memory_budget::NAME);
+            if !extensions.iter().any(named) {
+                return None;
+            }
+            let mut budget = ash::vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
+            let mut properties = ash::vk::PhysicalDeviceMemoryProperties2::default().push_next(&mut budget);
+            instance.get_physical_device_memory_properties2(physical, &mut properties);
+            (properties.memory_properties, budget.heap_budget)
+        };
+        let local = |heap: &ash::vk::MemoryHeap| heap.flags.contains(ash::vk::MemoryHeapFlags::DEVICE_LOCAL);
+        let heaps = heaps.memory_heaps_as_slice().iter().zip(budget).filter(|(heap, _)| local(heap));
+        heaps.max_by_key(|(heap, _)| heap.size).map(|(_, budget)| budget)
     }
 
     /// Bytes of device memory in live buffers.
@@ -484,6 +529,9 @@ impl Gpu {
 
     /// Copies when `after` has been reached; all of one call in one direction, which `line` names.
     pub fn copy(&self, line: Line, copies: &[CopyRange<'_>], after: &[Ticket]) -> Result<Ticket, GpuError> {
+        if let (Some(pace), Line::ToDevice) = (&self.pace, line) {
+            pace.take(copies.iter().map(|copy| copy.bytes).sum());
+        }
         self.transfer.copy(line, copies, after)
     }
 

@@ -102,9 +102,9 @@ impl Kernel {
         self.parts.iter().any(|part| matches!(part, Part::MadeFor(_)))
     }
 
-    /// Reads weights, so it exists once per dtype.
+    /// Its text depends on the dtype of weights, so it exists once per dtype.
     pub fn reads_weights(&self) -> bool {
-        self.parts.iter().any(|part| matches!(part, Part::Weight))
+        self.parts.iter().any(|part| matches!(part, Part::Weight | Part::MadeFor(_) | Part::Template(_)))
     }
 
     /// Its text is made of its tunables.

@@ -2,7 +2,8 @@
 //!
 //! In: activations (f32), weights as the checkpoint stores them. Out: dispatches on a [`Recorder`](crate::gpu::Recorder).
 //! Guarantees: **row independence** – a row's result does not depend on which rows share its dispatch, so every sum has one
-//! order that no row count and no tunable changes. Portable versions only: no subgroups, no f16 arithmetic.
+//! order that no row count and no tunable changes. Portable versions, without subgroups and f16 arithmetic; matrix products also
+//! on [`cooperative`] matrices, a precision class of its own that a run takes or leaves as a whole.
 //!
 //! Given up: more rows in a dispatch than workgroups fit in one dimension (65,535 on most drivers) where a kernel gives each
 //! row a workgroup. The recorder panics there; a pass stays far below.

@@ -247,6 +247,11 @@ impl KvCache {
         self.owners.len()
     }
 
+    /// Blocks of a table that others hold too.
+    pub fn shared_blocks(&self, table: &BlockTable) -> usize {
+        table.blocks.iter().filter(|block| self.owners[block.index()] > 1).count()
+    }
+
     pub fn free_blocks(&self) -> usize {
         self.free.len()
     }

@@ -144,6 +144,36 @@ pub enum PlanError {
     Binding { what: &'static str, needed: u64, limit: u64, option: &'static str },
 }
 
+/// What a policy asks of the device's buffers.
+pub fn extents(policy: &Policy) -> Extents {
+    Extents {
+        micro_batches: policy.micro_batches,
+        expert_groups: policy.expert_groups,
+        rows_per_micro_batch: policy.rows_per_micro_batch,
+        workspaces: policy.workspaces,
+        workspace_blocks: policy.workspace_blocks,
+        max_positions: policy.max_model_len,
+        head_rows: policy.head_rows,
+        rows: policy.rows,
+        precision: policy.precision,
+        gpu_decode: policy.attention == AttentionPlace::Gpu,
+    }
+}
+
+impl Plan {
+    /// How the experts of a layer are cut into pages.
+    pub fn page_shape(&self, config: &ModelConfig, bytes: &ModelBytes) -> PageShape {
+        PageShape {
+            experts: config.shape.experts,
+            resident: self.policy.resident_experts,
+            ring: self.policy.ring_experts,
+            matrix_bytes: bytes.matrix,
+            page_bytes: self.policy.page_bytes,
+            layers: config.shape.layers,
+        }
+    }
+}
+
 /// Most sequences at a time where nobody says.
 const DEFAULT_SEQUENCES: usize = 256;
 /// Rows of a pass where nobody says: enough to fill the matrix units, little enough for small cards.
@@ -390,18 +420,28 @@ fn fit_with_pool(
             option: "(a smaller vocabulary is needed)",
         });
     }
-    let extents = Extents {
+    let policy = Policy {
+        schedule,
+        max_sequences,
         micro_batches,
         expert_groups,
         rows_per_micro_batch,
+        prompt_chunk,
+        attention,
+        threads,
+        max_model_len,
+        kv_blocks,
         workspaces,
         workspace_blocks,
-        max_positions: max_model_len,
-        head_rows,
+        resident_experts: 0,
+        ring_experts: 0,
+        page_bytes,
+        source: wishes.source,
         rows,
         precision,
-        gpu_decode: attention == AttentionPlace::Gpu,
+        head_rows,
     };
+    let extents = extents(&policy);
     let [attention_lists, attention_scratch] = extents.attention_bytes(shape);
     let group_rows = extents.group_rows();
     let assignments = group_rows * shape.experts_per_token;
@@ -484,27 +524,7 @@ fn fit_with_pool(
         });
     }
     Ok(Plan {
-        policy: Policy {
-            schedule,
-            max_sequences,
-            micro_batches,
-            expert_groups,
-            rows_per_micro_batch,
-            prompt_chunk,
-            attention,
-            threads,
-            max_model_len,
-            kv_blocks,
-            workspaces,
-            workspace_blocks,
-            resident_experts,
-            ring_experts,
-            page_bytes,
-            source: wishes.source,
-            rows,
-            precision,
-            head_rows,
-        },
+        policy: Policy { resident_experts, ring_experts, ..policy },
         memory,
         streamed_bytes_per_pass: (shape.layers * streamed) as u64 * bytes.expert(),
         experts_per_layer: shape.experts,

@@ -4,9 +4,11 @@
 use std::fmt::Write;
 
 use super::hrm::{
-    Roof, Work, attainable, attainable_on_device, human_flops, ridge_intensity, turning_point_p1, turning_point_p2,
+    Hierarchy, Roof, Work, attainable, attainable_on_device, human_flops, ridge_intensity, turning_point_p1,
+    turning_point_p2,
 };
 use super::paper::{PaperPlan, Setting};
+use crate::model::Shape;
 use crate::policy::AttentionPlace;
 use crate::units::human_bytes;
 
@@ -54,17 +56,52 @@ struct Point {
     colour: &'static str,
 }
 
-/// The picture, of 920 by 600 units. `title` is what was planned for, in words.
+/// What a picture shows.
+#[derive(Debug, Clone)]
+pub struct Picture<'a> {
+    /// What was planned for, in words, and what came out.
+    pub title: &'a str,
+    pub subtitle: String,
+    pub machine: Hierarchy,
+    pub shape: &'a Shape,
+    /// Rows of a pass, and those that one expert computation takes.
+    pub sequences: usize,
+    pub micro_batch: usize,
+    /// Bytes of experts that a pass brings over the link.
+    pub streamed_bytes: f64,
+    pub attention: AttentionPlace,
+    /// r_c: share of K and V on the device, where attention is there.
+    pub resident_kv: f64,
+    /// Tokens that a row attends to.
+    pub context: f64,
+}
+
+/// The picture of a paper-mode plan. `title` is what was planned for, in words.
 pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String {
-    let machine = setting.hardware.hierarchy();
-    let shape = &setting.shape;
+    draw(&Picture {
+        title,
+        subtitle: format!("{} · {} tokens/s of decode", plan.binding(), three(plan.tokens_per_second)),
+        machine: setting.hardware.hierarchy(),
+        shape: &setting.shape,
+        sequences: plan.sequences,
+        micro_batch: plan.micro_batch,
+        streamed_bytes: plan.host_memory.experts,
+        attention: plan.attention,
+        resident_kv: plan.resident_kv,
+        context: (setting.prompt_tokens + setting.generated_tokens) as f64,
+    })
+}
+
+/// The picture, of 920 by 600 units.
+pub fn draw(plan: &Picture<'_>) -> String {
+    let (title, machine, shape) = (plan.title, plan.machine, plan.shape);
     let rows = plan.sequences as f64;
 
     // The experts: their intensity on the device is a micro-batch's, at the host all rows share what crosses the link.
     let at_device = Work::experts(shape, plan.micro_batch as f64, 2.0).intensity();
     let kernel = attainable(&machine.device, at_device);
     let flops = Work::experts(shape, rows, 2.0).flops * shape.layers as f64;
-    let streamed = plan.host_memory.experts;
+    let streamed = plan.streamed_bytes;
     // Where all experts stay on the device nothing crosses, and its own roof is the only one.
     let at_host = if streamed > 0.0 { flops / streamed } else { at_device };
     let (roof, reached) =
@@ -76,8 +113,7 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
         flops_per_s: reached,
         colour: if roof == Roof::Link { LINK } else { DEVICE },
     };
-    let context = (setting.prompt_tokens + setting.generated_tokens) as f64;
-    let attend = Work::decode_attention(shape, rows, context, 2.0).intensity();
+    let attend = Work::decode_attention(shape, rows, plan.context, 2.0).intensity();
     let (place, reached, colour) = match plan.attention {
         AttentionPlace::Cpu => ("host", attainable(&machine.host, attend), HOST),
         AttentionPlace::Gpu if plan.resident_kv < 1.0 => {
@@ -103,8 +139,7 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
     };
     let mut svg = Svg::new();
     svg.text(LEFT, 34.0, title, &format!("font-size='19' font-weight='600' fill='{INK}'"));
-    let subtitle = format!("{} · {} tokens/s of decode", plan.binding(), three(plan.tokens_per_second));
-    svg.text(LEFT, 57.0, &subtitle, &format!("font-size='13.5' fill='{FAINT}'"));
+    svg.text(LEFT, 57.0, &plan.subtitle, &format!("font-size='13.5' fill='{FAINT}'"));
 
     svg.regions(&axes, p1, p2);
     svg.grid(&axes);
@@ -178,8 +213,22 @@ pub fn roofline_svg(title: &str, setting: &Setting, plan: &PaperPlan) -> String 
     svg.end()
 }
 
+/// Two pictures in one, the second below the first and as wide.
+pub fn below(first: &str, second: &str) -> String {
+    // Each keeps its own coordinates; where it lies is said in front of them.
+    let placed = |picture: &str, place: &str| picture.replacen("<svg ", &format!("<svg {place} "), 1);
+    let first = first.replacen(&format!(" width='{WIDTH}' height='{HEIGHT}'"), "", 1);
+    let lower = 380.0;
+    let height = HEIGHT + lower;
+    format!(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}'>\n{}{}</svg>\n",
+        placed(&first, &format!("x='0' y='0' width='{WIDTH}' height='{HEIGHT}'")),
+        placed(second, &format!("x='0' y='{HEIGHT}' width='{WIDTH}' height='{lower}'")),
+    )
+}
+
 /// Three significant digits without an exponent.
-fn three(value: f64) -> String {
+pub fn three(value: f64) -> String {
     let decimals = if value < 9.995 { 2 } else { usize::from(value < 99.95) };
     format!("{value:.decimals$}")
 }

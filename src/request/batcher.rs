@@ -19,8 +19,12 @@
 //! Guarantees: the oldest sequence always gets on, so everything ends; no sequence is ever dropped; blocks of finished sequences
 //! are free at once; membership of a micro-batch is decided when that micro-batch's ids are known, without waiting for other micro-batches.
 //!
-//! Given up: admission is by expected length (the mean of what finished so far), so blocks can run out; sequences keep their
-//! micro-batch until they end or are preempted.
+//! **Admission** looks ahead: a sequence comes in if the blocks that it and the running ones are expected to hold, pass after pass,
+//! never exceed the pool. Sequences of spread ages grow and end at different times, so the pool is filled with those that are half
+//! grown in the mean, and not with room for the full length of each. How long a sequence gets is known where it cannot end early
+//! (`ignore_eos`); else the mean of what finished so far is expected.
+//!
+//! Given up: expectations fail, so blocks can run out; sequences keep their micro-batch until they end or are preempted.
 
 use std::collections::BTreeMap;
 
@@ -99,6 +103,8 @@ struct Sequence {
     prompt_len: usize,
     /// Most tokens that it can come to have.
     limit: usize,
+    /// It comes to have so many for certain, unless it fails.
+    reaches_limit: bool,
     /// Tokens whose keys and values are stored.
     computed: usize,
     storage: Storage,
@@ -169,15 +175,16 @@ impl Batcher {
         self.sequences.values().filter(|sequence| sequence.micro_batch.is_none()).count()
     }
 
-    /// Puts a sequence into the queue. `max_new` tokens at most will be generated; prompt and those must fit the pool
-    /// (the engine refuses requests that do not).
-    pub fn add(&mut self, id: SequenceId, prompt: Vec<u32>, max_new: usize) {
+    /// Puts a sequence into the queue. `max_new` tokens at most will be generated, or exactly as many where nothing can end it
+    /// early (`exact`); prompt and those must fit the pool (the engine refuses requests that do not).
+    pub fn add(&mut self, id: SequenceId, prompt: Vec<u32>, max_new: usize, exact: bool) {
         let limit = prompt.len() + max_new;
         debug_assert!(!prompt.is_empty() && limit <= self.kv.total_blocks() * BLOCK_TOKENS);
         let sequence = Sequence {
             prompt_len: prompt.len(),
             tokens: prompt,
             limit,
+            reaches_limit: exact,
             computed: 0,
             storage: Storage::Cache(BlockTable::default()),
             micro_batch: None,
@@ -203,6 +210,7 @@ impl Batcher {
             tokens: from.tokens[..from.prompt_len].to_vec(),
             prompt_len: from.prompt_len,
             limit: from.limit,
+            reaches_limit: from.reaches_limit,
             computed: shared,
             storage,
             micro_batch: None,
@@ -211,14 +219,18 @@ impl Batcher {
         self.sequences.insert(child, sequence);
     }
 
-    /// Makes every queued sequence one that has been decoding: all its tokens but the last have made-up keys and values, which
-    /// depend on the sequence and the position alone.
-    pub fn warm_up(&mut self, threads: &rayon::ThreadPool) -> Result<(), KvError> {
+    /// Makes every queued sequence one that has been decoding: of its tokens, `generated(request)` are of its completion, and all
+    /// but the last have made-up keys and values, which depend on the sequence and the position alone.
+    pub fn warm_up(&mut self, generated: &dyn Fn(u64) -> usize, threads: &rayon::ThreadPool) -> Result<(), KvError> {
         let mut tables = Vec::new();
         for (id, sequence) in &mut self.sequences {
             let Storage::Cache(table) = &mut sequence.storage else { unreachable!("nothing was spilled yet") };
             let stored = sequence.tokens.len() - 1;
-            (sequence.computed, sequence.prompt_len) = (stored, stored);
+            assert!(
+                (1..=stored).contains(&generated(id.request)),
+                "a warm sequence has a prompt, and feeds its own token"
+            );
+            (sequence.computed, sequence.prompt_len) = (stored, sequence.tokens.len() - generated(id.request));
             self.kv.reserve(table, stored).map_err(KvError::Warm)?;
             tables.push((id.request, &*table));
         }
@@ -320,11 +332,15 @@ impl Batcher {
         let queue: Vec<SequenceId> =
             self.sequences.iter().filter(|(_, s)| s.micro_batch.is_none()).map(|(id, _)| *id).collect();
         for id in queue {
-            let in_micro_batch = self.sequences.values().filter(|s| s.micro_batch == Some(micro_batch)).count();
-            let running = self.running();
+            let mut members = vec![0; self.limits.micro_batches];
+            self.sequences.values().filter_map(|s| s.micro_batch).for_each(|of| members[of] += 1);
+            let (in_micro_batch, running) = (members[micro_batch], members.iter().sum::<usize>());
+            // Where blocks and not the quota bound it, the micro-batch that is planned first must not take what all free.
+            let fair = running.div_ceil(self.limits.micro_batches) + 1;
             if plan.rows.len() >= self.limits.rows_per_micro_batch
                 || in_micro_batch >= quota
                 || running >= self.limits.max_sequences
+                || (in_micro_batch >= fair && !members.contains(&0))
                 // Else a stream of short sequences could keep a long one waiting for ever.
                 || plan.workspace_short
             {
@@ -432,28 +448,54 @@ impl Batcher {
         }
     }
 
+    /// Most blocks that are expected to be taken at any time, if a queued sequence joins those that run and nobody else does.
+    fn peak_blocks(&self, candidate: &Sequence) -> usize {
+        let mean = match self.finished {
+            0..FIRST_EXPECTATIONS => FIRST_EXPECTED_TOKENS,
+            finished => (self.finished_tokens / finished) as usize + 1,
+        };
+        // What changes after so many passes.
+        let mut changes: Vec<isize> = vec![0];
+        let mut change = |pass: usize, blocks: isize| {
+            changes.resize(changes.len().max(pass + 1), 0);
+            changes[pass] += blocks;
+        };
+        for s in self.sequences.values().filter(|s| s.micro_batch.is_some()).chain([candidate]) {
+            let held = match &s.storage {
+                Storage::Cache(table) => table.blocks().len(),
+                Storage::Spilled(_) => 0,
+            };
+            let (tokens, generated) = (s.tokens.len(), s.tokens.len() - s.prompt_len);
+            let left = match s.reaches_limit {
+                true => s.limit - tokens,
+                // Older than the mean: who knows; half of it again.
+                false => mean.checked_sub(generated).unwrap_or(mean / 2).min(s.limit - tokens),
+            };
+            let last = (tokens + left).div_ceil(BLOCK_TOKENS).max(held);
+            let now = tokens.div_ceil(BLOCK_TOKENS).max(held);
+            change(0, (now - held) as isize);
+            for block in now..last {
+                // The pass that computes the block's first token.
+                change(block * BLOCK_TOKENS + 1 - tokens, 1);
+            }
+            // Shared blocks outlive it.
+            let shared = match &s.storage {
+                Storage::Cache(table) => self.kv.shared_blocks(table),
+                Storage::Spilled(_) => 0,
+            };
+            change(left + 1, shared as isize - last as isize);
+        }
+        let mut taken = (self.kv.total_blocks() - self.kv.free_blocks()) as isize;
+        let peak = changes.iter().map(|change| {
+            taken += change;
+            taken
+        });
+        peak.max().unwrap_or(0).max(0) as usize
+    }
+
     /// May a queued sequence run now? If so its spilled blocks are back.
     fn admit(&mut self, id: SequenceId) -> Result<bool, KvError> {
-        let expected = |s: &Sequence| {
-            let generated = if self.finished < FIRST_EXPECTATIONS {
-                FIRST_EXPECTED_TOKENS
-            } else {
-                (self.finished_tokens / self.finished) as usize + 1
-            };
-            (s.prompt_len + generated).clamp(s.tokens.len(), s.limit.max(s.tokens.len())).div_ceil(BLOCK_TOKENS)
-        };
-        let held = |s: &Sequence| match &s.storage {
-            Storage::Cache(table) => table.blocks().len(),
-            Storage::Spilled(_) => 0,
-        };
-        let growth: usize = self
-            .sequences
-            .values()
-            .filter(|s| s.micro_batch.is_some())
-            .map(|s| expected(s).saturating_sub(held(s)))
-            .sum();
-        let sequence = &self.sequences[&id];
-        let fits = growth + expected(sequence).saturating_sub(held(sequence)) <= self.kv.free_blocks();
+        let fits = self.peak_blocks(&self.sequences[&id]) <= self.kv.total_blocks();
         // The oldest of all may always come in: whoever runs is younger and can be pushed out.
         let oldest = self.sequences.iter().all(|(other, s)| s.micro_batch.is_none() || *other > id);
         if !fits && !oldest {

@@ -12,6 +12,7 @@
 pub mod batch_file;
 pub mod batcher;
 pub mod chat_template;
+pub mod lengths;
 pub mod sampler;
 pub mod tokenizer;
 

@@ -33,6 +33,6 @@ pub mod trace;
 pub use build::build;
 pub use check::{Before, ScheduleFault, check};
 pub use shape::{ChunkShape, MicroBatchShape, PageId, PassShape, Why};
-pub use simulate::{Cost, Resource, simulate};
+pub use simulate::{Cost, OnItsWay, Resource, SimulatedPass, simulate, simulate_pass};
 pub use task::{Lane, Schedule, Task, TaskId, Work};
-pub use timeline::{Span, Timeline};
+pub use timeline::{Idle, Span, Timeline};

@@ -13,13 +13,18 @@
 //!                                        0       4       8   10
 //! ```
 //!
+//! Several passes follow each other with pages on their way between them ([`simulate_pass`]): each begins with what the one
+//! before left.
+//!
 //! Guarantees: pure, and the same for the same input; a task never runs faster than alone, and no resource is used beyond what
 //! there is. Given up: a cost does not depend on what ran before (a cold cache), and sharing is fair, which hardware need not be.
 //! With shares a faster task can make the whole later, because what follows it starts to disturb something more important;
 //! without them more speed is never slower.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
+use super::shape::PageId;
 use super::task::{Lane, Schedule, Task, TaskId, Work};
 use super::timeline::{Span, Timeline};
 
@@ -86,24 +91,76 @@ impl Running {
 /// The timeline of a schedule in which every task takes what `cost` says. The schedule must be sound
 /// ([`check`](super::check())): one that would wait for ever is a bug of its builder.
 pub fn simulate(schedule: &Schedule, cost: impl Fn(Work) -> Cost) -> Timeline {
+    simulate_pass(schedule, usize::MAX, cost, &[]).timeline
+}
+
+/// A page of a pass that was still on its way when the pass before ended.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OnItsWay {
+    /// As the pass that computes with it counts: layer 0 is its first one.
+    pub page: PageId,
+    /// What is left of its transfer.
+    pub seconds: f64,
+}
+
+/// One of several passes, as predicted.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct SimulatedPass {
+    /// Counted from the end of the pass before. Pages of the next pass are in it, to their end.
+    pub timeline: Timeline,
+    /// When all of it had ended but pages of the next pass.
+    pub seconds: f64,
+    /// Those that were on their way then, in order.
+    pub on_their_way: Vec<OnItsWay>,
+}
+
+/// The same for one pass of several: it begins with pages of its own on their way, and ends when all but the pages that it loads
+/// ahead have, those of layers from `layers` on.
+pub fn simulate_pass(
+    schedule: &Schedule,
+    layers: usize,
+    cost: impl Fn(Work) -> Cost,
+    on_their_way: &[OnItsWay],
+) -> SimulatedPass {
     let n = schedule.tasks.len();
     let mut waits: Vec<usize> = schedule.tasks.iter().map(|task| task.after.len()).collect();
-    let mut waiters: Vec<Vec<usize>> = vec![Vec::new(); n];
+    let mut waiters: Vec<Vec<usize>> = vec![Vec::new(); n + on_their_way.len()];
     let mut queues: [Vec<usize>; Lane::ALL.len()] = Default::default();
     for (TaskId(id), task) in schedule.ids() {
         task.after.iter().for_each(|TaskId(before)| waiters[*before].push(id));
         queues[task.lane as usize].push(id);
     }
+    // Pages on their way are tasks from number n on, in front of all others of their lane.
+    let link = &mut queues[Lane::HostToDevice as usize];
+    link.splice(0..0, n..n + on_their_way.len());
+    let mut carried: HashMap<(usize, usize), Vec<usize>> = HashMap::new();
+    for (number, on_its_way) in on_their_way.iter().enumerate() {
+        carried.entry((on_its_way.page.layer, on_its_way.page.chunk)).or_default().push(n + number);
+    }
+    if !carried.is_empty() {
+        for (TaskId(id), task) in schedule.ids() {
+            if let Work::Experts { layer, chunk, .. } = task.work {
+                for page in carried.get(&(layer, chunk)).into_iter().flatten() {
+                    waiters[*page].push(id);
+                    waits[id] += 1;
+                }
+            }
+        }
+    }
     queues.iter_mut().for_each(|queue| queue.reverse());
 
     let mut running: [Option<Running>; Lane::ALL.len()] = [None; Lane::ALL.len()];
     let mut spans = Vec::with_capacity(n);
-    let mut now = 0.0;
-    while spans.len() < n {
+    let (mut now, mut ended, mut pass_end) = (0.0, 0, 0.0);
+    let mut ahead: Vec<(PageId, f64, f64)> = Vec::new();
+    while ended < n + on_their_way.len() {
         for (queue, slot) in queues.iter_mut().zip(&mut running) {
-            if let Some(id) = queue.last().copied().filter(|id| slot.is_none() && waits[*id] == 0) {
+            if let Some(id) = queue.last().copied().filter(|id| slot.is_none() && (*id >= n || waits[*id] == 0)) {
                 queue.pop();
-                let cost = cost(schedule.tasks[id].work);
+                let cost = match id.checked_sub(n) {
+                    Some(number) => Cost::alone(on_their_way[number].seconds),
+                    None => cost(schedule.tasks[id].work),
+                };
                 *slot = Some(Running { task: id, start: now, left: cost.seconds, cost });
             }
         }
@@ -119,11 +176,19 @@ pub fn simulate(schedule: &Schedule, cost: impl Fn(Work) -> Cost) -> Timeline {
             let Some(task) = slot else { continue };
             // The one that set the step has ended, whatever rounding leaves of it.
             if until_end(task) <= step * (1.0 + 1e-12) {
-                let Task { work, lane, .. } = schedule.tasks[task.task];
-                let [start, end] = [task.start, now].map(Duration::from_secs_f64);
-                let Cost { bytes, rows, .. } = task.cost;
-                spans.push(Span { task: TaskId(task.task), work, lane, start, end, bytes, rows });
+                if let Some(&Task { work, lane, .. }) = schedule.tasks.get(task.task) {
+                    let [start, end] = [task.start, now].map(Duration::from_secs_f64);
+                    let Cost { bytes, rows, .. } = task.cost;
+                    spans.push(Span { task: TaskId(task.task), work, lane, start, end, bytes, rows });
+                    match work {
+                        Work::LoadPage { layer, chunk, page } if layer >= layers => {
+                            ahead.push((PageId { layer: layer - layers, chunk, page }, task.start, now));
+                        }
+                        _ => pass_end = now,
+                    }
+                }
                 waiters[task.task].iter().for_each(|waiter| waits[*waiter] -= 1);
+                ended += 1;
                 *slot = None;
             } else {
                 task.left -= step * task.speed(&load);
@@ -131,5 +196,7 @@ pub fn simulate(schedule: &Schedule, cost: impl Fn(Work) -> Cost) -> Timeline {
         }
     }
     spans.sort_by_key(|span| (span.start, span.task));
-    Timeline { spans }
+    let late = ahead.into_iter().filter(|(_, _, end)| *end > pass_end);
+    let left = |(page, start, end): (PageId, f64, f64)| OnItsWay { page, seconds: end - f64::max(start, pass_end) };
+    SimulatedPass { timeline: Timeline { spans }, seconds: pass_end, on_their_way: late.map(left).collect() }
 }

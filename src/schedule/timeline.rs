@@ -68,6 +68,53 @@ impl Timeline {
     }
 }
 
+/// What ran while a lane had nothing under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Idle {
+    /// The GPU computed: pages wait for slots that it still reads.
+    pub gpu_busy: Duration,
+    /// Only the CPU did: the GPU waits for attention or for sampled ids, and pages for the GPU.
+    pub cpu_busy: Duration,
+    /// Neither: it is the launcher's.
+    pub none_busy: Duration,
+}
+
+impl Timeline {
+    /// The pauses of the lane to the GPU from its first task to its last, by what ran meanwhile.
+    pub fn link_idle(&self) -> Idle {
+        let mut idle = Idle::default();
+        let merged = |lane: Lane| {
+            let mut spans: Vec<_> =
+                self.spans.iter().filter(|span| span.lane == lane).map(|span| (span.start, span.end)).collect();
+            spans.sort_unstable();
+            spans
+        };
+        let (gpu, cpu) = (merged(Lane::Gpu), merged(Lane::Cpu));
+        for (from, to) in self.gaps(Lane::HostToDevice, Duration::ZERO) {
+            // Pieces of the pause between starts and ends of others.
+            let inside = |at: &Duration| (from..to).contains(at);
+            let mut cuts: Vec<Duration> =
+                gpu.iter().chain(&cpu).flat_map(|span| [span.0, span.1]).filter(inside).collect();
+            cuts.extend([from, to]);
+            cuts.sort_unstable();
+            for piece in cuts.windows(2) {
+                let covered = |spans: &[(Duration, Duration)]| {
+                    spans.iter().any(|(start, end)| *start <= piece[0] && piece[1] <= *end)
+                };
+                let length = piece[1] - piece[0];
+                if covered(&gpu) {
+                    idle.gpu_busy += length;
+                } else if covered(&cpu) {
+                    idle.cpu_busy += length;
+                } else {
+                    idle.none_busy += length;
+                }
+            }
+        }
+        idle
+    }
+}
+
 fn union<'a>(spans: impl Iterator<Item = &'a Span>) -> Duration {
     let mut spans: Vec<_> = spans.map(|span| (span.start, span.end)).collect();
     spans.sort_unstable();

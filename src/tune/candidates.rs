@@ -66,6 +66,19 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
     }
 }
 
+/// Every tile that is a candidate for an operation at any number of rows, each once.
+pub fn all(operation: Operation) -> Vec<Tile> {
+    let mut tiles = Vec::new();
+    for rows in ROW_CLASSES.into_iter().chain([u32::MAX]) {
+        for tile in candidates(operation, rows) {
+            if !tiles.contains(&tile) {
+                tiles.push(tile);
+            }
+        }
+    }
+    tiles
+}
+
 /// Tries every candidate on weights of bf16, at each class of rows, and returns the best ones and all that was tried. `progress` sees each.
 pub fn tune(
     pipelines: &Pipelines,

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Operation, Tile};
+use super::{NARROW, Operation, Tile};
 use crate::checkpoint::Dtype;
 use crate::gpu::{Buffer, Gpu, GpuError, Pipelines, Recorder, Slice, Variant};
 use crate::kernels::half_rows::{self, HalfRows, padded};
@@ -75,7 +75,7 @@ fn repeats(
     Ok(((target / once.max(1e-6)) as usize).clamp(1, 50))
 }
 
-fn timed(
+pub(super) fn timed(
     pipelines: &Pipelines,
     mut record: impl FnMut(&mut Recorder<'_>, usize) -> Result<(), GpuError>,
 ) -> Result<f64, GpuError> {
@@ -83,7 +83,7 @@ fn timed(
     time(pipelines, (5, repeats), record)
 }
 
-fn filled(
+pub(super) fn filled(
     pipelines: &Pipelines,
     what: &str,
     dtype: Dtype,
@@ -183,10 +183,20 @@ impl<'p> Dense<'p> {
         })
     }
 
+    fn halves(&self) -> HalfRows<'_> {
+        HalfRows { rows: self.halves.whole(), scales: self.scales.whole() }
+    }
+
+    /// `rows` of them to f16.
+    pub fn halve(&self, recorder: &mut Recorder<'_>, rows: usize) -> Result<(), GpuError> {
+        let params = half_rows::Params::dense(rows as u32, self.n_in as u32);
+        half_rows::record(recorder, params, self.x.whole(), self.halves())
+    }
+
     /// `rows` of them with `tile`, or with the portable kernel.
     pub fn measure(&self, tile: Option<Tile>, rows: usize) -> Result<Reading, MeasureError> {
         let (n_rows, n_out, n_in) = (rows as u32, self.n_out as u32, self.n_in as u32);
-        let halves = HalfRows { rows: self.halves.whole(), scales: self.scales.whole() };
+        let halves = self.halves();
         let product = |recorder: &mut Recorder<'_>, w: &Buffer| match tile {
             Some(tile) => {
                 let params = cooperative::matmul::Params::dense(n_rows, n_out, n_in);
@@ -199,14 +209,14 @@ impl<'p> Dense<'p> {
             }
         };
         let mut recorder = Recorder::new(self.pipelines);
-        half_rows::record(&mut recorder, half_rows::Params::dense(n_rows, n_in), self.x.whole(), halves)?;
+        self.halve(&mut recorder, rows)?;
         product(&mut recorder, &self.w[0])?;
         recorder.submit()?;
         let worst_error = self.check(tile, rows)?;
         let seconds = timed(self.pipelines, |recorder, i| product(recorder, &self.w[i % self.w.len()]))?;
         let elements = (self.n_out * self.n_in) as f64;
         Ok(Reading {
-            operation: Operation::Matmul,
+            operation: if (self.n_out as u32) < NARROW { Operation::NarrowMatmul } else { Operation::Matmul },
             shape: format!("{}x{}", self.n_out, self.n_in),
             rows,
             tile,

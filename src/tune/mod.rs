@@ -3,7 +3,8 @@
 //!
 //! A tile changes time and never bits, so this needs no say in what is computed.
 
-mod candidates;
+pub mod candidates;
+pub mod layer;
 pub mod measure;
 
 use std::path::PathBuf;
@@ -65,6 +66,12 @@ impl Tiles {
 
     pub fn set(&mut self, operation: Operation, rows: u32, tile: Tile) {
         self.tiles[operation as usize][class(rows)] = tile;
+    }
+
+    /// One tile for gate and up, and one for every other product, whatever the rows.
+    pub fn forced(gate_up: Tile, other: Tile) -> Self {
+        let of = |operation| if operation == Operation::GateUp { gate_up } else { other };
+        Self { tiles: Operation::ALL.map(|operation| [of(operation); ROW_CLASSES.len() + 1]) }
     }
 
     /// Of a dense matrix with `n_out` outputs.

@@ -58,6 +58,7 @@ pub struct Call {
     command: Command,
     stdin: Vec<u8>,
     stdout: Stdio,
+    deadline: Duration,
 }
 
 /// `fulmen WORDS`, in an environment that has none of its variables but the choice of the adapter.
@@ -69,8 +70,10 @@ pub fn fulmen<const N: usize>(words: [&str; N]) -> Call {
             command.env_remove(name);
         }
     }
+    // What somebody measured on this machine must not choose for the tests.
+    command.env("FULMEN_CACHE_DIR", std::env::temp_dir().join("fulmen-tests-without-a-cache"));
     command.env("RUST_BACKTRACE", "0").args(words);
-    Call { command, stdin: Vec::new(), stdout: Stdio::piped() }
+    Call { command, stdin: Vec::new(), stdout: Stdio::piped(), deadline: DEADLINE }
 }
 
 /// `fulmen run-batch` of the shipped model.
@@ -110,6 +113,12 @@ impl Call {
         self
     }
 
+    /// For what is meant to take long.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
     /// Starts it; its stderr can be followed.
     pub fn start(mut self) -> Running {
         let words = format!("{:?}", self.command);
@@ -133,7 +142,8 @@ impl Call {
                 let _ = send.send(line.expect("stderr is text"));
             }
         });
-        Running { words, child, stdout, lines, stderr: String::new(), started: Instant::now() }
+        let (started, deadline) = (Instant::now(), self.deadline);
+        Running { words, child, stdout, lines, stderr: String::new(), started, deadline }
     }
 
     /// Runs it to its end.
@@ -150,14 +160,15 @@ pub struct Running {
     lines: Receiver<String>,
     stderr: String,
     started: Instant,
+    deadline: Duration,
 }
 
 impl Running {
     fn check_deadline(&mut self, waiting_for: &str) {
-        if self.started.elapsed() > DEADLINE {
+        if self.started.elapsed() > self.deadline {
             let _ = self.child.kill();
             self.stderr.extend(self.lines.iter().map(|line| line + "\n"));
-            panic!("{}: no {waiting_for} after {DEADLINE:?}; stderr:\n{}", self.words, self.stderr);
+            panic!("{}: no {waiting_for} after {:?}; stderr:\n{}", self.words, self.deadline, self.stderr);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -185,6 +196,19 @@ impl Running {
             }
             self.check_deadline(start);
         }
+    }
+
+    /// Resident memory now, in bytes; None when it has ended.
+    pub fn resident_bytes(&self) -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+    }
+
+    /// It has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.check_deadline("end");
+        self.child.try_wait().expect("a child").is_some()
     }
 
     /// Sends a signal.

@@ -7,14 +7,17 @@ mod damage;
 mod generate;
 mod plan;
 mod resume;
+mod soak;
 mod usage;
 
 use libtest_mimic::{Arguments, Trial};
 
 fn main() {
+    fulmen::cli::quiet_mesa();
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
     // The longest first: trials run side by side.
+    trials.extend(soak::on_adapter());
     trials.extend(resume::on_adapter());
     trials.extend(batch::on_adapter());
     trials.extend(damage::on_adapter());

@@ -89,6 +89,41 @@ fn a_lost_device_is_resumed() -> Result<(), Failed> {
     Ok(())
 }
 
+/// A shard that is cut short while its experts stream from the disk: the message names page, file and offset, the lines that had
+/// finished are there and whole, and with the file mended a resumed run does the rest.
+fn a_source_that_fails_is_resumed() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let model = folder.model();
+    let shard = model.join("model-00002-of-00002.safetensors");
+    let whole = std::fs::read(&shard)?;
+    let input = folder.lines("in.jsonl", &mixed_lines());
+    let output = folder.path("out.jsonl");
+    let call = || {
+        fulmen(["run-batch", "--max-num-seqs", "1", "--resident-experts", "0", "--ring-experts", "3"])
+            .words(["--page-size", "20KiB", "--page-source", "staged"])
+            .path("--model", &model)
+            .path("-i", &input)
+            .path("-o", &output)
+    };
+    let mut running = call().start();
+    running.wait_for_lines(&output, 2);
+    std::fs::File::options().write(true).open(&shard)?.set_len(1 << 20)?;
+    running.finish().ends(1).says(["error: page ", "model-00002-of-00002.safetensors", "offset"]);
+    let finished = results(&output);
+    assert!((2..12).contains(&finished.len()), "in the middle, with {} lines", finished.len());
+
+    std::fs::write(&shard, whole)?;
+    let ran = call().words(["--resume", "--json-summary"]).run().ends(0);
+    assert_eq!(ran.summary()["already_finished"], finished.len());
+    let resumed = results(&output); // each custom_id once
+    assert_eq!(resumed.len(), 12);
+    for (id, line) in mixed_results() {
+        assert_eq!(resumed.get(id), Some(line), "{id} is as in a run whose files stayed");
+        assert!(finished.get(id).is_none_or(|before| before == line), "{id} was whole");
+    }
+    Ok(())
+}
+
 /// What ran when, as a trace that a viewer opens and as a picture; and a bench of schedules in small.
 fn traces_and_timelines_are_written() -> Result<(), Failed> {
     let folder = Folder::new();
@@ -150,6 +185,7 @@ pub fn on_adapter() -> Vec<Trial> {
     vec![
         Trial::test("resume::stopped_runs_are_resumed", stopped_runs_are_resumed),
         Trial::test("resume::a_lost_device_is_resumed", a_lost_device_is_resumed),
+        Trial::test("resume::a_source_that_fails_is_resumed", a_source_that_fails_is_resumed),
         Trial::test("resume::traces_and_timelines_are_written", traces_and_timelines_are_written),
         Trial::test("resume::synthesized_checkpoints_open", synthesized_checkpoints_open),
         Trial::test("resume::a_signal_while_opening_means_resume_too", a_signal_while_opening_means_resume_too),

@@ -12,6 +12,12 @@ pub fn device() -> DeviceChoice {
     std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()))
 }
 
+/// That adapter runs the f16 class.
+pub fn has_cooperative_matrices() -> bool {
+    // No adapter at all: main says so.
+    !fulmen::gpu::list_adapters().is_empty() && pipelines().gpu().cooperative()
+}
+
 /// Compiled kernels on that adapter, shared by all tests of kernels.
 pub fn pipelines() -> &'static Pipelines {
     static PIPELINES: OnceLock<Pipelines> = OnceLock::new();

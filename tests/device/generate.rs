@@ -7,7 +7,7 @@ use std::path::Path;
 use fulmen::engine::{Engine, Event, RunOptions, RunSummary};
 use fulmen::gpu::ShaderPatch;
 use fulmen::plan::Wishes;
-use fulmen::policy::AttentionPlace;
+use fulmen::policy::{AttentionPlace, Precision};
 use fulmen::request::batch_file::{BatchReader, GenerationDefaults, ReadOptions};
 use fulmen::request::batcher::MicroBatchRows;
 use fulmen::request::chat_template::ChatTemplate;
@@ -68,9 +68,12 @@ impl From<Wishes> for Setting {
 }
 
 pub fn run(model: &Path, setting: Setting, requests: Vec<Request>) -> Recorded {
+    // What is patched are the kernels of the f32 class; whatever else holds in the adapter's own.
+    let patched = (!setting.patches.is_empty()).then_some(Precision::F32);
+    let wishes = Wishes { precision: setting.wishes.precision.or(patched), ..setting.wishes };
     let mut builder = Engine::builder(model)
         .device(device())
-        .wishes(setting.wishes)
+        .wishes(wishes)
         .gpu_memory(setting.gpu_memory)
         .shader_patches(setting.patches);
     if let Ok(tokenizer) = Tokenizer::open(model) {
@@ -207,6 +210,7 @@ fn goldens_hold_under_small_rings() -> Result<(), Failed> {
             ring_experts: Some(3),
             prompt_chunk: Some(7),
             page_bytes: Some(1000),
+            precision: Some(Precision::F32),
             ..Wishes::default()
         };
         let answer = run(&folder, wishes.into(), vec![golden.request("golden")]);

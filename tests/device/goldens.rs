@@ -5,19 +5,23 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use fulmen::engine::{Engine, Event, RunOptions};
+use fulmen::engine::{Engine, EngineBuilder, Event, RunOptions};
 use fulmen::gpu::ShaderPatch;
 use fulmen::plan::Wishes;
-use fulmen::policy::AttentionPlace;
+use fulmen::policy::{AttentionPlace, Precision};
 use fulmen::request::{Request, SamplingParams};
+use fulmen::tune::{Operation, Tiles, candidates};
 use libtest_mimic::{Failed, Trial};
 use safetensors::SafeTensors;
 
-use crate::common::device;
+use crate::common::{device, has_cooperative_matrices};
 
 /// Of the row's largest |logit|. Most of it is the KV cache: K and V are stored in f16, transformers keeps f32 (its own logits
 /// move by up to 4.4e-4 when K and V are rounded so, tests/goldens/manifest.json).
 pub const TOLERANCE: f32 = 2e-3;
+
+/// The same in the f16 class: rows and weights have 11 bits, and an error of 2^-12 in each operand of each product of each layer.
+pub const HALF_TOLERANCE: f32 = 1e-2;
 
 pub struct Golden {
     pub prompt: Vec<u32>,
@@ -76,7 +80,13 @@ pub fn answer(folder: &Path, wishes: Wishes, requests: Vec<Request>) -> Answers 
 
 /// Likewise, with shaders changed first.
 pub fn answer_with(folder: &Path, wishes: Wishes, patches: Vec<ShaderPatch>, requests: Vec<Request>) -> Answers {
-    let builder = Engine::builder(folder).device(device()).wishes(wishes).shader_patches(patches);
+    answer_from(Engine::builder(folder).shader_patches(patches), wishes, requests)
+}
+
+/// In the f32 class, unless the wishes name another.
+fn answer_from(builder: EngineBuilder, wishes: Wishes, requests: Vec<Request>) -> Answers {
+    let wishes = Wishes { precision: wishes.precision.or(Some(Precision::F32)), ..wishes };
+    let builder = builder.device(device()).wishes(wishes);
     let prepared = builder.prepare().expect("golden opens");
     let mut engine = prepared.load(&mut |_, _| {}).expect("golden loads");
     let mut answers = Answers { tokens: BTreeMap::new(), logits: BTreeMap::new() };
@@ -141,15 +151,87 @@ pub fn worst_error(golden: &Golden, answers: &Answers) -> (f32, usize) {
     worst
 }
 
+/// Every candidate tile forced in turn: the same bits from all, and transformers' logits to [`HALF_TOLERANCE`]. A greedy choice may be
+/// another where the two best logits lie closer together than twice that; what follows it is not compared.
+fn matches_transformers_in_f16(folder: &Path, attention: AttentionPlace) -> Result<(), Failed> {
+    let golden = Golden::open(folder);
+    let wishes = Wishes { attention: Some(attention), precision: Some(Precision::F16), ..Wishes::default() };
+    let (gate_up, other) = (candidates::all(Operation::GateUp), candidates::all(Operation::Matmul));
+    let mut first: Option<Answers> = None;
+    for i in 0..gate_up.len().max(other.len()) {
+        let tiles = Tiles::forced(gate_up[i % gate_up.len()], other[i % other.len()]);
+        let builder = Engine::builder(folder).tiles(tiles);
+        let answers = answer_from(builder, wishes, vec![golden.request("golden")]);
+        let first =
+            first.get_or_insert_with(|| Answers { tokens: answers.tokens.clone(), logits: answers.logits.clone() });
+        assert_eq!(answers.tokens, first.tokens, "tiles {i}");
+        for (place, want) in &first.logits {
+            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&answers.logits[place]), bits(want), "tiles {i}: {place:?}");
+        }
+    }
+    let answers = first.expect("there are candidates");
+    let generated = &golden.ids[golden.prompt.len()..];
+    let tokens = &answers.tokens["golden"];
+    let same = tokens.iter().zip(generated).take_while(|(got, want)| got == want).count();
+    let vocab = golden.logits.len() / golden.ids.len();
+    // Logits up to the ones that chose the first other token.
+    let fed = (golden.prompt.len() + same).min(golden.ids.len() - 1);
+    let mut worst = (0.0f32, 0);
+    for position in 0..fed {
+        let want = &golden.logits[position * vocab..][..vocab];
+        let got = &answers.logits[&("golden".to_owned(), position)];
+        let largest = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let error = got
+            .iter()
+            .zip(want)
+            .fold(0.0f32, |m, (g, w)| m.max((g - w).abs().max(if g.is_nan() { f32::MAX } else { 0.0 })));
+        if error / largest > worst.0 {
+            worst = (error / largest, position);
+        }
+        let chosen = position + 1;
+        if chosen >= golden.prompt.len()
+            && chosen < golden.ids.len()
+            && tokens[chosen - golden.prompt.len()] != golden.ids[chosen]
+        {
+            let (ours, best) = (want[tokens[chosen - golden.prompt.len()] as usize], want[golden.ids[chosen] as usize]);
+            assert!(best - ours <= 2.0 * HALF_TOLERANCE * largest, "token {chosen}: {ours} was chosen over {best}");
+        }
+    }
+    println!(
+        "{}: off by {:.2e} of the row's largest logit, {same} of {} tokens the same",
+        folder.display(),
+        worst.0,
+        tokens.len()
+    );
+    match worst {
+        (error, position) if error > HALF_TOLERANCE => Err(format!(
+            "position {position}: off by {error:.2e} of the row's largest logit, allowed {HALF_TOLERANCE:.0e}"
+        )
+        .into()),
+        _ => Ok(()),
+    }
+}
+
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    let cooperative = has_cooperative_matrices();
     for folder in Golden::all() {
         let name = folder.file_name().expect("a folder").to_string_lossy().into_owned();
         for (place, attention) in [("cpu", AttentionPlace::Cpu), ("gpu", AttentionPlace::Gpu)] {
+            let of = folder.clone();
             let folder = folder.clone();
             trials.push(Trial::test(format!("goldens::{name}::attention_on_{place}"), move || {
                 matches_transformers(&folder, attention)
             }));
+            let folder = of.clone();
+            let trial = Trial::test(format!("goldens::{name}::attention_on_{place}_in_f16"), move || {
+                matches_transformers_in_f16(&folder, attention)
+            });
+            trials.push(match cooperative {
+                true => trial,
+                false => trial.with_kind("ignored: no cooperative matrices").with_ignored_flag(true),
+            });
         }
     }
     trials

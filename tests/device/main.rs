@@ -11,6 +11,7 @@ mod pipeline;
 use libtest_mimic::{Arguments, Trial};
 
 fn main() {
+    fulmen::cli::quiet_mesa();
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(kernels::trials());

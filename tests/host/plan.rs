@@ -250,6 +250,7 @@ fn wishes() -> impl Strategy<Value = Wishes> {
             schedule: kinds[pick % kinds.len()],
             source: sources[pick / 5 % sources.len()],
             rows: rows[pick / 20 % rows.len()],
+            precision: [None, None, Some(Precision::F32), Some(Precision::F16)][pick / 7 % 4],
             expert_groups,
             max_sequences,
             micro_batches: groups,

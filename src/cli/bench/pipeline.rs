@@ -20,14 +20,8 @@ use super::super::{OK, Usage, print_line, progress};
 use crate::engine::{Engine, WarmSequence, WarmTokens};
 use crate::model::{ModelConfig, presets};
 use crate::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
+use crate::request::lengths::MT_BENCH_PROMPTS;
 use crate::schedule::{Lane, Timeline, trace};
-
-/// Mixtral tokens of MT-Bench's 80 first turns: mean 75, longest 417.
-const MT_BENCH: [usize; 80] = [
-    25, 50, 58, 45, 24, 39, 34, 34, 49, 107, 37, 57, 86, 99, 112, 62, 78, 45, 45, 56, 41, 38, 22, 19, 222, 80, 23, 20,
-    54, 151, 35, 52, 70, 22, 76, 24, 21, 30, 73, 29, 28, 19, 28, 214, 23, 29, 25, 41, 33, 18, 184, 226, 417, 216, 188,
-    300, 220, 372, 171, 344, 26, 46, 49, 20, 67, 40, 69, 41, 36, 21, 34, 15, 30, 61, 26, 22, 14, 17, 15, 20,
-];
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -71,11 +65,11 @@ pub struct Arguments {
 
 /// One line of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
-    kind: ScheduleKind,
-    relay: bool,
-    rows: Option<RowPath>,
-    micro_batches: Option<usize>,
+pub(super) struct Entry {
+    pub kind: ScheduleKind,
+    pub relay: bool,
+    pub rows: Option<RowPath>,
+    pub micro_batches: Option<usize>,
 }
 
 impl std::str::FromStr for Entry {
@@ -183,13 +177,13 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     }
     let sequences: Vec<WarmSequence> = (0..n)
         .map(|number| {
-            let prompt = arguments.prompt_len.unwrap_or(MT_BENCH[number % MT_BENCH.len()]).max(1);
+            let prompt = arguments.prompt_len.unwrap_or(MT_BENCH_PROMPTS[number % MT_BENCH_PROMPTS.len()]).max(1);
             // 0, 1/n, 2/n … of all ages, in an order that gives each micro-batch old and young ones.
             let age = number * 7919 % n * arguments.gen_len / n;
-            WarmSequence { context: prompt + age }
+            WarmSequence { prompt, generated: age + 1, left: passes + 1 }
         })
         .collect();
-    let longest = sequences.iter().map(|sequence| sequence.context).max().unwrap_or(1) + passes + 2;
+    let longest = sequences.iter().map(|sequence| sequence.context()).max().unwrap_or(1) + passes + 2;
     let mut wishes = crate::plan::Wishes {
         max_sequences: Some(n),
         pass_rows: base.pass_rows.or(Some(n.next_multiple_of(base.micro_batches.unwrap_or(2)))),
@@ -210,7 +204,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         };
         let blocks: usize = sequences
             .iter()
-            .map(|sequence| crate::memory::kv_cache::KvLayout::blocks_for(sequence.context + passes + 2))
+            .map(|sequence| crate::memory::kv_cache::KvLayout::blocks_for(sequence.context() + passes + 2))
             .sum();
         wishes.kv_bytes = Some(((blocks + 1) * layout.bytes_per_block()) as u64);
     }
@@ -320,7 +314,7 @@ fn measure(
     let passes = arguments.warm_up + arguments.passes;
     let mut bar = progress::PassProgress::new(&entry.to_string(), passes);
     let started = Instant::now();
-    let (_, tokens) = engine.run_warm(sequences, passes, &mut |report| {
+    let (_, tokens) = engine.run_warm(sequences, &mut std::iter::empty(), passes, &mut |report| {
         ends.push(Instant::now());
         bar.update(ends.len());
         if ends.len() > arguments.warm_up {

@@ -3,6 +3,7 @@
 
 mod add_bias;
 mod attention;
+mod cooperative;
 mod copy_rows;
 mod decode_attention;
 mod decode_combine;
@@ -12,6 +13,7 @@ mod expert_down;
 mod expert_gate_up;
 mod expert_sort;
 mod experts;
+mod half_rows;
 mod layer_norm;
 mod lm_head_sample;
 mod matmul;
@@ -27,6 +29,7 @@ use libtest_mimic::Trial;
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(add_bias::trials());
+    trials.extend(cooperative::trials());
     trials.extend(copy_rows::trials());
     trials.extend(decode_attention::trials());
     trials.extend(decode_combine::trials());
@@ -35,6 +38,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(expert_down::trials());
     trials.extend(expert_gate_up::trials());
     trials.extend(expert_sort::trials());
+    trials.extend(half_rows::trials());
     trials.extend(layer_norm::trials());
     trials.extend(lm_head_sample::trials());
     trials.extend(matmul::trials());

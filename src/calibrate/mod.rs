@@ -1,0 +1,155 @@
+//! Measures this machine: out comes a [`Profile`].
+//!
+//! ```text
+//! link   copies both ways by size and page source, many small pieces, both directions at once
+//! gpu    the engine's own stages over rows, on one layer of made-up weights of the model's sizes; attention over context
+//! cpu    attention by threads and context, storing of new keys and values, plain reads
+//! beside pages while the CPU attends, while kernels run, and what those lose
+//! host   building and checking schedules
+//! ```
+//!
+//! Everything is measured with memory that is cold where it is cold in a run (pages and keys come from more memory than caches
+//! hold), in steady state: the first sample, which compiles and warms, is dropped, and sampling goes on until the last three
+//! agree ([`steady`]). Times include what a submission costs, as in a run. No pass is timed and no schedule is run.
+//!
+//! Given up: the disk is not measured, so pages that are read from files have no time here.
+
+mod gpu;
+mod host;
+mod link;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::cpu::isa::Isa;
+use crate::gpu::{Gpu, GpuError, HostMemoryRefused, Pipelines};
+use crate::memory::host_memory;
+use crate::memory::kv_cache::KvError;
+use crate::memory::page_source::PageError;
+use crate::model::ModelConfig;
+use crate::plan::PlanError;
+use crate::profile::{Contention, CurveError, MachineKey, Memory, ModelKey, Profile, VERSION};
+
+/// Why a machine could not be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibrateError {
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    #[error(transparent)]
+    Page(#[from] PageError),
+    #[error(transparent)]
+    Memory(#[from] HostMemoryRefused),
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    #[error("one layer does not fit the device: {0}")]
+    Plan(#[from] PlanError),
+    #[error("{0} worker threads could not be started: {1}")]
+    Threads(usize, String),
+    #[error("a measurement of {what} makes no sense: {cause}")]
+    Curve { what: &'static str, cause: CurveError },
+}
+
+/// What to measure.
+pub struct Request<'a> {
+    pub gpu: Arc<Gpu>,
+    /// Whose layers.
+    pub config: &'a ModelConfig,
+    pub isa: Isa,
+    /// Device and host memory that may be taken.
+    pub device_bytes: u64,
+    pub host_bytes: u64,
+    /// About how long it may take. Coarser grids where there is less.
+    pub budget: Duration,
+}
+
+impl Request<'_> {
+    /// Longest time for one point of a curve.
+    fn point(&self) -> Duration {
+        self.budget / 400
+    }
+
+    /// The adapter is a CPU: what it "transfers" it copies itself.
+    fn software(&self) -> bool {
+        self.gpu.summary().kind == "cpu"
+    }
+}
+
+/// Seconds of one run of `work`, in steady state: `work(n)` does it `n` times back to back and waits for the end.
+///
+/// The first run is dropped. Then samples of about ten milliseconds are taken until the last three lie within 4 % of each other
+/// or `most` is over; the answer is the median of those three.
+pub fn steady<E>(most: Duration, mut work: impl FnMut(usize) -> Result<(), E>) -> Result<f64, E> {
+    let started = Instant::now();
+    let mut sample = |n: usize| -> Result<f64, E> {
+        let begun = Instant::now();
+        work(n)?;
+        Ok(begun.elapsed().as_secs_f64() / n as f64)
+    };
+    sample(1)?;
+    let once = sample(1)?;
+    let n = (0.01 / once.max(1e-9)).clamp(1.0, 48.0) as usize;
+    let mut last = vec![once];
+    while started.elapsed() < most || last.len() < 2 {
+        last.push(sample(n)?);
+        if let [.., a, b, c] = last[..] {
+            let (low, high) = (a.min(b).min(c), a.max(b).max(c));
+            if high <= 1.04 * low || last.len() >= 24 {
+                break;
+            }
+        }
+    }
+    let mut tail = last[last.len().saturating_sub(3).max(1)..].to_vec();
+    tail.sort_by(f64::total_cmp);
+    Ok(tail[tail.len() / 2])
+}
+
+/// A pool like the engine's.
+fn pool(threads: usize) -> Result<rayon::ThreadPool, CalibrateError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .start_handler(crate::cpu::pin_thread)
+        .build()
+        .map_err(|error| CalibrateError::Threads(threads, error.to_string()))
+}
+
+/// Sizes from `first` on, each `factor` times the one before, up to `last`, which is among them.
+fn grid(first: f64, factor: f64, last: f64) -> Vec<f64> {
+    let mut sizes: Vec<f64> = std::iter::successors(Some(first), |size| Some(size * factor))
+        .take_while(|size| *size < last * 0.99)
+        .map(f64::round)
+        .collect();
+    sizes.push(last);
+    sizes
+}
+
+/// Measures everything. `progress` hears what is measured next.
+pub fn calibrate(request: &Request<'_>, progress: &mut dyn FnMut(&str)) -> Result<Profile, CalibrateError> {
+    let gpu = &request.gpu;
+    let weights = gpu::one_layer(request.config);
+    let machine = MachineKey::of(gpu.summary(), request.isa);
+    let model = ModelKey::of(weights.inventory());
+    let memory = Memory {
+        device_bytes: gpu.memory_bytes().unwrap_or(request.device_bytes),
+        device_free_bytes: gpu.free_memory_bytes().or(gpu.memory_bytes()).unwrap_or(request.device_bytes),
+        host_free_bytes: host_memory::available_bytes().unwrap_or(request.host_bytes),
+        binding_bytes: gpu.max_binding_bytes(),
+        kernels_reach_host: gpu.kernels_reach_host(),
+    };
+    progress("copies between host and device");
+    let mut copies = link::Copies::open(request)?;
+    let link = copies.measure(request)?;
+    let pipelines = Arc::new(Pipelines::new(gpu.clone()));
+    progress("stages of a layer on the GPU");
+    let mut stages = gpu::Stages::open(request, &pipelines, &weights)?;
+    let (gpu_times, beside) = stages.measure(request, &mut copies, progress)?;
+    drop(stages);
+    progress("attention on the CPU");
+    let mut attention = host::Attention::open(request)?;
+    let cpu = attention.measure(request, machine.threads)?;
+    progress("the CPU's reads beside copies");
+    let (attention_beside_pages, pages_beside_attention) = attention.beside(request, cpu.best_threads(), &copies)?;
+    let contention = Contention { attention_beside_pages, pages_beside_attention, ..beside };
+    progress("schedules");
+    let host = host::schedules(request);
+    Ok(Profile { version: VERSION, machine, model, memory, link, gpu: gpu_times, cpu, contention, host })
+}

@@ -1,0 +1,407 @@
+//! `fulmen bench predict`: predictions against the clock, and the chosen policy against its neighbours.
+//!
+//! Decode in steady state ([`Engine::run_warm`]) under policies that are drawn by a printed seed, then under the policy that the
+//! search chooses for such decoding and under its neighbours, one step in each direction of the grid. Each is predicted from the
+//! profile before it is measured. Policies that cut experts alike share what is loaded.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::json;
+
+use super::super::open::{EngineArguments, load, model_config, say_prepared};
+use super::super::{OK, Usage, print_line};
+use crate::checkpoint::synthetic::Random;
+use crate::engine::{Engine, EngineBuilder, EngineError, WarmSequence};
+use crate::memory::kv_cache::KvLayout;
+use crate::model::ModelConfig;
+use crate::plan::cost::{PassRows, Predictor};
+use crate::plan::search::{Problem, SPLITS, sequence_grid};
+use crate::plan::workload::Workload;
+use crate::plan::{MachineLimits, ModelBytes, Plan, Wishes, fit};
+use crate::policy::AttentionPlace;
+use crate::profile::Profile;
+use crate::schedule::Lane;
+use crate::units::human_bytes;
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Made-up weights of a published shape (mixtral-8x7b, …) or of mixtral-tiny
+    #[arg(long, value_name = "SHAPE")]
+    synthetic: String,
+    /// Layers of the made-up model [default: the shape's]
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
+    /// Prompt tokens of every sequence
+    #[arg(long, value_name = "TOKENS", default_value_t = 418)]
+    prompt_len: usize,
+    /// Tokens that a sequence generates: ages are spread evenly from none to all but one
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    gen_len: usize,
+    /// Policies to draw
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    policies: usize,
+    /// Seed that they are drawn by
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Most sequences of a drawn policy
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    most_sequences: usize,
+    /// Also the policy that the search chooses, and its neighbours
+    #[arg(long)]
+    sweep: bool,
+    /// Passes that count
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    passes: usize,
+    /// Passes in front of them that do not
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    warm_up: usize,
+    /// Begin no policy after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    seconds: u64,
+    /// One JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+/// A policy to run, and what it is.
+struct Case {
+    label: String,
+    wishes: Wishes,
+    /// Of the sweep around the choice.
+    swept: bool,
+}
+
+/// What became of it.
+struct Outcome {
+    label: String,
+    swept: bool,
+    plan: Plan,
+    predicted: f64,
+    measured: f64,
+    /// Predicted over measured time of each lane.
+    lanes: Vec<(Lane, Option<f64>)>,
+}
+
+impl Outcome {
+    fn rate(&self, seconds: f64) -> f64 {
+        self.plan.policy.max_sequences as f64 / seconds
+    }
+}
+
+/// All that a case is predicted and run with.
+struct Bench<'a> {
+    config: &'a ModelConfig,
+    bytes: ModelBytes,
+    limits: MachineLimits,
+    profile: &'a Profile,
+    arguments: &'a Arguments,
+}
+
+pub fn run(arguments: Arguments) -> Result<u8> {
+    if arguments.passes == 0 || arguments.gen_len == 0 || arguments.prompt_len == 0 || arguments.most_sequences == 0 {
+        bail!(Usage("--passes, --gen-len, --prompt-len and --most-sequences must be at least 1".to_owned()));
+    }
+    let config = model_config(None, Some(&arguments.synthetic), arguments.layers)?;
+    let builder = arguments.engine.apply(Engine::synthetic(config.clone()))?;
+    let prepared = builder.clone().prepare()?;
+    let Some(profile) = prepared.profile().cloned() else {
+        bail!(
+            "nothing was measured on this machine for this model: run `fulmen calibrate --synthetic {}`",
+            arguments.synthetic
+        );
+    };
+    let (limits, bytes) = (*prepared.limits(), ModelBytes::of(prepared.weights().inventory()));
+    drop(prepared);
+    let bench = Bench { config: &config, bytes, limits, profile: &profile, arguments: &arguments };
+    let mut cases = bench.drawn()?;
+    if arguments.sweep {
+        cases.extend(bench.around_the_choice()?);
+    }
+    say!("seed {}: {} policies", arguments.seed, cases.len());
+    let started = Instant::now();
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    if !arguments.json {
+        print_line(HEADINGS)?;
+    }
+    // Policies that cut experts alike one after the other.
+    let cut = |plan: &Plan| (plan.policy.page_bytes, plan.policy.resident_experts, plan.policy.ring_experts);
+    let mut planned: Vec<(Case, Plan)> = Vec::new();
+    for case in cases {
+        match fit(&config, &bytes, &limits, &case.wishes) {
+            Ok(plan) => planned.push((case, plan)),
+            Err(error) => say!("{}: {error}", case.label),
+        }
+    }
+    let mut cuts: Vec<(u64, usize, usize)> = Vec::new();
+    for (_, plan) in &planned {
+        if !cuts.contains(&cut(plan)) {
+            cuts.push(cut(plan));
+        }
+    }
+    for one in cuts {
+        let alike: Vec<&(Case, Plan)> = planned.iter().filter(|(_, plan)| cut(plan) == one).collect();
+        // One pool for all of them.
+        let pool = alike.iter().map(|(_, plan)| plan.memory.kv_pool).max();
+        let mut engine: Option<Engine> = None;
+        for (case, _) in alike {
+            if started.elapsed() > Duration::from_secs(arguments.seconds) {
+                say!("{}: left out, the time is over", case.label);
+                continue;
+            }
+            let wishes = Wishes { kv_bytes: pool, ..case.wishes };
+            let opened = match engine.take() {
+                Some(engine) => {
+                    let source = engine.page_source().map(|source| source.kind());
+                    engine.reopen(Wishes { source, ..wishes })
+                }
+                None => open(&builder, wishes),
+            };
+            let mut opened = opened.with_context(|| case.label.clone())?;
+            let outcome = bench.measure(&mut opened, case)?;
+            if !arguments.json {
+                print_line(line(&outcome))?;
+            }
+            outcomes.push(outcome);
+            engine = Some(opened);
+        }
+    }
+    conclude(&outcomes);
+    if arguments.json {
+        let rows: Vec<_> = outcomes.iter().map(row).collect();
+        print_line(serde_json::to_string_pretty(&json!({ "seed": arguments.seed, "policies": rows }))?)?;
+    }
+    Ok(OK)
+}
+
+fn open(builder: &EngineBuilder, wishes: Wishes) -> Result<Engine, EngineError> {
+    let prepared = builder.clone().wishes(wishes).prepare()?;
+    say_prepared(&prepared);
+    match load(prepared) {
+        Ok(engine) => Ok(engine),
+        Err(error) => Err(error.downcast::<EngineError>().expect("loading fails with the engine's errors")),
+    }
+}
+
+impl Bench<'_> {
+    /// Of sequences whose ages are spread evenly.
+    fn mean_context(&self) -> f64 {
+        self.arguments.prompt_len as f64 + self.arguments.gen_len as f64 / 2.0
+    }
+
+    /// Tokens of the longest sequence, with what the passes add.
+    fn longest(&self) -> usize {
+        let Arguments { prompt_len, gen_len, passes, warm_up, .. } = self.arguments;
+        prompt_len + gen_len + passes + warm_up + 2
+    }
+
+    /// What a policy of `n` decoding sequences asks for, beside its cut of the experts.
+    fn decoding(&self, n: usize, splits: (usize, usize), attention: AttentionPlace) -> Wishes {
+        let shape = &self.config.shape;
+        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let blocks = n * KvLayout::blocks_for(self.longest());
+        Wishes {
+            max_sequences: Some(n),
+            micro_batches: Some(splits.0),
+            expert_groups: Some(splits.1),
+            pass_rows: Some(n.next_multiple_of(splits.0)),
+            attention: Some(attention),
+            max_model_len: Some(self.longest().next_multiple_of(64).min(self.config.max_positions)),
+            kv_bytes: Some(((blocks + 1) * layout.bytes_per_block()) as u64),
+            threads: Some(self.profile.cpu.best_threads().min(self.limits.threads).max(1)),
+            ..Wishes::default()
+        }
+    }
+
+    /// Policies drawn by the seed, which differ at least twofold in all that they may.
+    fn drawn(&self) -> Result<Vec<Case>> {
+        let mut random = Random::new(self.arguments.seed);
+        let mut pick = |n: usize| (random.bits() % n as u64) as usize;
+        let most = self.arguments.most_sequences;
+        let pages = [8u64 << 20, 32 << 20, 128 << 20];
+        let mut cases = Vec::new();
+        // The extremes are always among them: sequences, splits and pages go through all of their values in a drawn order.
+        let (first, step) = (pick(4), [1, 3][pick(2)]);
+        for number in 0..self.arguments.policies {
+            let n = (most >> ((first + number * step) % 4)).max(1);
+            let split = SPLITS[(pick(SPLITS.len()) + number) % SPLITS.len()];
+            let split = if split.0 > n { (1, 1) } else { split };
+            let attention = if (number + first).is_multiple_of(3) { AttentionPlace::Gpu } else { AttentionPlace::Cpu };
+            let page_bytes = pages[(first + number) % pages.len()];
+            let experts = self.config.shape.experts;
+            let wishes = Wishes {
+                page_bytes: Some(page_bytes),
+                resident_experts: Some(0),
+                ring_experts: Some((2 * experts).min(self.config.shape.layers * experts)),
+                ..self.decoding(n, split, attention)
+            };
+            cases.push(Case { label: format!("drawn {}", number + 1), wishes, swept: false });
+        }
+        Ok(cases)
+    }
+
+    /// The choice for decoding, and its neighbours.
+    fn around_the_choice(&self) -> Result<Vec<Case>> {
+        // As good as no prompt rows: these sequences have theirs.
+        let workload = Workload {
+            prompt_tokens: 1.0,
+            generated_tokens: 1e6,
+            context_tokens: self.mean_context(),
+            longest: self.longest(),
+            requests: None,
+        };
+        let longest = self.longest().next_multiple_of(64).min(self.config.max_positions);
+        let problem = Problem {
+            config: self.config,
+            bytes: self.bytes,
+            profile: self.profile,
+            limits: self.limits,
+            margin: self.arguments.engine.margin(),
+            wishes: Wishes { max_model_len: Some(longest), ..self.arguments.engine.wishes() },
+            workload,
+        };
+        let started = Instant::now();
+        let found = problem.search()?;
+        let policy = found.best.plan.policy;
+        say!(
+            "the search chose among {} in {:.1} s: {:.1} tok/s predicted\n{}",
+            found.fitting,
+            started.elapsed().as_secs_f64(),
+            found.best.tokens_per_second,
+            found.best.plan
+        );
+        let split = (policy.micro_batches, policy.expert_groups);
+        let of = |n: usize, split: (usize, usize), attention: AttentionPlace| Wishes {
+            resident_experts: Some(policy.resident_experts),
+            ring_experts: (policy.resident_experts < self.config.shape.experts).then_some(policy.ring_experts),
+            page_bytes: (policy.resident_experts < self.config.shape.experts).then_some(policy.page_bytes),
+            ..self.decoding(n, split, attention)
+        };
+        let n = policy.max_sequences;
+        let mut cases = vec![Case { label: "chosen".into(), wishes: of(n, split, policy.attention), swept: true }];
+        let mut add = |label: String, wishes: Wishes| cases.push(Case { label, wishes, swept: true });
+        let grid = sequence_grid();
+        let at = grid.partition_point(|other| *other < n);
+        let around = [at.wrapping_sub(1), at + 1, at.wrapping_sub(12), at.wrapping_sub(24)];
+        for other in around.into_iter().filter_map(|index| grid.get(index)).filter(|other| **other != n) {
+            add(format!("{other} sequences"), of(*other, split, policy.attention));
+        }
+        let place = SPLITS.iter().position(|other| *other == split).unwrap_or(0);
+        let mut nearest: Vec<usize> =
+            (0..SPLITS.len()).filter(|other| *other != place && SPLITS[*other].0 <= n).collect();
+        nearest.sort_by_key(|other| other.abs_diff(place));
+        for other in nearest.into_iter().take(6) {
+            let (micro_batches, groups) = SPLITS[other];
+            add(format!("{micro_batches} micro-batches, {groups} groups"), of(n, SPLITS[other], policy.attention));
+        }
+        let other = match policy.attention {
+            AttentionPlace::Cpu => AttentionPlace::Gpu,
+            AttentionPlace::Gpu => AttentionPlace::Cpu,
+        };
+        add(format!("attention on the {}", other.name()), of(n, split, other));
+        if policy.resident_experts < self.config.shape.experts {
+            for page in [8u64 << 20, 32 << 20, 128 << 20].into_iter().filter(|page| *page != policy.page_bytes) {
+                let wishes = of(n, split, policy.attention);
+                add(format!("pages of {}", human_bytes(page)), Wishes { page_bytes: Some(page), ..wishes });
+            }
+            let experts = self.config.shape.experts;
+            let wishes = of(n, split, policy.attention);
+            add("a ring of one layer".into(), Wishes { ring_experts: Some(experts), ..wishes });
+        }
+        Ok(cases)
+    }
+
+    fn measure(&self, engine: &mut Engine, case: &Case) -> Result<Outcome> {
+        let Arguments { prompt_len, gen_len, passes, warm_up, .. } = self.arguments;
+        let plan = *engine.plan();
+        let n = plan.policy.max_sequences;
+        let predictor = Predictor::new(self.config, &self.bytes, &plan, self.profile)?;
+        let context = self.mean_context() + (warm_up + passes / 2) as f64;
+        let rows = PassRows::spread(self.config, &plan.policy, n as f64, context, 0.0, 1.0);
+        let predicted = predictor.pass_seconds(&rows);
+        let sequences: Vec<WarmSequence> = (0..n)
+            .map(|number| WarmSequence {
+                prompt: *prompt_len,
+                generated: 1 + number * 7919 % n * gen_len / n,
+                left: warm_up + passes + 1,
+            })
+            .collect();
+        let mut ends = Vec::new();
+        let (summary, _) = engine
+            .run_warm(&sequences, &mut std::iter::empty(), warm_up + passes, &mut |_| ends.push(Instant::now()))?;
+        let mut steps: Vec<f64> =
+            ends[warm_up.saturating_sub(1)..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
+        steps.sort_by(f64::total_cmp);
+        let measured = steps.get(steps.len() / 2).copied().unwrap_or(summary.elapsed.as_secs_f64());
+        let comparison = summary.comparison.unwrap_or_default();
+        let lanes = comparison.lanes.iter().map(|(lane, pair)| (*lane, pair.ratio())).collect();
+        Ok(Outcome { label: case.label.clone(), swept: case.swept, plan, predicted, measured, lanes })
+    }
+}
+
+const HEADINGS: &str = "policy                      sequences  micro-b. groups  attention  pages      resident ring   predicted    measured   ratio     tok/s   lanes";
+
+fn line(o: &Outcome) -> String {
+    let p = &o.plan.policy;
+    let ratio = |ratio: Option<f64>| ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+    let lanes: Vec<String> = o.lanes.iter().map(|(lane, of)| format!("{} {}", lane.name(), ratio(*of))).collect();
+    format!(
+        "{:<28}{:>9}{:>10}{:>7}  {:<11}{:<11}{:>8}{:>5}{:>9.1} ms{:>9.1} ms{:>8.3}{:>10.1}   {}",
+        o.label,
+        p.max_sequences,
+        p.micro_batches,
+        p.expert_groups,
+        p.attention.name(),
+        human_bytes(p.page_bytes),
+        p.resident_experts,
+        p.ring_experts,
+        o.predicted * 1e3,
+        o.measured * 1e3,
+        o.predicted / o.measured,
+        o.rate(o.measured),
+        lanes.join(", "),
+    )
+}
+
+fn row(o: &Outcome) -> serde_json::Value {
+    let lanes: serde_json::Map<_, _> =
+        o.lanes.iter().map(|(lane, ratio)| (lane.name().to_owned(), json!(ratio))).collect();
+    json!({
+        "label": o.label, "swept": o.swept, "policy": o.plan.policy, "predicted_seconds": o.predicted,
+        "measured_seconds": o.measured, "ratio": o.predicted / o.measured, "tokens_per_second": o.rate(o.measured),
+        "lane_ratios": lanes,
+    })
+}
+
+/// The worst prediction, and how far the choice is from the best of its sweep.
+fn conclude(outcomes: &[Outcome]) {
+    let off = |o: &&Outcome| (o.predicted / o.measured - 1.0).abs();
+    for (what, swept) in [("drawn", false), ("swept", true)] {
+        let of: Vec<&Outcome> = outcomes.iter().filter(|o| o.swept == swept).collect();
+        if let Some(worst) = of.iter().max_by(|a, b| off(a).total_cmp(&off(b))) {
+            let mean = of.iter().map(off).sum::<f64>() / of.len() as f64;
+            say!(
+                "{} {what}: predictions are off by {:.1} % on average, at most by {:.1} % ({})",
+                of.len(),
+                100.0 * mean,
+                100.0 * off(worst),
+                worst.label
+            );
+        }
+    }
+    let swept = || outcomes.iter().filter(|o| o.swept);
+    let best = swept().max_by(|a, b| a.rate(a.measured).total_cmp(&b.rate(b.measured)));
+    let chosen = swept().find(|o| o.label == "chosen");
+    if let (Some(best), Some(chosen)) = (best, chosen) {
+        let (top, own) = (best.rate(best.measured), chosen.rate(chosen.measured));
+        say!(
+            "chosen: {own:.1} tok/s, {:.1} % below the best of {} ({}, {top:.1} tok/s)",
+            100.0 * (1.0 - own / top),
+            swept().count(),
+            best.label
+        );
+    }
+}

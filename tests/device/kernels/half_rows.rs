@@ -1,0 +1,68 @@
+use fulmen::kernels::half_rows::{HalfRows, Params, padded, record};
+use fulmen::reference::half_rows::half_rows;
+use half::f16;
+use libtest_mimic::Trial;
+
+use crate::common::{Random, assert_untouched, bits, download, poisoned, run, upload};
+
+/// Halves and scales, as the kernel has them. What lies behind them stayed untouched.
+fn halved(x: &[f32], params: Params) -> (Vec<f16>, Vec<f32>) {
+    let n = (params.n_rows * params.n_padded) as usize;
+    let n_rows = params.n_rows as usize;
+    let (x, rows, scales) = (upload(x), poisoned(n / 2 + 70), poisoned(n_rows + 70));
+    run(|recorder| record(recorder, params, x.whole(), HalfRows { rows: rows.whole(), scales: scales.whole() }));
+    let (rows, scales): (Vec<u32>, Vec<u32>) = (download(rows.whole()), download(scales.whole()));
+    (n / 2..rows.len()).for_each(|i| assert_untouched("half_rows", &rows, i));
+    (n_rows..scales.len()).for_each(|i| assert_untouched("half_rows' scales", &scales, i));
+    (bytemuck::pod_collect_to_vec(&rows[..n / 2]), bytemuck::pod_collect_to_vec(&scales[..n_rows]))
+}
+
+fn same(what: &str, (halves, scales): &(Vec<f16>, Vec<f32>), (want, want_scales): &(Vec<f16>, Vec<f32>)) {
+    assert_eq!(bits(scales), bits(want_scales), "{what}: scales");
+    for (i, (got, want)) in halves.iter().zip(want).enumerate() {
+        let alike = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+        assert!(alike, "{what}: element {i} is {got}, reference {want}");
+    }
+}
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("half_rows::has_the_reference's_bits", || {
+            for (n_rows, n_in) in [(0, 8), (1, 1), (3, 7), (2, 255), (5, 256), (4, 257), (2, 1000)] {
+                let mut random = Random::new((n_rows * 1000 + n_in) as u64);
+                // Rows of every magnitude, one of zeros, each with numbers that are subnormal f16 after scaling.
+                let x: Vec<f32> = (0..n_rows * n_in)
+                    .map(|i| match i / n_in {
+                        1 => 0.0,
+                        row => random.unit() * 10f32.powi([6, 0, -3, 30, -30][row] - (i % 9) as i32),
+                    })
+                    .collect();
+                let params = Params::dense(n_rows as u32, n_in as u32);
+                let want = half_rows(&x, n_in, padded(n_in as u32) as usize);
+                same(&format!("{n_rows} rows of {n_in}"), &halved(&x, params), &want);
+            }
+            Ok(())
+        }),
+        Trial::test("half_rows::keeps_what_is_not_finite_in_its_row", || {
+            let (n_rows, n_in) = (3, 70);
+            let mut x = Random::new(5).values(n_rows * n_in);
+            (x[n_in + 3], x[n_in + 4]) = (f32::NAN, f32::NEG_INFINITY);
+            let got = halved(&x, Params::dense(n_rows as u32, n_in as u32));
+            same("with NaN", &got, &half_rows(&x, n_in, padded(n_in as u32) as usize));
+            assert!(got.0[padded(n_in as u32) as usize + 3].is_nan());
+            Ok(())
+        }),
+        Trial::test("half_rows::reads_columns_of_wider_rows", || {
+            let (n_rows, n_in, x_stride, x_offset) = (4, 37, 50, 9);
+            let x = Random::new(6).values(n_rows * x_stride);
+            let narrow: Vec<f32> = x.chunks_exact(x_stride).flat_map(|row| &row[x_offset..][..n_in]).copied().collect();
+            let params = Params {
+                x_stride: x_stride as u32,
+                x_offset: x_offset as u32,
+                ..Params::dense(n_rows as u32, n_in as u32)
+            };
+            same("columns", &halved(&x, params), &half_rows(&narrow, n_in, padded(n_in as u32) as usize));
+            Ok(())
+        }),
+    ]
+}

@@ -1,0 +1,141 @@
+//! Curves say what was measured and what lies between; a profile of another machine, model or format is refused in words.
+
+use fulmen::checkpoint::Synthetic;
+use fulmen::model::presets::preset;
+use fulmen::plan::presets::hardware;
+use fulmen::profile::{Curve, Profile, ProfileError, Surface};
+use proptest::prelude::*;
+
+fn curve(points: &[(f64, f64)]) -> Curve {
+    Curve::try_from(points.to_vec()).expect("a curve")
+}
+
+fn profile() -> Profile {
+    let config = preset("mixtral-8x7b").expect("a shape");
+    hardware("t4").expect("a machine").profile(Synthetic::new(config).inventory())
+}
+
+#[test]
+fn a_curve_is_straight_between_its_points() {
+    let curve = curve(&[(10.0, 1.0), (20.0, 3.0), (40.0, 4.0)]);
+    for (x, y) in [(0.0, 0.0), (1.0, 1.0), (10.0, 1.0), (15.0, 2.0), (20.0, 3.0), (30.0, 3.5), (40.0, 4.0), (80.0, 8.0)]
+    {
+        assert!((curve.at(x) - y).abs() < 1e-12, "{x}: {} instead of {y}", curve.at(x));
+    }
+    assert_eq!(curve.scaled(2.0).at(15.0), 4.0);
+}
+
+#[test]
+fn noise_that_falls_is_shared_out() {
+    let rising =
+        Curve::rising(vec![(1.0, 2.0), (2.0, 1.0), (3.0, 3.0), (4.0, 2.0), (5.0, 2.5), (6.0, 9.0)]).expect("a curve");
+    assert_eq!(rising.points(), [(1.0, 1.5), (2.0, 1.5), (3.0, 2.5), (4.0, 2.5), (5.0, 2.5), (6.0, 9.0)]);
+}
+
+#[test]
+fn a_line_has_its_latency_and_its_rate() {
+    let line = Curve::linear(1e-3, 1e9);
+    for (bytes, seconds) in [(1.0, 1e-3), (1e6, 2e-3), (1e9, 1.001), (1e12, 1000.0)] {
+        assert!((line.at(bytes) / seconds - 1.0).abs() < 2e-3, "{bytes}: {}", line.at(bytes));
+    }
+}
+
+#[test]
+fn a_surface_is_straight_between_its_curves() {
+    let surface = Surface::try_from(vec![(100.0, curve(&[(1.0, 1.0), (3.0, 3.0)])), (200.0, curve(&[(1.0, 3.0)]))])
+        .expect("a surface");
+    for (x, z, y) in [(2.0, 50.0, 2.0), (2.0, 100.0, 2.0), (2.0, 150.0, 4.0), (2.0, 200.0, 6.0), (2.0, 400.0, 12.0)] {
+        assert!((surface.at(x, z) - y).abs() < 1e-12, "{x}, {z}: {}", surface.at(x, z));
+    }
+}
+
+#[test]
+fn what_is_no_curve_is_refused() {
+    for points in [
+        vec![],
+        vec![(1.0, 1.0), (1.0, 2.0)],
+        vec![(2.0, 1.0), (1.0, 2.0)],
+        vec![(1.0, f64::NAN)],
+        vec![(0.0, 1.0)],
+        vec![(1.0, -1.0)],
+    ] {
+        assert!(Curve::try_from(points.clone()).is_err(), "{points:?}");
+    }
+    // Also in a file.
+    let mut value = serde_json::to_value(profile()).expect("plain data");
+    value["gpu"]["experts"] = serde_json::json!([[2.0, 1.0], [1.0, 2.0]]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("profile.json");
+    std::fs::write(&path, value.to_string()).expect("a file");
+    let error = Profile::read(&path).expect_err("a curve that goes back").to_string();
+    assert!(error.contains("point 1 of a curve"), "{error}");
+}
+
+#[test]
+fn a_profile_comes_back_from_its_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("below").join("profile.json");
+    profile().write(&path).expect("written");
+    assert_eq!(Profile::read(&path).expect("read"), profile());
+    // Nothing is left of the writing.
+    assert_eq!(std::fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(), 1);
+}
+
+#[test]
+fn another_format_is_refused_before_it_is_read() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("profile.json");
+    std::fs::write(&path, r#"{"version": 77, "nothing": "of ours"}"#).expect("a file");
+    let error = Profile::read(&path).expect_err("a profile of the future");
+    assert!(matches!(error, ProfileError::Version { found: 77, .. }), "{error}");
+    assert!(error.to_string().contains("format 77"), "{error}");
+    let missing = Profile::read(&folder.path().join("none.json")).expect_err("no file").to_string();
+    assert!(missing.contains("none.json"), "{missing}");
+}
+
+#[test]
+fn another_machine_is_refused_with_what_differs() {
+    let profile = profile();
+    let mut machine = profile.machine.clone();
+    profile.check(&machine, &profile.model).expect("its own machine");
+    machine.driver = "2.0".into();
+    machine.threads = 7;
+    let error = profile.check(&machine, &profile.model).expect_err("another driver").to_string();
+    for words in ["another machine", "driver none: a data sheet (here: 2.0)", "threads 1 (here: 7)", "fulmen calibrate"]
+    {
+        assert!(error.contains(words), "'{words}' in: {error}");
+    }
+    assert!(!error.contains("adapter"), "what is the same is not told: {error}");
+}
+
+#[test]
+fn another_kind_of_layers_is_refused_but_not_another_number() {
+    let profile = profile();
+    let key = |name: &str, layers: Option<usize>| {
+        let mut config = preset(name).expect("a shape");
+        config.keep_layers(layers.unwrap_or(config.shape.layers));
+        fulmen::profile::ModelKey::of(Synthetic::new(config).inventory())
+    };
+    profile.check(&profile.machine, &key("mixtral-8x7b", Some(3))).expect("three layers of the same kind");
+    let error = profile.check(&profile.machine, &key("mixtral-8x22b", None)).expect_err("wider layers").to_string();
+    assert!(error.contains("kind of model") && error.contains("d_model 4096 (here: 6144)"), "{error}");
+}
+
+proptest! {
+    /// A rising curve never falls, whatever was measured and wherever it is asked.
+    #[test]
+    fn rising_curves_rise(
+        values in prop::collection::vec(0.0..10.0f64, 1..12),
+        asked in prop::collection::vec(0.0..40.0f64, 2..20),
+    ) {
+        let points: Vec<(f64, f64)> = values.iter().enumerate().map(|(i, y)| (2.0 * i as f64 + 1.0, *y)).collect();
+        let mean = |points: &[(f64, f64)]| points.iter().map(|point| point.1).sum::<f64>();
+        let curve = Curve::rising(points.clone()).expect("a curve");
+        prop_assert!((mean(curve.points()) - mean(&points)).abs() < 1e-9, "nothing is lost");
+        let mut asked = asked;
+        asked.sort_by(f64::total_cmp);
+        for pair in asked.windows(2) {
+            prop_assert!(curve.at(pair[0]) <= curve.at(pair[1]) + 1e-12, "{pair:?}");
+        }
+    }
+}
