@@ -61,6 +61,11 @@ pub fn tile_tokens(shape: &Shape) -> u32 {
     16 * subgroups(shape) / shape.group()
 }
 
+/// The variant that [`record`] takes.
+pub fn variant(shape: &Shape) -> Variant {
+    Variant::new(Dtype::F32).with("WIDTH", shape.head_width).with("SUBGROUPS", subgroups(shape))
+}
+
 /// As [`prompt_attention`](crate::kernels::prompt_attention::record) has it, where the shape [`fits`].
 pub fn record(
     recorder: &mut Recorder<'_>,
@@ -70,11 +75,10 @@ pub fn record(
 ) -> Result<(), GpuError> {
     shape.check(PROMPT_ATTENTION.name);
     assert!(fits(shape), "{}: no text for {shape:?}", PROMPT_ATTENTION.name);
-    let variant = Variant::new(Dtype::F32).with("WIDTH", shape.head_width).with("SUBGROUPS", subgroups(shape));
     let Bindings { qkv, block_table, kv_blocks, out, sinks } = bindings;
     recorder.dispatch(
         &PROMPT_ATTENTION,
-        &variant,
+        &variant(shape),
         &Params::new(shape, n_tiles),
         &[qkv, list, block_table, kv_blocks, out, sinks],
         [shape.kv_heads, n_tiles as u32, 1],

@@ -64,6 +64,8 @@ pub struct Sequences {
     heads: Heads,
     /// `[H]`
     sinks: Option<Vec<f32>>,
+    /// On `q · k`, beside the usual factor.
+    scale: f32,
     /// Per sequence, its context and the first entry of its table.
     tables: Vec<(usize, u32)>,
     block_table: Vec<u32>,
@@ -102,7 +104,7 @@ impl Sequences {
             }
         }
         block_table.push(NO_BLOCK);
-        Self { heads, sinks: None, tables, block_table, kv_blocks }
+        Self { heads, sinks: None, scale: 1.0, tables, block_table, kv_blocks }
     }
 
     /// The last `n` tokens of every sequence, as rows of qkv in order.
@@ -136,6 +138,7 @@ impl Sequences {
         let Heads { q_heads, head_width, .. } = self.heads;
         let n_out = n_rows * q_heads * head_width;
         let shape = self.heads.kernel_shape(self.sinks.is_some());
+        let shape = Shape { scale: self.scale * shape.scale, ..shape };
         let (qkv, block_table) = (upload(qkv), upload(&self.block_table));
         let (kv_blocks, out) = (upload(&self.kv_blocks), poisoned(n_out + 70));
         let sinks = upload(self.sinks.as_deref().unwrap_or(&[f32::NAN]));
@@ -162,7 +165,9 @@ impl Sequences {
                 blocks: &self.block_table[row.first_block as usize..],
             })
             .collect();
-        paged_attention(&self.heads.shape(), self.sinks.as_deref(), &rows, &self.kv_blocks, BLOCK_TOKENS)
+        let shape = self.heads.shape();
+        let shape = AttentionShape { scale: self.scale * shape.scale, ..shape };
+        paged_attention(&shape, self.sinks.as_deref(), &rows, &self.kv_blocks, BLOCK_TOKENS)
     }
 }
 
@@ -320,5 +325,22 @@ pub fn cuts_change_nothing(attention: Attention) {
         for chunk in [1, 7, 31, 32, 33, 64, 100] {
             assert_eq!(in_chunks(attention, heads, 101, chunk), whole, "chunks of {chunk}, window {window}");
         }
+    }
+}
+
+/// Queries far beyond f16's range, and far below it, with a factor that brings their scores back to the usual size.
+pub fn sizes_match_reference(attention: Attention) {
+    for size in [1e6f32, 1e-6] {
+        let heads = Heads { q_heads: 4, kv_heads: 2, head_width: 32, window: 0 };
+        let mut random = Random::new(65);
+        let mut sequences = Sequences::new(&mut random, heads, &CONTEXTS, 3);
+        sequences.scale = 1.0 / size;
+        let rows = sequences.last_rows(3);
+        let (mut qkv, q_stride) = sequences.qkv(&mut random, rows.len());
+        qkv.iter_mut().for_each(|q| *q *= size);
+        let want = sequences.reference((&qkv, q_stride), &rows);
+        let got = sequences.attend(attention, &qkv, &rows, rows.len());
+        let allowed = (attention.tolerance)(heads.head_width as f32);
+        assert_close(&format!("{}, queries of size {size}", attention.name), &floats(&got), &want, |_| allowed);
     }
 }

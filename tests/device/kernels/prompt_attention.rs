@@ -38,6 +38,7 @@ pub fn trials() -> Vec<Trial> {
         trial("other_rows_stay_untouched", || attention::other_rows_stay_untouched(PROMPT)),
         trial("nan_reaches_those_who_see_it_and_nobody_else", || attention::nan_propagates(PROMPT)),
         trial("where_a_prompt_is_cut_changes_no_bit", || attention::cuts_change_nothing(PROMPT)),
+        trial("queries_of_any_size_match_reference", || attention::sizes_match_reference(PROMPT)),
         trial("tiles_change_no_bit", || {
             let three = |recorder: &mut Recorder<'_>, shape: &Shape, rows: &[Row], bindings: Bindings<'_>| {
                 in_tiles(recorder, shape, rows, bindings, 3)
