@@ -9,7 +9,7 @@
 // are multiplied by 1 where another row of the tile does.
 //
 // A query is divided by the power of two below its greatest element, which is exact, so no query is too large or too small for f16.
-// Reference: src/reference/prompt_attention_coop.rs      Needs: SUBGROUPS, KEYS, WIDTH, PREFETCH, loops unrolled where marked
+// Reference: src/reference/prompt_attention.rs      Needs: SUBGROUPS, KEYS, WIDTH, PREFETCH, loops unrolled where marked
 struct Params {
     n_tiles: u32, q_heads: u32, kv_heads: u32, head_width: u32, q_stride: u32, window: u32, scale: f32, has_sinks: u32,
 }

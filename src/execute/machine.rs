@@ -97,7 +97,11 @@ impl Extents {
 
     /// Parts of decode rows in a micro-batch's list.
     fn listed_parts(&self) -> usize {
-        if self.gpu_decode { 2 * self.rows_per_micro_batch + self.workspace_blocks * BLOCK_TOKENS / SPLIT_TOKENS as usize } else { 0 }
+        if self.gpu_decode {
+            2 * self.rows_per_micro_batch + self.workspace_blocks * BLOCK_TOKENS / SPLIT_TOKENS as usize
+        } else {
+            0
+        }
     }
 
     /// Parts of decode rows whose sums are kept at a time.
@@ -107,7 +111,8 @@ impl Extents {
 
     /// Bytes of what attention on the GPU needs beside rows and context: for each micro-batch, and once.
     pub fn attention_bytes(&self, shape: &Shape) -> [u64; 2] {
-        let lists = words(4 * self.rows_per_micro_batch) * (1 + self.gpu_decode as u64) + words(4 * self.listed_parts());
+        let lists =
+            words(4 * self.rows_per_micro_batch) * (1 + self.gpu_decode as u64) + words(4 * self.listed_parts());
         let scratch: u64 = decode_attention::scratch_bytes(shape.q_heads, shape.head_width).iter().sum();
         [lists, self.kept_parts() as u64 * scratch]
     }

@@ -24,10 +24,7 @@ const SEGMENTS_PER_WORKGROUP: u32 = 4;
 
 pub static QK_NORM: Kernel = Kernel {
     name: "qk_norm",
-    parts: &[
-        Part::Weight,
-        Part::Text(include_str!("../../shaders/qk_norm.wgsl")),
-    ],
+    parts: &[Part::Weight, Part::Text(include_str!("../../shaders/qk_norm.wgsl"))],
     bindings: &[Read, ReadWrite],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,

@@ -114,11 +114,9 @@ impl<'p> Sequences<'p> {
         let most_parts = longest.max(1024);
         let parts = Parts::new(&rows, 0, most_parts);
         let gpu = self.pipelines.gpu();
-        let [states, sums] = decode_attention::scratch_bytes(
-            self.shape.q_heads as usize,
-            self.shape.head_width as usize,
-        )
-        .map(|bytes| gpu.buffer("parts of decode rows", bytes * most_parts as u64));
+        let [states, sums] =
+            decode_attention::scratch_bytes(self.shape.q_heads as usize, self.shape.head_width as usize)
+                .map(|bytes| gpu.buffer("parts of decode rows", bytes * most_parts as u64));
         let (states, sums) = (states?, sums?);
         let list = gpu.buffer_with("parts", bytemuck::cast_slice(&parts.parts))?;
         let wholes = gpu.buffer_with("rows", bytemuck::cast_slice(&parts.wholes))?;
@@ -138,8 +136,7 @@ impl<'p> Sequences<'p> {
     ) -> Result<Reading, MeasureError> {
         let gpu = self.pipelines.gpu();
         let Attention { q_heads, kv_heads, head_width, q_stride, .. } = self.shape;
-        let qkv =
-            filled(self.pipelines, "queries", Dtype::F32, rows.len() as u64 * q_stride as u64, 19, 4.0)?;
+        let qkv = filled(self.pipelines, "queries", Dtype::F32, rows.len() as u64 * q_stride as u64, 19, 4.0)?;
         let out = gpu.buffer("attention output", 4 * rows.len() as u64 * (q_heads * head_width) as u64)?;
         let bindings = Bindings {
             qkv: qkv.whole(),
@@ -192,7 +189,8 @@ impl<'p> Sequences<'p> {
         let half = BLOCK_TOKENS * width;
         let blocks = &table[row.first_block as usize..][..context.div_ceil(BLOCK_TOKENS)];
         let blocks = blocks.iter().map(|block| (*block as usize * kv_heads + kv_head) * 2 * half);
-        let slices: Vec<_> = [q, got].into_iter().chain(blocks.map(|at| self.kv_blocks.slice(bytes(at, 2 * half, 2)))).collect();
+        let slices: Vec<_> =
+            [q, got].into_iter().chain(blocks.map(|at| self.kv_blocks.slice(bytes(at, 2 * half, 2)))).collect();
         let read = gpu.read_many(&slices)?;
         let (q, got) = (Dtype::F32.read_all(&read[0]), Dtype::F32.read_all(&read[1]));
         let (mut keys, mut values) = (Vec::new(), Vec::new());

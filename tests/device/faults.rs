@@ -57,13 +57,7 @@ const FAULTS: &[Fault] = &[
         to: "1u, max(token, 1u) - 1u, begin, end, octet)",
         attention: Gpu,
     },
-    Fault {
-        kernel: "decode_combine",
-        what: "sums undivided",
-        from: "sum / total",
-        to: "sum",
-        attention: Gpu,
-    },
+    Fault { kernel: "decode_combine", what: "sums undivided", from: "sum / total", to: "sum", attention: Gpu },
     Fault {
         kernel: "router_topk",
         what: "experts off by one",

@@ -128,13 +128,7 @@ impl Sequences {
     }
 
     /// `[T, H, K]` as words, of a dispatch over `rows`; `n_rows` is T. The rest stays poisoned.
-    pub fn attend(
-        &self,
-        attention: Attention,
-        qkv: &[f32],
-        rows: &[Row],
-        n_rows: usize,
-    ) -> Vec<u32> {
+    pub fn attend(&self, attention: Attention, qkv: &[f32], rows: &[Row], n_rows: usize) -> Vec<u32> {
         let Heads { q_heads, head_width, .. } = self.heads;
         let n_out = n_rows * q_heads * head_width;
         let shape = self.heads.kernel_shape(self.sinks.is_some());
@@ -281,7 +275,7 @@ pub fn nan_propagates(attention: Attention) {
             let mut sequences = Sequences::new(&mut random, heads, &[97, 97], 60);
             let rows = sequences.last_rows(60);
             let (qkv, _) = sequences.qkv(&mut random, rows.len());
-                let clean = sequences.attend(attention, &qkv, &rows, rows.len());
+            let clean = sequences.attend(attention, &qkv, &rows, rows.len());
             // KV head 1 of the second sequence.
             let table = sequences.tables[1].1 as usize;
             let block = sequences.block_table[table + poisoned_token / BLOCK_TOKENS] as usize;
