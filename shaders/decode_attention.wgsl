@@ -11,13 +11,12 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       qkv: array<f32>;          // [T, q_stride], each row's H query heads of K first
 @group(0) @binding(1) var<storage, read>       parts: array<vec4<u32>>;  // row t, position, first entry of block_table, number of the part
 @group(0) @binding(2) var<storage, read>       block_table: array<u32>;  // block of context tokens 32 i .. 32 i + 32
-@group(0) @binding(5) var<storage, read_write> states: array<vec2<f32>>; // [n_parts, H] greatest score, sum of weights
+@group(0) @binding(5) var<storage, read_write> states: array<vec2<f32>>; // [parts of a batch, H] greatest score, sum of weights
 @group(0) @binding(6) var<storage, read_write> sums: array<f32>;         // [n_parts, H, K] of weight * V
 
 const BLOCK_TOKENS: u32 = 32u;
 const SPLIT_TOKENS: u32 = 256u;
 const LANES: u32 = 128u;
-const MAX_OCTETS: u32 = 32u;
 const PARTIALS: u32 = 544u; // 32 tokens of 16 octets or 16 of 32, and a vec4 after each
 // Below every score: the finite one, since an infinite one minus itself is no number.
 const LOWEST: f32 = -3.4028234e38;

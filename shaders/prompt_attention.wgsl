@@ -24,6 +24,8 @@ const LANES: u32 = 128u;
 const COLUMN_GROUPS: u32 = 16u; // LANES / ROW_QUADS
 // Elements of each query and key that are staged at a time.
 const STEP: u32 = 32u;
+const MAX_HEAD_WIDTH: u32 = 256u;
+const SUMS: u32 = MAX_HEAD_WIDTH / COLUMN_GROUPS; // columns of a lane, four rows each
 const KEY_PITCH: u32 = BLOCK_TOKENS + 2u;
 const QUERY_PITCH: u32 = ROW_QUADS + 1u;
 // Below every score: the finite one, since an infinite one minus itself is no number.
@@ -38,13 +40,13 @@ var<workgroup> of_groups: array<vec4<f32>, COLUMN_GROUPS * ROW_QUADS>;   // [COL
 fn visible(token: u32, begin: vec4<u32>, end: vec4<u32>) -> vec4<bool> { return (vec4(token) >= begin) & (vec4(token) < end); }
 
 // Two columns' sums, of four rows each: one more token. All indices are constants once the calls are inlined.
-fn add_value(sums: ptr<function, array<vec4<f32>, 16>>, i: u32, weight: vec4<f32>, v: vec2<f32>) {
+fn add_value(sums: ptr<function, array<vec4<f32>, SUMS>>, i: u32, weight: vec4<f32>, v: vec2<f32>) {
     (*sums)[2u * i] = fma(weight, vec4(v.x), (*sums)[2u * i]);
     (*sums)[2u * i + 1u] = fma(weight, vec4(v.y), (*sums)[2u * i + 1u]);
 }
 
 // The same for rows of which some do not see the token: its value may be anything to them.
-fn add_value_to(sums: ptr<function, array<vec4<f32>, 16>>, i: u32, weight: vec4<f32>, v: vec2<f32>, seen: vec4<bool>) {
+fn add_value_to(sums: ptr<function, array<vec4<f32>, SUMS>>, i: u32, weight: vec4<f32>, v: vec2<f32>, seen: vec4<bool>) {
     (*sums)[2u * i] = select((*sums)[2u * i], fma(weight, vec4(v.x), (*sums)[2u * i]), seen);
     (*sums)[2u * i + 1u] = select((*sums)[2u * i + 1u], fma(weight, vec4(v.y), (*sums)[2u * i + 1u]), seen);
 }
@@ -78,7 +80,7 @@ fn main(
     let first = select(0u, tile.y + 1u - params.window, params.window != 0u && tile.y + 1u > params.window);
     let last_begin = select(0u, last - params.window, params.window != 0u && last > params.window);
 
-    var sums = array<vec4<f32>, 16>();
+    var sums = array<vec4<f32>, SUMS>();
     var greatest = vec4(LOWEST);
     var total = vec4(0.0);
     for (var block = first / BLOCK_TOKENS; block * BLOCK_TOKENS < last; block++) {
@@ -138,7 +140,7 @@ fn main(
         weights[(2u * column_group + 1u) * ROW_QUADS + row_quad] = weights_high;
         workgroupBarrier();
 
-        for (var i = 0u; i < 16u; i++) { sums[i] *= rescale; }
+        for (var i = 0u; i < SUMS; i++) { sums[i] *= rescale; }
         let values = keys + BLOCK_TOKENS * words;
         let first_seen = max(first, first_token) - first_token;
         let end_seen = min(last - first_token, BLOCK_TOKENS);
