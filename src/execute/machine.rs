@@ -645,11 +645,7 @@ impl Machine {
         };
         let widest_window = self.config.widest_window().unwrap_or(0) as u32;
         let parts = Parts::new(&attended(&rows.decode), widest_window, self.extents.kept_parts());
-        let shape = self.attention_shape(0);
-        let tile_tokens = match self.prompt_attention_on_matrices(&shape) {
-            true => cooperative::prompt_attention::tile_tokens(&shape),
-            false => prompt_attention::tile_tokens(&shape),
-        };
+        let tile_tokens = prompt_attention::tile_tokens(&self.attention_shape(0));
         let tiles = prompt_attention::tiles(&attended(&rows.prompt), tile_tokens);
         let buffers = &mut self.micro_batches[micro_batch];
         (buffers.rows, buffers.parts, buffers.tiles) = (rows, parts, tiles);
@@ -993,11 +989,6 @@ impl Machine {
         }
     }
 
-    /// In the f16 class, unless the heads are of an odd shape. The same for all layers and passes.
-    fn prompt_attention_on_matrices(&self, shape: &paged_attention::Shape) -> bool {
-        self.extents.precision == Precision::F16 && cooperative::prompt_attention::fits(shape)
-    }
-
     /// Prompt rows, and decode rows where [`DeviceRows::decode`] named any, attend over the workspace.
     pub fn gpu_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let buffers = &self.micro_batches[micro_batch];
@@ -1016,10 +1007,7 @@ impl Machine {
         let lists = [buffers.decode_parts.whole(), buffers.decode_wholes.whole()];
         decode_attention::record(r, &shape, &buffers.parts.batches, lists, scratch, bindings)?;
         let tiles = (buffers.prompt_tiles.whole(), buffers.tiles.len());
-        match self.prompt_attention_on_matrices(&shape) {
-            true => cooperative::prompt_attention::record(r, &shape, tiles, bindings)?,
-            false => prompt_attention::record(r, &shape, tiles, bindings)?,
-        }
+        prompt_attention::record(r, &shape, tiles, bindings)?;
         recorder.submit_after(after)
     }
 

@@ -7,7 +7,7 @@ use crate::checkpoint::Dtype;
 use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Slice, Variant, params};
 
 params! {
-    /// Immediates of `shaders/prompt_attention.wgsl` and of `shaders/cooperative/prompt_attention.wgsl`.
+    /// Immediates of `shaders/prompt_attention.wgsl`.
     pub struct Params {
         pub n_tiles: u32,
         /// H
@@ -28,7 +28,7 @@ params! {
 }
 
 impl Params {
-    pub(crate) fn new(shape: &Shape, n_tiles: usize) -> Self {
+    fn new(shape: &Shape, n_tiles: usize) -> Self {
         let Shape { q_heads, kv_heads, head_width, q_stride, window, scale, has_sinks } = *shape;
         let (n_tiles, has_sinks) = (n_tiles as u32, has_sinks as u32);
         Self { n_tiles, q_heads, kv_heads, head_width, q_stride, window, scale, has_sinks }

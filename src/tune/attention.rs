@@ -5,7 +5,7 @@ use crate::checkpoint::Dtype;
 use crate::gpu::{Buffer, GpuError, Pipelines, Recorder};
 use crate::kernels::decode_attention::{self, Parts, Scratch, parts_of};
 use crate::kernels::paged_attention::{Bindings, Row, Shape as Attention};
-use crate::kernels::{BLOCK_TOKENS, cooperative, prompt_attention};
+use crate::kernels::{BLOCK_TOKENS, prompt_attention};
 use crate::model::{AttentionShape, Shape};
 use crate::reference::attention::attention;
 
@@ -74,13 +74,8 @@ impl<'p> Sequences<'p> {
         })
     }
 
-    /// Prompts can attend on cooperative matrices.
-    pub fn fits_matrices(&self) -> bool {
-        self.pipelines.gpu().cooperative() && cooperative::prompt_attention::fits(&self.shape)
-    }
-
     /// All tokens as rows of prompts.
-    pub fn measure_prompts(&self, on_matrices: bool) -> Result<Reading, MeasureError> {
+    pub fn measure_prompts(&self) -> Result<Reading, MeasureError> {
         let rows: Vec<Row> = self
             .lengths
             .iter()
@@ -90,18 +85,10 @@ impl<'p> Sequences<'p> {
             .map(|((position, first_block), row)| Row { row, position, first_block })
             .collect();
         let shape = &self.shape;
-        let most_tokens = match on_matrices {
-            true => cooperative::prompt_attention::tile_tokens(shape),
-            false => prompt_attention::tile_tokens(shape),
-        };
-        let tiles = prompt_attention::tiles(&rows, most_tokens);
+        let tiles = prompt_attention::tiles(&rows, prompt_attention::tile_tokens(shape));
         let list = self.pipelines.gpu().buffer_with("tiles", bytemuck::cast_slice(&tiles))?;
         let tiles = (list.whole(), tiles.len());
-        let name = if on_matrices { "prompt, matrices" } else { "prompt, portable" };
-        self.measure(name, &rows, on_matrices, |recorder, bindings| match on_matrices {
-            true => cooperative::prompt_attention::record(recorder, shape, tiles, bindings),
-            false => prompt_attention::record(recorder, shape, tiles, bindings),
-        })
+        self.measure("prompt", &rows, |recorder, bindings| prompt_attention::record(recorder, shape, tiles, bindings))
     }
 
     /// The last token of each as a decode row.
@@ -121,7 +108,7 @@ impl<'p> Sequences<'p> {
         let list = gpu.buffer_with("parts", bytemuck::cast_slice(&parts.parts))?;
         let wholes = gpu.buffer_with("rows", bytemuck::cast_slice(&parts.wholes))?;
         let scratch = Scratch { states: states.whole(), sums: sums.whole() };
-        self.measure("decode", &rows, false, |recorder, bindings| {
+        self.measure("decode", &rows, |recorder, bindings| {
             let lists = [list.whole(), wholes.whole()];
             decode_attention::record(recorder, &self.shape, &parts.batches, lists, scratch, bindings)
         })
@@ -131,7 +118,6 @@ impl<'p> Sequences<'p> {
         &self,
         kernel: &'static str,
         rows: &[Row],
-        on_matrices: bool,
         record: impl Fn(&mut Recorder<'_>, Bindings<'_>) -> Result<(), GpuError>,
     ) -> Result<Reading, MeasureError> {
         let gpu = self.pipelines.gpu();
@@ -151,7 +137,7 @@ impl<'p> Sequences<'p> {
         for sample in 0..SAMPLES {
             let row = rows[spread(sample, rows.len())];
             let head = spread(sample, q_heads as usize);
-            self.check(kernel, on_matrices, &table, row, head, (&qkv, &out), &mut worst_error)?;
+            self.check(kernel, &table, row, head, (&qkv, &out), &mut worst_error)?;
         }
         let pairs: f64 = rows.iter().map(|row| row.position as f64 + 1.0).sum();
         let tokens: usize = self.lengths.iter().sum();
@@ -172,7 +158,6 @@ impl<'p> Sequences<'p> {
     fn check(
         &self,
         kernel: &'static str,
-        on_matrices: bool,
         table: &[u32],
         row: Row,
         head: usize,
@@ -204,9 +189,8 @@ impl<'p> Sequences<'p> {
         let scale = self.shape.scale;
         let one = AttentionShape { q_heads: 1, kv_heads: 1, head_width: width, window: None, scale };
         let wanted = attention(&one, None, &q, &keys, &values);
-        // Queries of size 4 at most: rounded to 11 bits they put a score off by up to 4 sqrt(K) 2^-12, all weights by as much, and
-        // their rounding is independent of each other's; the weights themselves are rounded as well.
-        let allowed = if on_matrices { 2f32.powi(-7) } else { 2f32.powi(-12) };
+        // Scores of size 10 or so, sums of values below 1.
+        let allowed = 2f32.powi(-12);
         for (got, wanted) in got.iter().zip(&wanted) {
             let error = (got - wanted).abs();
             // NaN is no number below.

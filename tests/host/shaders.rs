@@ -9,7 +9,7 @@ use fulmen::gpu::{Access, Kernel, ParamField, Variant};
 use fulmen::kernels::cooperative::{self, Tile};
 use fulmen::kernels::decode_attention::SPLIT_TOKENS;
 use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
-use fulmen::kernels::paged_attention::{MAX_HEAD_WIDTH, Shape};
+use fulmen::kernels::paged_attention::MAX_HEAD_WIDTH;
 use fulmen::kernels::router_topk::MAX_CHOSEN;
 use fulmen::kernels::slabs::ABSENT;
 use fulmen::kernels::{ALL, BLOCK_TOKENS, MAX_EXPERTS};
@@ -254,46 +254,5 @@ fn cooperative_kernels_translate_to_spirv() {
                 assert_same_struct(&what, &module, params.ty, kernel.params, kernel.param_bytes);
             }
         }
-    }
-}
-
-/// The same of prompt attention on cooperative matrices, for every head width that it may meet.
-#[test]
-fn cooperative_prompt_attention_translates_to_spirv() {
-    let kernel = &cooperative::prompt_attention::PROMPT_ATTENTION;
-    for width in (4..=MAX_HEAD_WIDTH).step_by(4) {
-        let shape = Shape {
-            q_heads: 4,
-            kv_heads: 1,
-            head_width: width,
-            q_stride: 6 * width,
-            window: 0,
-            scale: 1.0,
-            has_sinks: false,
-        };
-        assert!(cooperative::prompt_attention::fits(&shape), "width {width}");
-        let variant = cooperative::prompt_attention::variant(&shape);
-        let what = format!("{} {variant:?}", kernel.name);
-        let (module, info) = parse(kernel, &variant);
-        let options = naga::back::spv::Options {
-            lang_version: (1, 3),
-            bounds_check_policies: Default::default(),
-            ..Default::default()
-        };
-        naga::back::spv::write_vec(&module, &info, &options, None).unwrap_or_else(|error| panic!("{what}: {error}"));
-        let bytes: u32 = module
-            .global_variables
-            .iter()
-            .filter(|(_, variable)| variable.space == AddressSpace::WorkGroup)
-            .map(|(_, variable)| module.types[variable.ty].inner.size(module.to_ctx()))
-            .sum();
-        assert!(bytes <= 48 << 10, "{what}: {bytes} bytes of workgroup memory, NVIDIA has 48 KiB");
-        check_bindings(kernel, &what, &module);
-        let (_, params) = module
-            .global_variables
-            .iter()
-            .find(|(_, variable)| variable.space == AddressSpace::Immediate)
-            .expect("it has parameters");
-        assert_same_struct(&what, &module, params.ty, kernel.params, kernel.param_bytes);
     }
 }

@@ -17,10 +17,7 @@ pub fn readings(pipelines: &Pipelines, shape: &Shape, scaled: bool) -> Result<Ve
     let mt_bench: Vec<usize> = MT_BENCH_PROMPTS.iter().copied().cycle().take(few(160, 8)).collect();
     for lengths in [vec![few(2048, 256); few(4, 1)], vec![77; few(160, 8)], mt_bench] {
         let sequences = Sequences::new(pipelines, shape, &lengths)?;
-        readings.push(sequences.measure_prompts(false)?);
-        if sequences.fits_matrices() {
-            readings.push(sequences.measure_prompts(true)?);
-        }
+        readings.push(sequences.measure_prompts()?);
     }
     for (n, context) in [(few(256, 8), few(512, 64)), (few(64, 4), few(2048, 300)), (few(4, 1), few(16384, 600))] {
         readings.push(Sequences::new(pipelines, shape, &vec![context; n])?.measure_decode()?);
