@@ -81,6 +81,7 @@ fn pages(inventory: &Inventory) -> String {
     let plan = PagePlan::new(PageShape {
         experts: shape.experts,
         resident: 0,
+        extra: 0,
         ring: 2 * shape.experts,
         matrix_bytes: ModelBytes::of(inventory).matrix,
         page_bytes: DEFAULT_PAGE_BYTES,

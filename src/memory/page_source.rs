@@ -131,7 +131,12 @@ fn anonymous(bytes: u64) -> Result<memmap2::MmapMut, HostMemoryRefused> {
 fn cut_arenas(plan: &PagePlan, layers: usize) -> (Vec<u64>, Vec<At>) {
     let sizes: Vec<u64> = layer_pages(plan).iter().map(|page| lay_out(page).1).collect();
     let (mut arenas, mut at) = (vec![0u64], Vec::with_capacity(layers * sizes.len()));
-    for size in (0..layers).flat_map(|_| &sizes) {
+    for (layer, number) in (0..layers).flat_map(|layer| (0..sizes.len()).map(move |number| (layer, number))) {
+        if !plan.loads(layer, number) {
+            at.push((usize::MAX, 0)); // nobody asks for it
+            continue;
+        }
+        let size = &sizes[number];
         let last = arenas.last_mut().expect("never empty");
         if *last > 0 && *last + size > ARENA_BYTES {
             arenas.push(0);
@@ -310,7 +315,7 @@ impl PageSource {
         let mut done = 0;
         for layer in 0..request.layers {
             let mut work = Vec::new();
-            for (number, page) in pages.iter().enumerate() {
+            for (number, page) in pages.iter().enumerate().filter(|(number, _)| request.plan.loads(layer, *number)) {
                 let (arena, offset) = at[layer * pages.len() + number];
                 // SAFETY: `cut_arenas` placed the page within its arena.
                 work.extend(portions(request.weights, layer, page, unsafe { starts[arena].0.add(offset as usize) }));

@@ -17,6 +17,9 @@
 //! is rewritten only after the whole ring has gone by. A pass that begins at slot `ring_start` of the ring ends where the next
 //! one begins ([`PagePlan::next_ring_start`]); what is loaded ahead for the next pass is layer L, L + 1, … of this one.
 //!
+//! Where slots are left but not enough for one more resident of every layer, some layers, spread evenly, keep their first streamed
+//! expert as well: it has a slot of its own, its pages are never loaded there, and its place in the ring stays empty.
+//!
 //! Guarantees: pages of a chunk cover each byte of its slots exactly once; two experts of one chunk never share a slot. Given
 //! up: experts stream in their order in the layer, not by popularity.
 
@@ -24,6 +27,7 @@ use std::ops::Range;
 
 use crate::gpu::Ticket;
 use crate::model::ExpertMatrix;
+use crate::policy::SpreadLayers;
 
 /// Which experts stay, which stream, and in what portions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +36,8 @@ pub struct PageShape {
     pub experts: usize,
     /// The first so many experts of each layer never leave their slots.
     pub resident: usize,
+    /// In so many layers, spread evenly, the next one stays too.
+    pub extra: usize,
     /// Slots for streamed experts. Not used where all are resident.
     pub ring: usize,
     /// Bytes of an expert's slots by [`ExpertMatrix::ALL`]; 0 where it has none of that kind.
@@ -42,6 +48,11 @@ pub struct PageShape {
 }
 
 impl PageShape {
+    /// Layers of which one more expert stays.
+    pub fn extra_layers(&self) -> SpreadLayers {
+        SpreadLayers { n: self.extra, of: self.layers }
+    }
+
     /// Bytes between two slots of a slab: a matrix, rounded up so that every slot starts aligned for wide loads.
     pub fn slot_bytes(matrix_bytes: u64) -> u64 {
         matrix_bytes.next_multiple_of(256)
@@ -77,7 +88,7 @@ pub struct Chunk {
     pub pages: Vec<Page>,
 }
 
-/// The same for every layer.
+/// The same for every layer, but for pages that a layer with an extra resident never loads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PagePlan {
     shape: PageShape,
@@ -90,6 +101,7 @@ impl PagePlan {
         let PageShape { experts, resident, ring, .. } = shape;
         let streamed = experts.checked_sub(resident).expect("resident experts are experts");
         assert!(streamed == 0 || ring > 0, "{streamed} streamed experts need a ring");
+        assert!(shape.extra == 0 || streamed > 0 && shape.extra <= shape.layers, "extra residents stream elsewhere");
         let mut chunks = Vec::new();
         if resident > 0 {
             chunks.push(Chunk { experts: 0..resident, pages: Vec::new() });
@@ -99,7 +111,16 @@ impl PagePlan {
         let mut first = resident;
         while first < experts {
             let end = (first + chunk_size).min(experts);
-            chunks.push(Chunk { experts: first..end, pages: cut(first..end, shape.matrix_bytes, shape.page_bytes) });
+            let mut pages = Vec::new();
+            if shape.extra > 0 && first == resident {
+                // Pages of its own: some layers do without them.
+                pages = cut(first..first + 1, shape.matrix_bytes, shape.page_bytes);
+            }
+            let rest = if pages.is_empty() { first..end } else { first + 1..end };
+            if !rest.is_empty() {
+                pages.extend(cut(rest, shape.matrix_bytes, shape.page_bytes));
+            }
+            chunks.push(Chunk { experts: first..end, pages });
             first = end;
         }
         Self { shape, chunks }
@@ -112,17 +133,41 @@ impl PagePlan {
     /// Slots in all: residents of every layer, then the ring.
     pub fn n_slots(&self) -> usize {
         let ring = if self.shape.resident == self.shape.experts { 0 } else { self.shape.ring };
-        self.shape.layers * self.shape.resident + ring
+        self.shape.layers * self.shape.resident + self.shape.extra + ring
+    }
+
+    /// An expert never leaves its slot.
+    pub fn stays(&self, layer: usize, expert: usize) -> bool {
+        expert < self.shape.resident || expert == self.shape.resident && self.shape.extra_layers().contains(layer)
+    }
+
+    /// Pages at the start of a layer's that those layers never load.
+    pub fn extra_pages(&self) -> usize {
+        let extra = self.shape.resident;
+        let pages = self.chunks.iter().flat_map(|chunk| &chunk.pages);
+        let only_extra = |page: &&Page| page.pieces.iter().all(|piece| piece.expert == extra);
+        if self.shape.extra == 0 { 0 } else { pages.take_while(only_extra).count() }
+    }
+
+    /// A layer loads its page of that number, over all its chunks.
+    pub fn loads(&self, layer: usize, number: usize) -> bool {
+        number >= self.extra_pages() || !self.shape.extra_layers().contains(layer)
+    }
+
+    pub fn shape(&self) -> &PageShape {
+        &self.shape
     }
 
     /// Where an expert is, or will be, in a pass that begins at slot `ring_start` of the ring. Layers from L on are the next
     /// pass's.
     pub fn slot(&self, ring_start: usize, layer: usize, expert: usize) -> usize {
-        let PageShape { experts, resident, ring, layers, .. } = self.shape;
+        let PageShape { experts, resident, ring, layers, extra, .. } = self.shape;
         if expert < resident {
             layer % layers * resident + expert
+        } else if self.stays(layer, expert) {
+            layers * resident + self.shape.extra_layers().below(layer % layers)
         } else {
-            layers * resident + (ring_start + layer * (experts - resident) + expert - resident) % ring
+            layers * resident + extra + (ring_start + layer * (experts - resident) + expert - resident) % ring
         }
     }
 
@@ -150,7 +195,7 @@ impl PagePlan {
     /// Bytes of pages that one pass streams.
     pub fn bytes_per_pass(&self) -> u64 {
         let layer: u64 = self.chunks.iter().flat_map(|chunk| &chunk.pages).map(Page::bytes).sum();
-        layer * self.shape.layers as u64
+        layer * self.shape.layers as u64 - self.shape.extra as u64 * self.shape.matrix_bytes.iter().sum::<u64>()
     }
 }
 

@@ -8,7 +8,7 @@
 
 use super::hrm::{Level, Work, layer_expert_elements};
 use super::paper::Setting;
-use crate::policy::{RowPath, ScheduleKind};
+use crate::policy::{RowPath, ScheduleKind, SpreadLayers};
 use crate::schedule::{self, ChunkShape, Cost, MicroBatchShape, PassShape, Timeline, build, simulate};
 
 /// FlexGen as it was measured copies every weight into freshly pinned memory on the launching thread. Rate at which weights reach
@@ -88,6 +88,8 @@ impl Case {
             micro_batches: vec![rows; n],
             groups: (0..n).map(|micro_batch| micro_batch..micro_batch + 1).collect(),
             chunks: vec![ChunkShape { pages }],
+            kept: SpreadLayers::default(),
+            kept_pages: 0,
             streamed: experts,
             ring: 2 * experts,
             loaded_pages: n,

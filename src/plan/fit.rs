@@ -3,13 +3,13 @@
 use std::fmt;
 
 use crate::checkpoint::{Inventory, Placed};
-use crate::execute::machine::{Extents, HalfExtents, host_row_bytes};
+use crate::execute::machine::{Extents, HalfExtents, host_row_bytes, quantised_row_bytes, workspace_block_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, Precision, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, KvDtype, Policy, Precision, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
 /// What the weights of a checkpoint take, which config.json does not say.
@@ -84,7 +84,9 @@ pub struct Wishes {
     pub threads: Option<usize>,
     pub max_model_len: Option<usize>,
     pub kv_bytes: Option<u64>,
+    pub kv_dtype: Option<KvDtype>,
     pub resident_experts: Option<usize>,
+    pub extra_residents: Option<usize>,
     pub ring_experts: Option<usize>,
     pub page_bytes: Option<u64>,
     pub source: Option<SourceKind>,
@@ -157,6 +159,7 @@ pub fn extents(policy: &Policy) -> Extents {
         rows: policy.rows,
         precision: policy.precision,
         gpu_decode: policy.attention == AttentionPlace::Gpu,
+        kv_dtype: policy.kv_dtype,
     }
 }
 
@@ -166,6 +169,7 @@ impl Plan {
         PageShape {
             experts: config.shape.experts,
             resident: self.policy.resident_experts,
+            extra: self.policy.extra_residents,
             ring: self.policy.ring_experts,
             matrix_bytes: bytes.matrix,
             page_bytes: self.policy.page_bytes,
@@ -211,9 +215,17 @@ pub fn fit(
     machine: &MachineLimits,
     wishes: &Wishes,
 ) -> Result<Plan, PlanError> {
+    // Experts that stay on the device need no host memory. How many stay hardly depends on the host: with the largest pool there can
+    // be, the workspaces are largest and fewest stay.
+    let all_experts = (config.shape.layers * config.shape.experts) as u64 * bytes.expert();
+    let plenty = MachineLimits { host_bytes: u64::MAX / 4, ..*machine };
+    let streamed = match fit_with_pool(config, bytes, &plenty, wishes, u64::MAX, all_experts) {
+        Ok(plan) => plan.streamed_bytes_per_pass,
+        Err(_) => all_experts, // said below, with what the machine has
+    };
     let mut most_pool = u64::MAX;
     loop {
-        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool)?;
+        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool, streamed)?;
         let (needed, allowed) = (plan.memory.host(), machine.host_bytes);
         if needed <= allowed {
             return Ok(plan);
@@ -232,13 +244,15 @@ pub fn fit(
     }
 }
 
-/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has.
+/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has, and at most
+/// `streamed_weights` bytes of experts that stream.
 fn fit_with_pool(
     config: &ModelConfig,
     bytes: &ModelBytes,
     machine: &MachineLimits,
     wishes: &Wishes,
     most_pool: u64,
+    streamed_weights: u64,
 ) -> Result<Plan, PlanError> {
     let shape = &config.shape;
     let words = |n: usize| 4 * n as u64;
@@ -311,9 +325,14 @@ fn fit_with_pool(
     let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, most, most)?;
 
     // The host side: rows and pages on their way, weights that stream, and the KV pool from what is left.
-    let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let kv_dtype = wishes.kv_dtype.unwrap_or_default();
+    if kv_dtype == KvDtype::Int8 && attention == AttentionPlace::Gpu {
+        let with = "decode attention on the GPU, whose kernels read blocks of f16".to_owned();
+        return Err(PlanError::Conflict { option: "--kv-dtype", value: kv_dtype.to_string(), with });
+    }
+    let layout = KvLayout::new(shape, kv_dtype);
     let block_bytes = layout.bytes_per_block() as u64;
-    let row_bytes = host_row_bytes(config, rows_per_micro_batch);
+    let row_bytes = host_row_bytes(config, kv_dtype, rows_per_micro_batch);
     let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
     if page_bytes < 4 {
         let allowed = "at least 4 bytes".to_owned();
@@ -337,7 +356,7 @@ fn fit_with_pool(
     let blocks_for = |tokens: usize| tokens.div_ceil(BLOCK_TOKENS);
     // Weights that stream are kept in memory where they leave room for keys and values, else they are read from their files.
     let kept = match wishes.source {
-        None | Some(SourceKind::Imported | SourceKind::Pinned | SourceKind::Relay) => all_experts,
+        None | Some(SourceKind::Imported | SourceKind::Pinned | SourceKind::Relay) => streamed_weights,
         Some(SourceKind::Mapped | SourceKind::Staged) => 0,
     };
     let least_pool = wishes.kv_bytes.unwrap_or(block_bytes);
@@ -371,7 +390,7 @@ fn fit_with_pool(
         });
     }
     // The workspace holds at least one sequence, and the rotary table every position, in one binding each.
-    let layer_block_bytes = block_bytes / shape.layers as u64;
+    let layer_block_bytes = workspace_block_bytes(config);
     let workspace_binds = (machine.binding_bytes / layer_block_bytes) as usize;
     let positions_that_bind = (machine.binding_bytes / words(shape.head_width)) as usize;
     let longest_that_binds = positions_that_bind.min(workspace_binds * BLOCK_TOKENS);
@@ -434,11 +453,13 @@ fn fit_with_pool(
         workspaces,
         workspace_blocks,
         resident_experts: 0,
+        extra_residents: 0,
         ring_experts: 0,
         page_bytes,
         source: wishes.source,
         rows,
         precision,
+        kv_dtype,
         head_rows,
     };
     let extents = extents(&policy);
@@ -452,7 +473,8 @@ fn fit_with_pool(
     let per_micro_batch = words(rows_per_micro_batch) * 4 // ids, positions, KV slots, sampled rows
         + attention_lists
         + words(workspace_blocks)
-        + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
+        + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()))
+        + (rows_per_micro_batch * quantised_row_bytes(&layout)) as u64;
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
         + words(4 * shape.experts)
@@ -483,16 +505,16 @@ fn fit_with_pool(
         });
     }
     let slots = ((machine.device_bytes.saturating_sub(fixed) / expert_bytes) as usize).min(slots_that_bind);
-    let (resident_experts, ring_experts) = place_experts(config, slots, wishes)?;
+    let (resident_experts, extra_residents, ring_experts) = place_experts(config, slots, wishes)?;
     let streamed = shape.experts - resident_experts;
-    let n_slots = shape.layers * resident_experts + if streamed == 0 { 0 } else { ring_experts };
+    let n_slots = shape.layers * resident_experts + extra_residents + if streamed == 0 { 0 } else { ring_experts };
     if wishes.page_bytes.is_some() && streamed == 0 {
         let allowed = "left out: all experts stay on the GPU, so nothing comes in pages".to_owned();
         return Err(PlanError::Option { option: "--page-size", value: page_bytes as usize, allowed });
     }
     memory.expert_slots = n_slots as u64 * expert_bytes;
     if keep {
-        memory.host_weights = (shape.layers * streamed) as u64 * expert_weights;
+        memory.host_weights = (shape.layers * streamed - extra_residents) as u64 * expert_weights;
     }
     if let (Some(source), 0) = (wishes.source, streamed) {
         let with = "this policy: all experts stay on the GPU, so nothing comes in pages".to_owned();
@@ -524,16 +546,16 @@ fn fit_with_pool(
         });
     }
     Ok(Plan {
-        policy: Policy { resident_experts, ring_experts, ..policy },
+        policy: Policy { resident_experts, extra_residents, ring_experts, ..policy },
         memory,
-        streamed_bytes_per_pass: (shape.layers * streamed) as u64 * bytes.expert(),
+        streamed_bytes_per_pass: (shape.layers * streamed - extra_residents) as u64 * bytes.expert(),
         experts_per_layer: shape.experts,
     })
 }
 
-/// Residents and ring for `slots` slots: all resident if they fit, else a ring of two layers and residents from the rest.
-/// Where some stream the ring has a slot at least, whether it fits or not.
-fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<(usize, usize), PlanError> {
+/// Residents of every layer, layers with one more, and ring for `slots` slots: all resident if they fit, else a ring of two layers
+/// and residents from the rest; what is left then goes to extra ones, if nobody said how many stay. Where some stream the ring has a slot at least, whether it fits or not.
+fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<(usize, usize, usize), PlanError> {
     let (layers, experts) = (config.shape.layers, config.shape.experts);
     if let Some(resident) = wishes.resident_experts.filter(|resident| *resident > experts) {
         let allowed = format!("0 to {experts}, the experts of a layer");
@@ -556,7 +578,17 @@ fn place_experts(config: &ModelConfig, slots: usize, wishes: &Wishes) -> Result<
     let streamed = experts - resident;
     let left = slots.saturating_sub(layers * resident);
     let ring = wishes.ring_experts.unwrap_or(left.max(1).min(2 * streamed));
-    Ok((resident, ring))
+    if let Some(extra) = wishes.extra_residents.filter(|extra| *extra > 0 && (streamed == 0 || *extra > layers)) {
+        let allowed =
+            if streamed == 0 { "0, as all experts stay".into() } else { format!("0 to {layers}, the layers") };
+        return Err(PlanError::Option { option: "--extra-residents", value: extra, allowed });
+    }
+    let extra = wishes.extra_residents.unwrap_or(match wishes.resident_experts {
+        Some(_) => 0,
+        None if streamed == 0 => 0,
+        None => left.saturating_sub(ring).min(layers - 1),
+    });
+    Ok((resident, extra, ring))
 }
 
 /// What goes where, and what it needs.
@@ -577,10 +609,11 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens), experts that stream {}, rows and pages on their way {}",
+            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens in {}), experts that stream {}, rows and pages on their way {}",
             human_bytes(m.host()),
             human_bytes(m.kv_pool),
             p.kv_blocks,
+            p.kv_dtype,
             match m.host_weights {
                 0 if self.streamed_bytes_per_pass > 0 => "from their files".to_owned(),
                 bytes => human_bytes(bytes),
@@ -592,9 +625,13 @@ impl fmt::Display for Plan {
         } else {
             writeln!(
                 f,
-                "experts {} of {} of each layer stay on the GPU; the others go through a ring of {} slots, {} a pass in pages of up to {}",
+                "experts {} of {} of each layer{} stay on the GPU; the others go through a ring of {} slots, {} a pass in pages of up to {}",
                 p.resident_experts,
                 self.experts_per_layer,
+                match p.extra_residents {
+                    0 => String::new(),
+                    extra => format!(", and one more of {extra} layers,"),
+                },
                 p.ring_experts,
                 human_bytes(self.streamed_bytes_per_pass),
                 human_bytes(p.page_bytes),

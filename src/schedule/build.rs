@@ -169,8 +169,11 @@ impl<'s> Builder<'s> {
     }
 
     fn send_page(&mut self) {
-        let page = self.shape.page(self.page);
+        let (page, loads) = (self.shape.page(self.page), self.shape.loads(self.page));
         self.page += 1;
+        if !loads {
+            return;
+        }
         if self.shape.relay {
             self.add(page.pin());
         }
@@ -182,6 +185,10 @@ impl<'s> Builder<'s> {
         let end = end.min(self.shape.page_numbers().end);
         while self.page < end {
             let page = self.shape.page(self.page);
+            if !self.shape.loads(self.page) {
+                self.page += 1;
+                continue;
+            }
             let free = self
                 .shape
                 .needs(page.load())

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::task::{Lane, Work};
-use crate::policy::RowPath;
+use crate::policy::{RowPath, SpreadLayers};
 
 /// What one micro-batch brings to a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +35,9 @@ pub struct PassShape {
     pub groups: Vec<Range<usize>>,
     /// Every layer is cut alike.
     pub chunks: Vec<ChunkShape>,
+    /// Layers that never load the first `kept_pages` of these pages: what those would bring stays on the device.
+    pub kept: SpreadLayers,
+    pub kept_pages: usize,
     /// Experts of a layer that stream.
     pub streamed: usize,
     /// Slots of the ring; 0 where nothing streams.
@@ -116,7 +119,13 @@ impl PassShape {
         unreachable!("the remainder is below the number of pages of a layer")
     }
 
-    /// Pages that this pass loads: those that it needs and that are not there, then those ahead for the next one.
+    /// Page number `n` is loaded, by this pass or by the one before.
+    pub fn loads(&self, n: usize) -> bool {
+        let per_layer = self.pages_per_layer();
+        n % per_layer >= self.kept_pages || !self.kept.contains(n / per_layer)
+    }
+
+    /// Numbers of pages that this pass sends: those that it needs and that are not there, then those ahead for the next one.
     pub fn page_numbers(&self) -> Range<usize> {
         self.loaded_pages..self.layers * self.pages_per_layer() + self.pages_ahead()
     }
@@ -234,8 +243,8 @@ impl PassShape {
                 let number = layer * self.pages_per_layer()
                     + self.chunks[..chunk].iter().map(|chunk| chunk.pages.len()).sum::<usize>()
                     + page;
-                if number > self.loaded_pages {
-                    needs.push((self.page(number - 1).load(), PageOrder));
+                if let Some(before) = (self.loaded_pages..number).rev().find(|before| self.loads(*before)) {
+                    needs.push((self.page(before).load(), PageOrder));
                 }
                 if self.relay {
                     needs.push((id.pin(), Result));
@@ -247,7 +256,8 @@ impl PassShape {
                 }
                 let before = self.chunks[..chunk].iter().map(|chunk| chunk.pages.len()).sum::<usize>();
                 for page in 0..self.chunks[chunk].pages.len() {
-                    if layer * self.pages_per_layer() + before + page >= self.loaded_pages {
+                    let number = layer * self.pages_per_layer() + before + page;
+                    if number >= self.loaded_pages && self.loads(number) {
                         needs.push((Work::LoadPage { layer, chunk, page }, Page));
                     }
                 }
@@ -296,7 +306,7 @@ impl PassShape {
             }
             works.push(Work::Sample { micro_batch });
         }
-        for number in self.page_numbers() {
+        for number in self.page_numbers().filter(|number| self.loads(*number)) {
             let page = self.page(number);
             works.push(page.load());
             if self.relay {

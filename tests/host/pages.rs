@@ -15,10 +15,11 @@ fn shapes() -> impl Strategy<Value = PageShape> {
         (1u64..1000).prop_map(|bytes| [bytes; 3]),
         (1u64..1000, 1u64..1000).prop_map(|(gate_up, down)| [gate_up, 0, down]),
     ];
-    (1usize..20, 0usize..=20, 1usize..50, matrices, pages, 1usize..5).prop_map(
-        |(experts, resident, ring, matrix_bytes, page_bytes, layers)| {
+    (1usize..20, 0usize..=20, 1usize..50, matrices, pages, 1usize..5, 0usize..5).prop_map(
+        |(experts, resident, ring, matrix_bytes, page_bytes, layers, extra)| {
             let resident = resident.min(experts);
-            PageShape { experts, resident, ring, matrix_bytes, page_bytes, layers }
+            let extra = if resident == experts { 0 } else { extra.min(layers) };
+            PageShape { experts, resident, extra, ring, matrix_bytes, page_bytes, layers }
         },
     )
 }
@@ -59,16 +60,25 @@ proptest! {
         let wanted: BTreeMap<_, _> =
             streamed.map(|key| (key, shape.matrix_bytes[key.1 as usize])).filter(|(_, bytes)| *bytes > 0).collect();
         prop_assert_eq!(&covered, &wanted);
-        let streamed = (shape.layers * (shape.experts - shape.resident)) as u64;
+        let streamed = (shape.layers * (shape.experts - shape.resident) - shape.extra) as u64;
         prop_assert_eq!(plan.bytes_per_pass(), streamed * shape.matrix_bytes.iter().sum::<u64>());
+        // What each layer loads is what does not stay there.
+        for layer in 0..shape.layers {
+            let pages = plan.chunks().iter().flat_map(|chunk| &chunk.pages).enumerate();
+            let loaded = pages.filter(|(number, _)| plan.loads(layer, *number)).flat_map(|(_, page)| &page.pieces);
+            let loaded: BTreeSet<_> = loaded.map(|piece| piece.expert).collect();
+            let wanted: BTreeSet<_> = (0..shape.experts).filter(|expert| !plan.stays(layer, *expert)).collect();
+            prop_assert_eq!(loaded, wanted);
+        }
     }
 
     #[test]
     fn residents_own_their_slots_and_the_ring_goes_by_before_a_slot_is_used_again(shape in shapes()) {
         let plan = PagePlan::new(shape);
-        let residents = (0..shape.layers).flat_map(|layer| (0..shape.resident).map(move |expert| (layer, expert)));
+        let residents = (0..shape.layers).flat_map(|layer| (0..shape.experts).map(move |expert| (layer, expert)));
+        let residents = residents.filter(|(layer, expert)| plan.stays(*layer, *expert));
         let slots: BTreeSet<usize> = residents.map(|(layer, expert)| plan.slot(0, layer, expert)).collect();
-        let n_resident = shape.layers * shape.resident;
+        let n_resident = shape.layers * shape.resident + shape.extra;
         prop_assert_eq!(slots, (0..n_resident).collect::<BTreeSet<_>>());
         let streams = shape.resident < shape.experts;
         prop_assert_eq!(plan.n_slots(), n_resident + if streams { shape.ring } else { 0 });
@@ -78,11 +88,13 @@ proptest! {
         let mut index = 0;
         for _pass in 0..3 {
             for (layer, expert) in uses(shape, 1) {
-                prop_assert_eq!(plan.slot(start, layer, expert), n_resident + index % shape.ring);
-                index += 1;
+                if !plan.stays(layer, expert) {
+                    prop_assert_eq!(plan.slot(start, layer, expert), n_resident + index % shape.ring);
+                }
+                index += 1; // an extra resident's place in the ring stays empty
             }
             for expert in shape.resident..shape.experts {
-                let ahead = plan.slot(start, shape.layers, expert);
+                let ahead = plan.slot(start, shape.layers, expert); // a resident's, where it is one
                 prop_assert_eq!(ahead, plan.slot(plan.next_ring_start(start), 0, expert));
             }
             start = plan.next_ring_start(start);
@@ -120,7 +132,8 @@ proptest! {
 
 #[test]
 fn an_expert_of_which_a_broken_off_pass_left_a_part_is_whole_after_it_comes_again() {
-    let shape = PageShape { experts: 2, resident: 0, ring: 2, matrix_bytes: [100; 3], page_bytes: 60, layers: 1 };
+    let shape =
+        PageShape { experts: 2, resident: 0, extra: 0, ring: 2, matrix_bytes: [100; 3], page_bytes: 60, layers: 1 };
     let plan = PagePlan::new(shape);
     let mut table = PageTable::new(&plan);
     let pieces: Vec<&Piece> = plan.chunks()[0].pages.iter().flat_map(|page| &page.pieces).collect();
@@ -150,7 +163,7 @@ fn six_models_page_well() {
         let Shape { layers, experts, .. } = config.shape;
         let matrix_bytes = config.forward.experts.slot_bytes(&config.shape, 2);
         let (ring, page_bytes) = (2 * experts, 32 * MIB);
-        let plan = PagePlan::new(PageShape { experts, resident: 0, ring, matrix_bytes, page_bytes, layers });
+        let plan = PagePlan::new(PageShape { experts, resident: 0, extra: 0, ring, matrix_bytes, page_bytes, layers });
         assert_eq!(plan.bytes_per_pass(), expert_bytes, "{name}");
         assert_eq!(plan.chunks().len(), 1, "{name}: a layer computes as one chunk");
         let pages = &plan.chunks()[0].pages;
@@ -170,7 +183,7 @@ fn six_models_page_well() {
         }
         // A resident expert of eight streams no more.
         let resident = experts / 8;
-        let shape = PageShape { experts, resident, ring, matrix_bytes, page_bytes, layers };
+        let shape = PageShape { experts, resident, extra: 0, ring, matrix_bytes, page_bytes, layers };
         assert_eq!(PagePlan::new(shape).bytes_per_pass(), expert_bytes / 8 * 7, "{name}");
     }
 }

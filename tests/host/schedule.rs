@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use fulmen::execute::{Device, Host, Started, run};
-use fulmen::policy::{RowPath, ScheduleKind};
+use fulmen::policy::{RowPath, ScheduleKind, SpreadLayers};
 use fulmen::schedule::{
     ChunkShape, Lane, MicroBatchShape, PassShape, Schedule, ScheduleFault, Task, TaskId, Work, build, check,
 };
@@ -50,6 +50,8 @@ fn shape(
         micro_batches,
         groups: (0..n).step_by(group_size).map(|first| first..(first + group_size).min(n)).collect(),
         chunks: chunks(true, streamed, ring),
+        kept: SpreadLayers::default(),
+        kept_pages: 0,
         streamed,
         ring: if streamed == 0 { 0 } else { ring },
         loaded_pages: 0,
@@ -72,13 +74,19 @@ fn pass_shapes() -> impl Strategy<Value = PassShape> {
     });
     let micro_batches = prop::collection::vec(micro_batch, 1..6);
     let experts = (any::<bool>(), 0usize..6, 1usize..13);
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 1usize..4, 0usize..5);
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 1usize..4, 0usize..5, 0usize..4);
     (1usize..5, micro_batches, 1usize..4, experts, flags).prop_map(
         |(layers, micro_batches, group_size, (residents, streamed, ring), flags)| {
-            let (copies, load_ahead, relay, workspaces, loaded_pages) = flags;
+            let (copies, load_ahead, relay, workspaces, loaded_pages, kept) = flags;
             let ring = ring.min((layers * streamed).max(1));
             let mut shape = shape(layers, micro_batches, group_size, streamed, ring);
             shape.chunks = chunks(residents, streamed, ring);
+            if streamed > 0 {
+                // Pages of the first streamed expert alone.
+                let pages = shape.chunks.iter().flat_map(|chunk| &chunk.pages);
+                shape.kept_pages = pages.take_while(|page| page.end == 1).count();
+                shape.kept = SpreadLayers { n: kept.min(layers), of: layers };
+            }
             shape.rows = if copies { RowPath::Copies } else { RowPath::Kernels };
             (shape.load_ahead, shape.relay) = (true, relay);
             shape.workspaces = workspaces.min(shape.micro_batches.len());
@@ -108,7 +116,7 @@ proptest! {
         }
         // Pages come once a pass, whatever the number of micro-batches and groups.
         let pages = schedule.tasks.iter().filter(|task| matches!(task.work, Work::LoadPage { .. })).count();
-        prop_assert_eq!(pages, shape.page_numbers().len());
+        prop_assert_eq!(pages, shape.page_numbers().filter(|number| shape.loads(*number)).count());
     }
 
     /// Without any one of its tasks, or with it twice, a schedule is refused.
