@@ -62,7 +62,7 @@ const fn fault(
 }
 
 const FAULTS: &[Fault] = &[
-    fault("dbrx", "layer_norm", "the mean left in", "(x[base + j] - mean) * scale", "x[base + j] * scale"),
+    fault("dbrx", "layer_norm", "the mean left in", "(quad - mean) * scale * gain", "quad * scale * gain"),
     fault("dbrx", "rotary", "no clip", "params.clip == 0.0", "params.clip >= 0.0"),
     fault(
         "dbrx",
