@@ -236,9 +236,10 @@ impl Task<'_> {
 }
 
 fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch) {
-    // SAFETY: `attend` makes the scratch, and the form has the cache's dtype.
     match form.dtype {
+        // SAFETY: `attend` makes the scratch, and the form has the cache's dtype.
         KvDtype::F16 => unsafe { attend_on::<f16>(form.isa, group, scratch) },
+        // SAFETY: as above.
         KvDtype::Int8 => unsafe { attend_on::<i8>(form.isa, group, scratch) },
     }
 }
