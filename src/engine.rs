@@ -33,11 +33,11 @@ use crate::memory::page_source::{PageError, PageSource, SourceRequest};
 use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::plan::compare::{Comparison, Phase, Side};
-use crate::plan::cost::{PassRows, Predictor};
+use crate::plan::cost::{Cut, PassRows, Predictor};
 use crate::plan::search::{Found, Problem, SearchError};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
-use crate::policy::{AttentionPlace, Policy};
+use crate::policy::{AttentionPlace, Policy, Precision};
 use crate::profile::{MachineKey, ModelKey, Profile, ProfileError};
 use crate::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows};
 use crate::request::tokenizer::Tokenizer;
@@ -250,7 +250,7 @@ impl EngineBuilder {
     /// The profile of this machine and these layers, if there is one.
     fn find_profile(&self, gpu: &Gpu, inventory: &Inventory) -> Result<Option<Arc<Profile>>, EngineError> {
         let machine = MachineKey::of(gpu.summary(), self.isa.unwrap_or_else(Isa::best));
-        let model = ModelKey::of(inventory);
+        let model = ModelKey::of(inventory, self.wishes.precision.unwrap_or_else(|| default_precision(gpu)));
         match &self.profile {
             ProfileChoice::None => Ok(None),
             ProfileChoice::Given(profile) => {
@@ -320,6 +320,11 @@ impl EngineBuilder {
         let (plan, found) = self.choose(&weights, &limits, profile.as_deref())?;
         Ok(Prepared { builder: self, weights, gpu, limits, profile, plan, found })
     }
+}
+
+/// Operands of matrix products where nobody says.
+pub fn default_precision(gpu: &Gpu) -> Precision {
+    if gpu.cooperative() { Precision::F16 } else { Precision::F32 }
 }
 
 /// What may be taken of a machine, where nobody says how much: 90 % of the device's memory, 80 % of what the host has available.
@@ -455,7 +460,7 @@ impl Opened {
         let (builder, gpu, weights) = (&self.builder, &self.gpu, &self.weights);
         let (config, policy) = (weights.config().clone(), plan.policy);
         let shape = config.shape;
-        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(&shape, policy.kv_dtype);
         let limits = BatchLimits {
             max_sequences: policy.max_sequences,
             micro_batches: policy.micro_batches,
@@ -738,11 +743,12 @@ impl Engine {
     pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
         let Engine { machine, opened, config, plan: before, batcher, kv_arenas, .. } = self;
         let bytes = ModelBytes::of(opened.weights.inventory());
-        let pool = Some(before.memory.kv_pool);
-        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool), ..wishes };
+        let pool_bytes = Some(before.memory.kv_pool);
+        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..wishes };
         let mut plan = fit(&config, &bytes, &opened.limits, &asked)?;
         let pages = page_plan(&config, &opened.weights, &plan);
-        if pages != *machine.plan() || plan.policy.kv_blocks != before.policy.kv_blocks {
+        let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
+        if pages != *machine.plan() || pool(&plan) != pool(&before) {
             return Err(EngineError::OtherPages);
         }
         plan.policy.source = wishes.source;
@@ -824,8 +830,8 @@ impl Engine {
     fn compare(&mut self, rows: &PassRows, schedule: &Schedule, measured: Side<'_>, summary: &mut RunSummary) {
         let Some(profile) = &self.opened.profile else { return };
         // Pages that were never measured have no prediction.
-        let pages = self.machine.plan().clone();
-        let Ok(predictor) = Predictor::with_pages(&self.config, &self.plan, pages, profile) else { return };
+        let Ok(cut) = Cut::new(&self.plan, self.machine.plan().clone(), profile) else { return };
+        let predictor = Predictor::with_cut(&self.config, &self.plan, Arc::new(cut), profile);
         let costs = predictor.costs(rows);
         let layers = self.config.shape.layers;
         let pass = simulate_pass(schedule, layers, |work| costs.of(work), &self.on_their_way);

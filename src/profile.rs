@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Inventory;
-use crate::policy::SourceKind;
+use crate::policy::{Precision, SourceKind};
 
 /// Format of the file. A profile of another version is measured again.
 pub const VERSION: u32 = 1;
@@ -209,10 +209,12 @@ pub struct ModelKey {
     pub expert_weights: String,
     /// What else a layer does (norms, biases, activation) follows from it.
     pub family: String,
+    /// Operands of matrix products.
+    pub precision: Precision,
 }
 
 impl ModelKey {
-    pub fn of(inventory: &Inventory) -> Self {
+    pub fn of(inventory: &Inventory, precision: Precision) -> Self {
         let config = inventory.config();
         let shape = &config.shape;
         Self {
@@ -228,6 +230,7 @@ impl ModelKey {
                 .expert_dtype()
                 .map_or_else(|| "mixed".to_owned(), |dtype| dtype.name().to_owned()),
             family: config.family.name().to_owned(),
+            precision,
         }
     }
 }

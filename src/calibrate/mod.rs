@@ -28,6 +28,7 @@ use crate::memory::kv_cache::KvError;
 use crate::memory::page_source::PageError;
 use crate::model::ModelConfig;
 use crate::plan::PlanError;
+use crate::policy::Precision;
 use crate::profile::{Contention, CurveError, MachineKey, Memory, ModelKey, Profile, VERSION};
 
 /// Why a machine could not be measured.
@@ -55,6 +56,8 @@ pub struct Request<'a> {
     /// Whose layers.
     pub config: &'a ModelConfig,
     pub isa: Isa,
+    /// Operands of matrix products.
+    pub precision: Precision,
     /// Device and host memory that may be taken.
     pub device_bytes: u64,
     pub host_bytes: u64,
@@ -127,7 +130,7 @@ pub fn calibrate(request: &Request<'_>, progress: &mut dyn FnMut(&str)) -> Resul
     let gpu = &request.gpu;
     let weights = gpu::one_layer(request.config);
     let machine = MachineKey::of(gpu.summary(), request.isa);
-    let model = ModelKey::of(weights.inventory());
+    let model = ModelKey::of(weights.inventory(), request.precision);
     let memory = Memory {
         device_bytes: gpu.memory_bytes().unwrap_or(request.device_bytes),
         device_free_bytes: gpu.free_memory_bytes().or(gpu.memory_bytes()).unwrap_or(request.device_bytes),

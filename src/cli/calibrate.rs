@@ -10,6 +10,8 @@ use indicatif::HumanDuration;
 use super::open::{MachineArguments, model_config};
 use super::print_line;
 use crate::calibrate::{Request, calibrate};
+use crate::engine::default_precision;
+use crate::policy::Precision;
 use crate::profile::Profile;
 use crate::units::human_bytes;
 
@@ -21,6 +23,9 @@ pub struct Arguments {
     /// A published shape by name instead (mixtral-8x7b, …), or mixtral-tiny
     #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
     synthetic: Option<String>,
+    /// Operands of matrix products [default: f16 where the adapter has cooperative matrices, else f32]
+    #[arg(long, env = "FULMEN_PRECISION", value_enum)]
+    precision: Option<Precision>,
     /// About how many seconds it may take
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: u64,
@@ -44,6 +49,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         gpu: gpu.clone(),
         config: &config,
         isa,
+        precision: arguments.precision.unwrap_or_else(|| default_precision(&gpu)),
         device_bytes: limits.device_bytes,
         host_bytes: limits.host_bytes,
         budget: Duration::from_secs(arguments.seconds),

@@ -90,6 +90,8 @@ pub struct Gpu {
     faults: Arc<Faults>,
     test_faults: TestFaults,
     taken: Arc<AtomicU64>,
+    /// Most that was taken.
+    peak: AtomicU64,
     pace: Option<Pace>,
     /// A pass is under way: wgpu's own staging, which allocates, is not for now.
     in_pass: AtomicBool,
@@ -346,6 +348,7 @@ impl Gpu {
             test_faults: options.test_faults,
             pace: options.link_pace.map(|bytes_per_s| Pace { bytes_per_s, free_at: Mutex::new(Instant::now()) }),
             taken: Arc::new(AtomicU64::new(0)),
+            peak: AtomicU64::new(0),
             in_pass: AtomicBool::new(false),
         })
     }
@@ -431,6 +434,17 @@ impl Gpu {
         self.taken.load(Relaxed)
     }
 
+    /// Most bytes of device memory that live buffers had at a time, since it was last asked.
+    pub fn take_peak_bytes(&self) -> u64 {
+        self.peak.swap(self.taken_bytes(), Relaxed)
+    }
+
+    /// Counts a buffer that was made; it counts itself out when it goes.
+    fn take(&self, size: u64) {
+        let taken = self.taken.fetch_add(size, Relaxed) + size;
+        self.peak.fetch_max(taken, Relaxed);
+    }
+
     /// A storage buffer of `bytes` (rounded up to 4, at least 4), contents zero. It can be copied from and to.
     pub fn buffer(&self, what: &str, bytes: u64) -> Result<Buffer, GpuError> {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
@@ -475,7 +489,7 @@ impl Gpu {
                 cause: cause.to_string(),
             });
         }
-        self.taken.fetch_add(size, Relaxed);
+        self.take(size);
         Ok(Buffer::new(raw, size, self.taken.clone()))
     }
 
@@ -493,7 +507,7 @@ impl Gpu {
             return Err(refused("a test fault".to_owned()));
         }
         let shared = self.transfer.shared_buffer(what, size).map_err(refused)?;
-        self.taken.fetch_add(size, Relaxed);
+        self.take(size);
         Ok(match shared.handle {
             Some((handle, keep)) => Buffer::shared(shared.raw, handle, keep, size, self.taken.clone()),
             None => Buffer::new(shared.raw, size, self.taken.clone()),

@@ -10,6 +10,7 @@
 //! Given up: contention is spread evenly over a pass, also where the schedule bunches it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::fit::{ModelBytes, Plan};
 use crate::execute::machine::workspace_block_bytes;
@@ -194,19 +195,74 @@ pub fn beside(mine: f64, theirs: f64, my_factor: f64, their_factor: f64) -> f64 
     (mine * my_factor).min(longer)
 }
 
+/// How the experts of a layer come in pages, and what each of those takes. Many policies share one.
+#[derive(Debug)]
+pub struct Cut {
+    pages: PagePlan,
+    /// Seconds of a page, by its number among its layer's, and its bytes. Nothing beside it.
+    page_seconds: Vec<f64>,
+    page_bytes: Vec<u64>,
+    /// Seconds and bytes of the pages of all layers, those left out that some layers never load.
+    pass_seconds: f64,
+    pass_bytes: u64,
+    /// Pages of the chunks in front of each chunk.
+    first_page: Vec<usize>,
+    relay: bool,
+}
+
+/// What a [`Cut`] depends on, beside model and profile.
+pub type CutKey = (usize, usize, usize, u64, Option<SourceKind>);
+
+impl Cut {
+    pub fn key(plan: &Plan) -> CutKey {
+        let Policy { resident_experts, extra_residents, ring_experts, page_bytes, .. } = plan.policy;
+        (resident_experts, extra_residents, ring_experts, page_bytes, Cut::source(plan))
+    }
+
+    /// Where pages come from, as far as it is known before they are loaded. Without memory for them they are read from their files.
+    fn source(plan: &Plan) -> Option<SourceKind> {
+        plan.policy.source.or((plan.memory.host_weights == 0).then_some(SourceKind::Staged))
+    }
+
+    pub fn new(plan: &Plan, pages: PagePlan, profile: &Profile) -> Result<Cut, CostError> {
+        let source = Cut::source(plan);
+        let relay = source == Some(SourceKind::Relay);
+        // A relayed page crosses the link as a pinned one.
+        let looked_for = if relay { Some(SourceKind::Pinned) } else { source };
+        let all: Vec<&Page> = pages.chunks().iter().flat_map(|chunk| &chunk.pages).collect();
+        let mut page_seconds = Vec::with_capacity(all.len());
+        if !all.is_empty() {
+            let curve = profile.link.pages(looked_for);
+            let curve = &curve.ok_or(CostError::NoPages(source.unwrap_or(SourceKind::Pinned)))?.seconds;
+            page_seconds.extend(all.iter().map(|page| page_time(curve, &profile.link.pieces, page)));
+        }
+        let page_bytes: Vec<u64> = all.iter().map(|page| page.bytes()).collect();
+        let first_page = pages
+            .chunks()
+            .iter()
+            .scan(0, |sum, chunk| {
+                let first = *sum;
+                *sum += chunk.pages.len();
+                Some(first)
+            })
+            .collect();
+        let (layers, extra) = (pages.shape().layers, pages.shape().extra);
+        let left_out: f64 = page_seconds[..pages.extra_pages()].iter().sum();
+        let pass_seconds = layers as f64 * page_seconds.iter().sum::<f64>() - extra as f64 * left_out;
+        let pass_bytes = pages.bytes_per_pass();
+        Ok(Cut { pages, page_seconds, page_bytes, pass_seconds, pass_bytes, first_page, relay })
+    }
+}
+
 /// A model under a policy on a machine: predicts passes.
 pub struct Predictor<'a> {
     config: &'a ModelConfig,
     profile: &'a Profile,
     policy: Policy,
-    pages: PagePlan,
-    /// Seconds of a page, by its number among its layer's, and its bytes. Nothing beside it.
-    page_seconds: Vec<f64>,
-    page_bytes: Vec<u64>,
-    /// Pages of the chunks in front of each chunk.
-    first_page: Vec<usize>,
+    cut: Arc<Cut>,
     rows: &'a RowTimes,
-    relay: bool,
+    /// A layer with a sliding window and one without, where there are such, and how many of each.
+    kinds: [(Option<usize>, f64); 2],
 }
 
 /// The costs of one pass's tasks.
@@ -228,45 +284,22 @@ impl<'a> Predictor<'a> {
         profile: &'a Profile,
     ) -> Result<Self, CostError> {
         let pages = PagePlan::new(plan.page_shape(config, bytes));
-        Self::with_pages(config, plan, pages, profile)
+        Ok(Self::with_cut(config, plan, Arc::new(Cut::new(plan, pages, profile)?), profile))
     }
 
     /// The same with the pages at hand.
-    pub fn with_pages(
-        config: &'a ModelConfig,
-        plan: &Plan,
-        pages: PagePlan,
-        profile: &'a Profile,
-    ) -> Result<Self, CostError> {
+    pub fn with_cut(config: &'a ModelConfig, plan: &Plan, cut: Arc<Cut>, profile: &'a Profile) -> Self {
         let policy = plan.policy;
-        let kept = plan.memory.host_weights > 0;
-        // Without memory for them they are read from their files.
-        let source = policy.source.or((!kept).then_some(SourceKind::Staged));
-        let relay = source == Some(SourceKind::Relay);
-        // A relayed page crosses the link as a pinned one.
-        let looked_for = if relay { Some(SourceKind::Pinned) } else { source };
-        let all: Vec<&Page> = pages.chunks().iter().flat_map(|chunk| &chunk.pages).collect();
-        let mut page_seconds = Vec::with_capacity(all.len());
-        if !all.is_empty() {
-            let curve = profile.link.pages(looked_for);
-            let curve = &curve.ok_or(CostError::NoPages(source.unwrap_or(SourceKind::Pinned)))?.seconds;
-            page_seconds.extend(all.iter().map(|page| page_time(curve, &profile.link.pieces, page)));
-        }
-        let page_bytes = all.iter().map(|page| page.bytes()).collect();
-        let first_page = pages
-            .chunks()
-            .iter()
-            .scan(0, |sum, chunk| {
-                let first = *sum;
-                *sum += chunk.pages.len();
-                Some(first)
-            })
-            .collect();
         let rows = match (policy.rows, &profile.gpu.rows_by_kernels) {
             (RowPath::Kernels, Some(kernels)) => kernels,
             _ => &profile.gpu.rows_by_copies,
         };
-        Ok(Self { config, profile, policy, pages, page_seconds, page_bytes, first_page, rows, relay })
+        let layers = || 0..config.shape.layers;
+        let kind = |windowed: bool| {
+            let of = || layers().filter(move |layer| config.window(*layer).is_some() == windowed);
+            (of().next(), of().count() as f64)
+        };
+        Self { config, profile, policy, cut, rows, kinds: [kind(true), kind(false)] }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -275,15 +308,15 @@ impl<'a> Predictor<'a> {
 
     /// Bytes of pages that a pass streams.
     pub fn page_bytes(&self) -> f64 {
-        self.page_bytes.iter().sum::<u64>() as f64 * self.config.shape.layers as f64
+        self.cut.pass_bytes as f64
     }
 
     /// Bytes of keys and values that a layer's attention of a micro-batch reads.
     fn attended_bytes(&self, of: &RowsOf, layer: usize) -> f64 {
         let shape = &self.config.shape;
-        let layout = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(shape, self.policy.kv_dtype);
         let tokens = if self.config.window(layer).is_some() { of.context_in_window } else { of.context };
-        tokens * layout.bytes_per_token() as f64
+        tokens * (layout.block_bytes() / BLOCK_TOKENS) as f64
     }
 
     /// The same of a whole pass, where the CPU attends.
@@ -303,6 +336,11 @@ impl<'a> Predictor<'a> {
         }
         let context = of.context / of.decode as f64;
         bytes / self.profile.cpu.attention_rate(self.policy.threads, context)
+    }
+
+    /// The same over all layers, which differ by their window alone.
+    fn cpu_attention_of_all(&self, of: &RowsOf) -> f64 {
+        self.kinds.iter().map(|(layer, n)| layer.map_or(0.0, |layer| n * self.cpu_attention(of, layer))).sum()
     }
 
     /// What the host's lane does beside attending: being woken, storing, waking others.
@@ -348,10 +386,10 @@ impl<'a> Predictor<'a> {
     fn experts(&self, rows: usize, chunk: usize) -> f64 {
         let gpu = &self.profile.gpu;
         let all = gpu.experts.at(rows as f64);
-        if self.pages.chunks().len() == 1 {
+        if self.cut.pages.chunks().len() == 1 {
             return all;
         }
-        let share = self.pages.chunks()[chunk].experts.len() as f64 / self.config.shape.experts as f64;
+        let share = self.cut.pages.chunks()[chunk].experts.len() as f64 / self.config.shape.experts as f64;
         all * share + gpu.experts_part.at(rows as f64)
     }
 
@@ -360,10 +398,6 @@ impl<'a> Predictor<'a> {
         let (mut kernels, mut row_kernels, mut attention, mut cpu_beside) = (0.0, 0.0, 0.0, 0.0);
         let (mut rows_in, mut rows_out, mut uploads) = (0.0, 0.0, 0.0);
         let layers = self.config.shape.layers as f64;
-        // Layers differ by their window alone.
-        let windowed = (0..self.config.shape.layers).find(|layer| self.config.window(*layer).is_some());
-        let full = (0..self.config.shape.layers).find(|layer| self.config.window(*layer).is_none());
-        let n_windowed = (0..self.config.shape.layers).filter(|layer| self.config.window(*layer).is_some()).count();
         let gpu = &self.profile.gpu;
         for of in &rows.micro_batches {
             let n = of.rows() as f64;
@@ -374,16 +408,14 @@ impl<'a> Predictor<'a> {
             rows_in +=
                 layers * if self.policy.attention == AttentionPlace::Cpu { self.rows_to_device(of) } else { 0.0 };
             uploads += layers * self.upload(of);
-            for (layer, n) in [(windowed, n_windowed as f64), (full, layers - n_windowed as f64)] {
-                attention += layer.map_or(0.0, |layer| n * self.cpu_attention(of, layer));
-            }
+            attention += self.cpu_attention_of_all(of);
             cpu_beside += layers * self.cpu_beside(of);
         }
         for group in 0..rows.groups.len() {
             let n = Self::group_rows(rows, group);
-            kernels += layers * (0..self.pages.chunks().len()).map(|chunk| self.experts(n, chunk)).sum::<f64>();
+            kernels += layers * (0..self.cut.pages.chunks().len()).map(|chunk| self.experts(n, chunk)).sum::<f64>();
         }
-        let pages = layers * self.page_seconds.iter().sum::<f64>();
+        let pages = self.cut.pass_seconds;
         if self.policy.rows == RowPath::Kernels {
             row_kernels += rows_in + rows_out;
             (rows_in, rows_out) = (0.0, 0.0);
@@ -400,10 +432,8 @@ impl<'a> Predictor<'a> {
     pub fn costs<'b>(&'b self, rows: &'b PassRows) -> PassCosts<'b, 'a> {
         let layers = self.config.shape.layers as f64;
         let lanes = self.lanes(rows);
-        let pages = layers * self.page_seconds.iter().sum::<f64>();
-        let attention: f64 = (0..self.config.shape.layers)
-            .map(|layer| rows.micro_batches.iter().map(|of| self.cpu_attention(of, layer)).sum::<f64>())
-            .sum();
+        let pages = self.cut.pass_seconds;
+        let attention: f64 = rows.micro_batches.iter().map(|of| self.cpu_attention_of_all(of)).sum();
         let row_kernels = match self.policy.rows {
             RowPath::Copies => 0.0,
             RowPath::Kernels => {
@@ -445,7 +475,7 @@ impl<'a> Predictor<'a> {
     pub fn shape(&self, rows: &PassRows, layers: usize, loaded: bool) -> PassShape {
         let micro_batches = rows.micro_batches.iter().map(|of| of.shape(self.policy.attention)).collect();
         let mut shape =
-            pass_shape(self.config, &self.policy, &self.pages, micro_batches, rows.groups.clone(), self.relay);
+            pass_shape(self.config, &self.policy, &self.cut.pages, micro_batches, rows.groups.clone(), self.cut.relay);
         shape.layers = layers;
         if loaded {
             shape.loaded_pages = shape.pages_ahead();
@@ -475,9 +505,11 @@ impl<'a> Predictor<'a> {
             return 0.0;
         }
         let layers = self.config.shape.layers;
-        let per_layer = self.pages.streamed().max(1);
-        let few = 6 + 2 * self.pages.ring().div_ceil(per_layer);
+        let per_layer = self.cut.pages.streamed().max(1);
+        let few = 6 + 2 * self.cut.pages.ring().div_ceil(per_layer);
+        // Where some layers keep one more expert no layer is like the one before.
         if few < layers
+            && self.policy.extra_residents == 0
             && let Some(seconds) = self.steady_pass(rows, few, layers)
         {
             return seconds;
@@ -565,7 +597,7 @@ impl PassCosts<'_, '_> {
             };
             Cost { rows: of(micro_batch).rows(), ..Cost::alone(seconds) }
         };
-        let page_number = |chunk: usize, page: usize| predictor.first_page[chunk] + page;
+        let page_number = |chunk: usize, page: usize| predictor.cut.first_page[chunk] + page;
         match work {
             Work::Embed { micro_batch } => by_rows(&gpu.embed, micro_batch),
             Work::PreAttention { micro_batch, .. } => by_rows(&gpu.pre_attention, micro_batch),
@@ -586,13 +618,13 @@ impl PassCosts<'_, '_> {
             }
             Work::LoadPage { chunk, page, .. } => {
                 let number = page_number(chunk, page);
-                let seconds = self.pages * predictor.page_seconds[number];
-                Cost { bytes: predictor.page_bytes[number], ..Cost::alone(seconds) }
+                let seconds = self.pages * predictor.cut.page_seconds[number];
+                Cost { bytes: predictor.cut.page_bytes[number], ..Cost::alone(seconds) }
             }
             Work::PinPage { chunk, page, .. } => {
                 // Read and written by the host's threads.
                 let best = profile.cpu.dram_read.points().iter().map(|point| point.1).fold(1.0, f64::max);
-                let bytes = predictor.page_bytes[page_number(chunk, page)];
+                let bytes = predictor.cut.page_bytes[page_number(chunk, page)];
                 Cost { bytes, ..Cost::alone(2.0 * bytes as f64 / best) }
             }
             Work::Experts { group, chunk, .. } => {

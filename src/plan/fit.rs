@@ -3,13 +3,13 @@
 use std::fmt;
 
 use crate::checkpoint::{Inventory, Placed};
-use crate::execute::machine::{Extents, HalfExtents, host_row_bytes};
+use crate::execute::machine::{Extents, HalfExtents, host_row_bytes, quantised_row_bytes, workspace_block_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, Precision, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, KvDtype, Policy, Precision, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
 /// What the weights of a checkpoint take, which config.json does not say.
@@ -84,6 +84,7 @@ pub struct Wishes {
     pub threads: Option<usize>,
     pub max_model_len: Option<usize>,
     pub kv_bytes: Option<u64>,
+    pub kv_dtype: Option<KvDtype>,
     pub resident_experts: Option<usize>,
     pub extra_residents: Option<usize>,
     pub ring_experts: Option<usize>,
@@ -157,6 +158,7 @@ pub fn extents(policy: &Policy) -> Extents {
         head_rows: policy.head_rows,
         rows: policy.rows,
         precision: policy.precision,
+        kv_dtype: policy.kv_dtype,
     }
 }
 
@@ -212,9 +214,17 @@ pub fn fit(
     machine: &MachineLimits,
     wishes: &Wishes,
 ) -> Result<Plan, PlanError> {
+    // Experts that stay on the device need no host memory. How many stay hardly depends on the host: with the largest pool there can
+    // be, the workspaces are largest and fewest stay.
+    let all_experts = (config.shape.layers * config.shape.experts) as u64 * bytes.expert();
+    let plenty = MachineLimits { host_bytes: u64::MAX / 4, ..*machine };
+    let streamed = match fit_with_pool(config, bytes, &plenty, wishes, u64::MAX, all_experts) {
+        Ok(plan) => plan.streamed_bytes_per_pass,
+        Err(_) => all_experts, // said below, with what the machine has
+    };
     let mut most_pool = u64::MAX;
     loop {
-        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool)?;
+        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool, streamed)?;
         let (needed, allowed) = (plan.memory.host(), machine.host_bytes);
         if needed <= allowed {
             return Ok(plan);
@@ -233,13 +243,15 @@ pub fn fit(
     }
 }
 
-/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has.
+/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has, and at most
+/// `streamed_weights` bytes of experts that stream.
 fn fit_with_pool(
     config: &ModelConfig,
     bytes: &ModelBytes,
     machine: &MachineLimits,
     wishes: &Wishes,
     most_pool: u64,
+    streamed_weights: u64,
 ) -> Result<Plan, PlanError> {
     let shape = &config.shape;
     let words = |n: usize| 4 * n as u64;
@@ -312,9 +324,14 @@ fn fit_with_pool(
     let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, most, most)?;
 
     // The host side: rows and pages on their way, weights that stream, and the KV pool from what is left.
-    let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let kv_dtype = wishes.kv_dtype.unwrap_or_default();
+    if kv_dtype == KvDtype::Int8 && attention == AttentionPlace::Gpu {
+        let with = "decode attention on the GPU, whose kernels read blocks of f16".to_owned();
+        return Err(PlanError::Conflict { option: "--kv-dtype", value: kv_dtype.to_string(), with });
+    }
+    let layout = KvLayout::new(shape, kv_dtype);
     let block_bytes = layout.bytes_per_block() as u64;
-    let row_bytes = host_row_bytes(config, rows_per_micro_batch);
+    let row_bytes = host_row_bytes(config, kv_dtype, rows_per_micro_batch);
     let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
     if page_bytes < 4 {
         let allowed = "at least 4 bytes".to_owned();
@@ -338,7 +355,7 @@ fn fit_with_pool(
     let blocks_for = |tokens: usize| tokens.div_ceil(BLOCK_TOKENS);
     // Weights that stream are kept in memory where they leave room for keys and values, else they are read from their files.
     let kept = match wishes.source {
-        None | Some(SourceKind::Imported | SourceKind::Pinned | SourceKind::Relay) => all_experts,
+        None | Some(SourceKind::Imported | SourceKind::Pinned | SourceKind::Relay) => streamed_weights,
         Some(SourceKind::Mapped | SourceKind::Staged) => 0,
     };
     let least_pool = wishes.kv_bytes.unwrap_or(block_bytes);
@@ -372,7 +389,7 @@ fn fit_with_pool(
         });
     }
     // The workspace holds at least one sequence, and the rotary table every position, in one binding each.
-    let layer_block_bytes = block_bytes / shape.layers as u64;
+    let layer_block_bytes = workspace_block_bytes(config);
     let workspace_binds = (machine.binding_bytes / layer_block_bytes) as usize;
     let positions_that_bind = (machine.binding_bytes / words(shape.head_width)) as usize;
     let longest_that_binds = positions_that_bind.min(workspace_binds * BLOCK_TOKENS);
@@ -441,6 +458,7 @@ fn fit_with_pool(
         source: wishes.source,
         rows,
         precision,
+        kv_dtype,
         head_rows,
     };
     let extents = extents(&policy);
@@ -453,7 +471,8 @@ fn fit_with_pool(
     let per_micro_batch = words(rows_per_micro_batch) * 4 // ids, positions, KV slots, sampled rows
         + 2 * words(4 * rows_per_micro_batch) // attended rows, decode and prompt
         + words(workspace_blocks)
-        + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
+        + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()))
+        + (rows_per_micro_batch * quantised_row_bytes(&layout)) as u64;
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
         + words(4 * shape.experts)
@@ -587,10 +606,11 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens), experts that stream {}, rows and pages on their way {}",
+            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens in {}), experts that stream {}, rows and pages on their way {}",
             human_bytes(m.host()),
             human_bytes(m.kv_pool),
             p.kv_blocks,
+            p.kv_dtype,
             match m.host_weights {
                 0 if self.streamed_bytes_per_pass > 0 => "from their files".to_owned(),
                 bytes => human_bytes(bytes),

@@ -8,7 +8,7 @@ use super::fit::MachineLimits;
 use super::hrm::{Hierarchy, Level};
 use crate::checkpoint::Inventory;
 use crate::model::Shape;
-use crate::policy::SourceKind;
+use crate::policy::{Precision, SourceKind};
 use crate::profile::{
     self, Contention, Curve, Link, MachineKey, Memory, ModelKey, PageCurve, Profile, RowTimes, Surface, ThreadCurve,
 };
@@ -255,7 +255,7 @@ impl HardwarePreset {
                 threads: 1,
                 isa: "none".to_owned(),
             },
-            model: ModelKey::of(inventory),
+            model: ModelKey::of(inventory, Precision::F16),
             memory: Memory {
                 device_bytes: self.all_device_bytes() as u64,
                 device_free_bytes: self.all_device_bytes() as u64,
@@ -318,7 +318,7 @@ impl HardwarePreset {
             binding_bytes: BINDING_BYTES,
             threads: 1,
             kernels_reach_host: true,
-            cooperative: false,
+            cooperative: true,
         }
     }
 }

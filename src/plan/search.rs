@@ -14,14 +14,16 @@
 //! bandwidth never predicts less**. Given up: the grid's steps (a sixteenth of an octave in sequences), and expert computation on
 //! the CPU, which fulmen does not do.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
-use super::cost::{CostError, LaneSeconds, PassRows, Predictor};
+use super::cost::{CostError, Cut, CutKey, LaneSeconds, PassRows, Predictor};
 use super::fit::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use super::workload::Workload;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::policy::{AttentionPlace, Policy, ScheduleKind};
 use crate::profile::Profile;
@@ -139,7 +141,7 @@ impl Wishes {
     /// All that a policy says: [`fit`] gives it again, where the machine allows it.
     pub fn of(policy: &Policy, config: &ModelConfig) -> Wishes {
         let shape = &config.shape;
-        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(shape, policy.kv_dtype);
         let streams = policy.resident_experts < shape.experts;
         Wishes {
             schedule: Some(policy.schedule),
@@ -152,6 +154,7 @@ impl Wishes {
             threads: Some(policy.threads),
             max_model_len: Some(policy.max_model_len),
             kv_bytes: Some(policy.kv_blocks as u64 * layout.bytes_per_block() as u64),
+            kv_dtype: Some(policy.kv_dtype),
             resident_experts: Some(policy.resident_experts),
             extra_residents: Some(policy.extra_residents),
             ring_experts: streams.then_some(policy.ring_experts),
@@ -177,6 +180,7 @@ impl Wishes {
             threads: self.threads.or(other.threads),
             max_model_len: self.max_model_len.or(other.max_model_len),
             kv_bytes: self.kv_bytes.or(other.kv_bytes),
+            kv_dtype: self.kv_dtype.or(other.kv_dtype),
             resident_experts: self.resident_experts.or(other.resident_experts),
             extra_residents: self.extra_residents.or(other.extra_residents),
             ring_experts: self.ring_experts.or(other.ring_experts),
@@ -195,6 +199,9 @@ struct Candidate {
     whole_ring: bool,
 }
 
+/// Cuts of the experts that policies share.
+type Cuts = Mutex<HashMap<CutKey, Arc<Cut>>>;
+
 /// A candidate that fits, and what no schedule of it can beat.
 struct Bounded {
     plan: Plan,
@@ -209,6 +216,10 @@ impl Problem<'_> {
             host_bytes: left(self.limits.host_bytes),
             ..self.limits
         }
+    }
+
+    fn layout(&self) -> KvLayout {
+        KvLayout::new(&self.config.shape, self.wishes.kv_dtype.unwrap_or_default())
     }
 
     /// Most sequences that are of any use.
@@ -234,6 +245,10 @@ impl Problem<'_> {
                 if most <= 1 << 17 {
                     grid.push(most);
                 }
+                // More than the host's memory has keys and values for; the smallest one stays, to be refused with numbers.
+                let one = self.workload.context_tokens * self.layout().bytes_per_token() as f64;
+                let room = self.limits().host_bytes as f64 / one;
+                grid.retain(|n| *n == 1 || *n as f64 <= room);
                 grid
             }
         };
@@ -444,6 +459,7 @@ impl Problem<'_> {
                 // Memory that is more shall be used.
                 kv_bytes: self.wishes.kv_bytes,
                 resident_experts: None,
+                extra_residents: None,
                 prompt_chunk: self.wishes.prompt_chunk,
                 ..Wishes::of(policy, self.config)
             };
@@ -468,7 +484,7 @@ impl Problem<'_> {
     }
 
     /// Fits a candidate, and bounds it where it has room for the workload.
-    fn bound(&self, candidate: &Candidate) -> Result<Bounded, SearchError> {
+    fn bound(&self, candidate: &Candidate, cuts: &Cuts) -> Result<Bounded, SearchError> {
         let plan = self.fit(&candidate.wishes)?;
         let Policy { resident_experts, ring_experts, .. } = plan.policy;
         let streamed = self.config.shape.experts - resident_experts;
@@ -478,24 +494,36 @@ impl Problem<'_> {
             return Err(PlanError::Option { option, value, allowed }.into());
         }
         self.holds(&plan)?;
-        let predictor = Predictor::new(self.config, &self.bytes, &plan, self.profile)?;
+        let cut = self.cut(&plan, cuts)?;
+        let predictor = Predictor::with_cut(self.config, &plan, cut, self.profile);
         let policy = &plan.policy;
         let longest = |phase: &PhaseTime| predictor.lanes(&self.rows(policy, phase)).longest().max(1e-9);
         let bound = self.rate(policy, &longest).0;
         Ok(Bounded { plan, bound })
     }
 
+    fn cut(&self, plan: &Plan, cuts: &Cuts) -> Result<Arc<Cut>, CostError> {
+        let key = Cut::key(plan);
+        if let Some(cut) = cuts.lock().expect("nobody panics with it").get(&key) {
+            return Ok(cut.clone());
+        }
+        let cut = Arc::new(Cut::new(plan, PagePlan::new(plan.page_shape(self.config, &self.bytes)), self.profile)?);
+        cuts.lock().expect("nobody panics with it").insert(key, cut.clone());
+        Ok(cut)
+    }
+
     /// Every policy of the grid that fits and has room for the workload.
     pub fn every_policy(&self) -> Vec<Plan> {
         let mut seen = HashSet::new();
-        let bounded: Vec<_> = self.grid().par_iter().filter_map(|one| self.bound(one).ok()).collect();
+        let cuts = Cuts::default();
+        let bounded: Vec<_> = self.grid().par_iter().filter_map(|one| self.bound(one, &cuts).ok()).collect();
         bounded.into_iter().map(|one| one.plan).filter(|plan| seen.insert(plan.policy)).collect()
     }
 
     /// The best policy of the grid.
     pub fn search(&self) -> Result<Found, SearchError> {
-        let grid = self.grid();
-        let bounded: Vec<Result<Bounded, SearchError>> = grid.par_iter().map(|one| self.bound(one)).collect();
+        let (grid, cuts) = (self.grid(), Cuts::default());
+        let bounded: Vec<Result<Bounded, SearchError>> = grid.par_iter().map(|one| self.bound(one, &cuts)).collect();
         let mut seen: HashSet<Policy> = HashSet::new();
         // Of the smallest policy, the one with the smallest ring: what stands in its way stands in the way of all.
         let mut refused: Option<SearchError> = None;

@@ -22,6 +22,7 @@ fn main() {
     trials.extend(batch::on_adapter());
     trials.extend(damage::on_adapter());
     trials.extend(generate::on_adapter());
+    trials.extend(plan::on_adapter());
     trials.extend(usage::on_adapter());
     if fulmen::gpu::list_adapters().is_empty() {
         trials = trials

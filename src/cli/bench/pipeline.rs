@@ -19,6 +19,7 @@ use super::super::open::{EngineArguments, load, say_prepared};
 use super::super::{OK, Usage, print_line, progress};
 use crate::engine::{Engine, WarmSequence, WarmTokens};
 use crate::model::{ModelConfig, presets};
+use crate::plan::compare::Comparison;
 use crate::policy::{AttentionPlace, RowPath, ScheduleKind, SourceKind};
 use crate::request::lengths::MT_BENCH_PROMPTS;
 use crate::schedule::{Lane, Timeline, trace};
@@ -126,6 +127,8 @@ struct Outcome {
     busy: Vec<(Lane, f64)>,
     busy_any: f64,
     tokens: WarmTokens,
+    /// How well its passes were predicted, where the machine was measured.
+    comparison: Option<Comparison>,
 }
 
 impl Outcome {
@@ -197,11 +200,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             (Some(folder), None) => ModelConfig::open(folder)?,
             (None, None) => unreachable!("one of them is required"),
         };
-        let layout = crate::memory::kv_cache::KvLayout {
-            layers: config.shape.layers,
-            kv_heads: config.shape.kv_heads,
-            head_width: config.shape.head_width,
-        };
+        let layout = crate::memory::kv_cache::KvLayout::new(&config.shape, wishes.kv_dtype.unwrap_or_default());
         let blocks: usize = sequences
             .iter()
             .map(|sequence| crate::memory::kv_cache::KvLayout::blocks_for(sequence.context() + passes + 2))
@@ -268,6 +267,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
                 print_line(HEADINGS)?;
             }
             print_line(line(&outcome, outcomes.first().unwrap_or(&outcome), link_rate))?;
+            if let Some(comparison) = &outcome.comparison {
+                say!("{entry}: {}", comparison.line());
+            }
         }
         outcomes.push(outcome);
     }
@@ -314,7 +316,7 @@ fn measure(
     let passes = arguments.warm_up + arguments.passes;
     let mut bar = progress::PassProgress::new(&entry.to_string(), passes);
     let started = Instant::now();
-    let (_, tokens) = engine.run_warm(sequences, &mut std::iter::empty(), passes, &mut |report| {
+    let (summary, tokens) = engine.run_warm(sequences, &mut std::iter::empty(), passes, &mut |report| {
         ends.push(Instant::now());
         bar.update(ends.len());
         if ends.len() > arguments.warm_up {
@@ -347,6 +349,7 @@ fn measure(
         busy: Lane::ALL.map(|lane| (lane, share(all.busy(lane)))).to_vec(),
         busy_any: share(all.busy_any()),
         tokens,
+        comparison: summary.comparison,
     };
     Ok((outcome, timelines))
 }
@@ -412,6 +415,7 @@ fn document(outcomes: &[Outcome], link: Option<f64>, engine: &Engine) -> serde_j
                 "page_bytes": o.page_bytes, "page_bytes_per_second": o.page_rate(),
                 "link_bytes_per_token": o.link_bytes as f64 / o.generated as f64,
                 "share_of_link": link.map(|rate| o.page_rate() / rate), "busy_share": busy, "any_busy_share": o.busy_any,
+                "prediction": o.comparison.as_ref().map(Comparison::json),
             })
         })
         .collect();

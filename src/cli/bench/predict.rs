@@ -20,7 +20,7 @@ use crate::plan::cost::{PassRows, Predictor};
 use crate::plan::search::{Problem, SPLITS, sequence_grid};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, Wishes, fit};
-use crate::policy::AttentionPlace;
+use crate::policy::{AttentionPlace, KvDtype};
 use crate::profile::Profile;
 use crate::schedule::Lane;
 use crate::units::human_bytes;
@@ -135,6 +135,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let mut planned: Vec<(Case, Plan)> = Vec::new();
     for case in cases {
         match fit(&config, &bytes, &limits, &case.wishes) {
+            Ok(plan) if !bench.attends(&plan) => say!("{}: its contexts do not fit a workspace on the GPU", case.label),
             Ok(plan) => planned.push((case, plan)),
             Err(error) => say!("{}: {error}", case.label),
         }
@@ -204,7 +205,7 @@ impl Bench<'_> {
     /// What a policy of `n` decoding sequences asks for, beside its cut of the experts.
     fn decoding(&self, n: usize, splits: (usize, usize), attention: AttentionPlace) -> Wishes {
         let shape = &self.config.shape;
-        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(shape, KvDtype::F16);
         let blocks = n * KvLayout::blocks_for(self.longest());
         Wishes {
             max_sequences: Some(n),
@@ -219,6 +220,13 @@ impl Bench<'_> {
         }
     }
 
+    /// The workspace has room for all that attends on the GPU at a time.
+    fn attends(&self, plan: &Plan) -> bool {
+        let policy = &plan.policy;
+        let blocks = policy.max_sequences.div_ceil(policy.micro_batches) * KvLayout::blocks_for(self.longest());
+        policy.attention == AttentionPlace::Cpu || blocks <= policy.workspace_blocks
+    }
+
     /// Policies drawn by the seed, which differ at least twofold in all that they may.
     fn drawn(&self) -> Result<Vec<Case>> {
         let mut random = Random::new(self.arguments.seed);
@@ -231,16 +239,23 @@ impl Bench<'_> {
         for number in 0..self.arguments.policies {
             let n = (most >> ((first + number * step) % 4)).max(1);
             let split = SPLITS[(pick(SPLITS.len()) + number) % SPLITS.len()];
-            let split = if split.0 > n { (1, 1) } else { split };
             let attention = if (number + first).is_multiple_of(3) { AttentionPlace::Gpu } else { AttentionPlace::Cpu };
             let page_bytes = pages[(first + number) % pages.len()];
             let experts = self.config.shape.experts;
-            let wishes = Wishes {
+            let wishes = |n: usize| Wishes {
                 page_bytes: Some(page_bytes),
                 resident_experts: Some(0),
                 ring_experts: Some((2 * experts).min(self.config.shape.layers * experts)),
-                ..self.decoding(n, split, attention)
+                ..self.decoding(n, if split.0 > n { (1, 1) } else { split }, attention)
             };
+            // As many as fit, also in a workspace on the GPU.
+            let mut n = n;
+            while n > 1
+                && !fit(self.config, &self.bytes, &self.limits, &wishes(n)).is_ok_and(|plan| self.attends(&plan))
+            {
+                n /= 2;
+            }
+            let wishes = wishes(n);
             cases.push(Case { label: format!("drawn {}", number + 1), wishes, swept: false });
         }
         Ok(cases)

@@ -133,7 +133,8 @@ fn model(arguments: &Arguments) -> Result<(String, Inventory)> {
 fn this(arguments: &Arguments, inventory: &Inventory) -> Result<(Profile, MachineLimits, String, String)> {
     let flags = arguments.engine.machine();
     let gpu = flags.gpu()?;
-    let (machine, model) = (MachineKey::of(gpu.summary(), flags.isa()?), ModelKey::of(inventory));
+    let precision = arguments.engine.wishes().precision.unwrap_or_else(|| crate::engine::default_precision(&gpu));
+    let (machine, model) = (MachineKey::of(gpu.summary(), flags.isa()?), ModelKey::of(inventory, precision));
     let profile = match arguments.engine.profile_choice()? {
         crate::engine::ProfileChoice::Given(profile) => {
             profile.check(&machine, &model)?;
