@@ -212,9 +212,17 @@ pub fn fit(
     machine: &MachineLimits,
     wishes: &Wishes,
 ) -> Result<Plan, PlanError> {
+    // Experts that stay on the device need no host memory. How many stay hardly depends on the host: with the largest pool there can
+    // be, the workspaces are largest and fewest stay.
+    let all_experts = (config.shape.layers * config.shape.experts) as u64 * bytes.expert();
+    let plenty = MachineLimits { host_bytes: u64::MAX / 4, ..*machine };
+    let streamed = match fit_with_pool(config, bytes, &plenty, wishes, u64::MAX, all_experts) {
+        Ok(plan) => plan.streamed_bytes_per_pass,
+        Err(_) => all_experts, // said below, with what the machine has
+    };
     let mut most_pool = u64::MAX;
     loop {
-        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool)?;
+        let plan = fit_with_pool(config, bytes, machine, wishes, most_pool, streamed)?;
         let (needed, allowed) = (plan.memory.host(), machine.host_bytes);
         if needed <= allowed {
             return Ok(plan);
@@ -233,13 +241,15 @@ pub fn fit(
     }
 }
 
-/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has.
+/// The same with a pool of at most `most_pool` bytes, which may leave too little room for what else the host has, and at most
+/// `streamed_weights` bytes of experts that stream.
 fn fit_with_pool(
     config: &ModelConfig,
     bytes: &ModelBytes,
     machine: &MachineLimits,
     wishes: &Wishes,
     most_pool: u64,
+    streamed_weights: u64,
 ) -> Result<Plan, PlanError> {
     let shape = &config.shape;
     let words = |n: usize| 4 * n as u64;
@@ -338,7 +348,7 @@ fn fit_with_pool(
     let blocks_for = |tokens: usize| tokens.div_ceil(BLOCK_TOKENS);
     // Weights that stream are kept in memory where they leave room for keys and values, else they are read from their files.
     let kept = match wishes.source {
-        None | Some(SourceKind::Imported | SourceKind::Pinned | SourceKind::Relay) => all_experts,
+        None | Some(SourceKind::Imported | SourceKind::Pinned | SourceKind::Relay) => streamed_weights,
         Some(SourceKind::Mapped | SourceKind::Staged) => 0,
     };
     let least_pool = wishes.kv_bytes.unwrap_or(block_bytes);

@@ -337,7 +337,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         Wishes {
             max_sequences: Some(n),
             micro_batches: Some(micro_batches),
-            expert_groups: wishes.expert_groups.or(Some(1)),
+            expert_groups: wishes.expert_groups.or(Some(2.min(micro_batches))),
             pass_rows: wishes.pass_rows.or(Some(rows.next_multiple_of(64 * micro_batches))),
             ..wishes
         }
@@ -545,7 +545,7 @@ fn run_rival(
         attention: entry.kind.attention().or(wishes.attention),
         max_sequences: Some(lengths.len()),
         micro_batches: Some(micro_batches),
-        expert_groups: if entry.kind == ScheduleKind::Grouped { wishes.expert_groups.or(Some(1)) } else { None },
+        expert_groups: if entry.kind == ScheduleKind::Grouped { wishes.expert_groups } else { None },
         pass_rows: Some(lengths.len().next_multiple_of(micro_batches)),
         ..*wishes
     });
