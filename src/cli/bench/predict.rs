@@ -136,6 +136,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     for case in cases {
         match fit(&config, &bytes, &limits, &case.wishes) {
             Ok(plan) if !bench.attends(&plan) => say!("{}: its contexts do not fit a workspace on the GPU", case.label),
+            Ok(plan) if plan.memory.host_weights == 0 && plan.streamed_bytes_per_pass > 0 => {
+                say!("{}: beside its keys and values the host has no memory for experts", case.label);
+            }
             Ok(plan) => planned.push((case, plan)),
             Err(error) => say!("{}: {error}", case.label),
         }
