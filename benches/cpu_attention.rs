@@ -1,152 +1,104 @@
 //! Decode attention on the CPU, in the heads of Mixtral 8x7B: does it run at the speed of memory?
 //!
-//! For every level and context, rows enough to read 512 MiB of K and V once, far more than caches hold. Checks one row
-//! against the reference, then times whole calls of `attend`; filling the cache and making tables is outside. Prints the
-//! best rate beside that of a plain read of the same bytes, measured in the same run on as many threads.
+//! For both ways to keep K and V, every level and context: passes over a pool that is several times the last-level cache, in calls
+//! of two rows a thread, turn by turn with plain reads of the same pool on the same threads; a row is compared with the
+//! reference. Threads: as many as read fastest. `FULMEN_THREADS=8` asks for another number, `FULMEN_PASSES` for other medians.
 
-use std::hint::black_box;
-use std::time::{Duration, Instant};
-
-use criterion::{BenchmarkId, Criterion, Throughput};
-use fulmen::cpu::attention::{DecodeRow, attend};
+use fulmen::cpu::attention::SPAN_TOKENS;
 use fulmen::cpu::isa::Isa;
-use fulmen::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, KvLayout, RowPlace};
+use fulmen::cpu::measure::{AttentionRate, Probe, thread_counts};
 use fulmen::model::AttentionShape;
-use fulmen::reference;
-use half::f16;
-use rayon::prelude::*;
+use fulmen::policy::KvDtype;
 
 const SHAPE: AttentionShape =
     AttentionShape { q_heads: 32, kv_heads: 8, head_width: 128, window: None, scale: 0.088_388_35 };
-const LAYOUT: KvLayout = KvLayout { layers: 1, kv_heads: SHAPE.kv_heads, head_width: SHAPE.head_width };
-const READ_BYTES: usize = 512 << 20;
-const CONTEXTS: [usize; 3] = [128, 512, 2048];
+const CONTEXTS: [usize; 7] = [128, 256, 512, 1024, 2048, 8192, 32768];
+/// The portable level is no match for memory; one context shows what it does.
+const PORTABLE_CONTEXT: usize = 512;
+const ROWS_PER_THREAD: usize = 2;
+const IN_CACHE_CONTEXT: usize = 128;
+/// K and V of made-up keys are 0.5 at most; see `tests/host/attention.rs` for the reason.
+const TOLERANCE: f32 = 2e-6;
 
 fn main() {
-    let threads = rayon::ThreadPoolBuilder::new().build().expect("a pool of threads");
-    let mut cache = KvCache::new(LAYOUT, READ_BYTES / LAYOUT.bytes_per_block()).expect("512 MiB");
-    let whole = fill(&mut cache, &threads);
-    let ceiling = plain_read_bytes_per_s(&cache, &whole, &threads);
-    cache.release(whole);
-    println!("plain read: {:.1} GB/s on {} threads", ceiling / 1e9, threads.current_num_threads());
+    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<usize>().ok());
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let passes = number("FULMEN_PASSES").unwrap_or(5);
+    let mut tokens_per_s = Vec::new();
+    for dtype in KvDtype::ALL {
+        let all = pool(cores);
+        let mut probe = Probe::new(SHAPE, dtype, ROWS_PER_THREAD * cores, CONTEXTS[CONTEXTS.len() - 1], &all)
+            .expect("a quarter of the memory that is available");
+        drop(all);
+        println!("\n{dtype} keys and values, a pool of {:.2} GiB", probe.bytes() as f64 / (1u64 << 30) as f64);
+        let rates: Vec<(usize, f64)> =
+            thread_counts(cores).into_iter().map(|n| (n, probe.read_rate(&pool(n), passes))).collect();
+        let by_threads: Vec<String> = rates.iter().map(|(n, rate)| format!("{n}: {:.1}", rate / 1e9)).collect();
+        println!("plain read, GB/s by threads: {}", by_threads.join(", "));
+        let best = rates.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("at least one thread").0;
+        let n_threads = number("FULMEN_THREADS").unwrap_or(best);
 
-    let mut criterion = Criterion::default()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(500))
-        .measurement_time(Duration::from_secs(3))
-        .configure_from_args();
-    let mut group = criterion.benchmark_group("cpu_attention");
-    group.throughput(Throughput::Bytes(READ_BYTES as u64));
-    for context in CONTEXTS {
-        let n_rows = READ_BYTES / (context * LAYOUT.bytes_per_token());
-        let tables: Vec<BlockTable> = (0..n_rows)
-            .map(|_| {
-                let mut table = BlockTable::new();
-                cache.reserve(&mut table, context).expect("the rows fill the cache just so");
-                table
-            })
-            .collect();
-        let q: Vec<f32> = (0..n_rows * SHAPE.q_heads * SHAPE.head_width).map(value).collect();
+        // Little work on many threads: what a call costs whatever its rows.
+        let small =
+            probe.attention(Isa::best(), 1, ROWS_PER_THREAD * n_threads, 1, &pool(n_threads)).expect("a token fits");
+        let call_s = small.rows as f64 / small.tokens_per_s;
+        println!("a call of {} rows of one token: {:.0} us", small.rows, 1e6 * call_s);
+        println!("level     threads  context   rows     GB/s   % of a plain read   million tokens/s");
+        let mut show = |isa: Isa, context: usize, n_threads: usize, rows: usize| -> Option<AttentionRate> {
+            let rate = probe.attention(isa, context, rows, passes, &pool(n_threads))?;
+            println!(
+                "{:8}  {n_threads:7}  {context:7}  {:5}  {:7.2}  {:6.0}  (of {:.1})  {:12.2}",
+                isa.name(),
+                rate.rows,
+                rate.bytes_per_s / 1e9,
+                100.0 * rate.share_of_read,
+                rate.read_bytes_per_s / 1e9,
+                rate.tokens_per_s / 1e6
+            );
+            assert!(rate.largest_error <= TOLERANCE, "{isa}, context {context}: off by {:e}", rate.largest_error);
+            Some(rate)
+        };
         for isa in Isa::available() {
-            let mut out = vec![f32::NAN; q.len()];
-            attend_all(isa, &cache, context, &tables, &q, &mut out, &threads);
-            check_last_row(&cache, context, &tables, &q, &out);
-            let mut best = Duration::MAX;
-            group.bench_function(BenchmarkId::new(isa.name(), context), |bencher| {
-                bencher.iter_custom(|iterations| {
-                    let times = (0..iterations).map(|_| {
-                        let start = Instant::now();
-                        attend_all(isa, &cache, context, &tables, &q, &mut out, &threads);
-                        best = best.min(start.elapsed());
-                        start.elapsed()
-                    });
-                    times.sum()
-                });
-            });
-            if best < Duration::MAX {
-                let rate = READ_BYTES as f64 / best.as_secs_f64();
-                let percent = 100.0 * rate / ceiling;
-                println!(
-                    "{isa}, context {context}, {n_rows} rows: {:.1} GB/s of K and V, {percent:.0} % of a plain read",
-                    rate / 1e9
-                );
+            if isa.name() == "portable" {
+                show(isa, PORTABLE_CONTEXT, n_threads, ROWS_PER_THREAD * n_threads);
+                continue;
             }
+            for context in CONTEXTS {
+                let rate = show(isa, context, n_threads, ROWS_PER_THREAD * n_threads);
+                tokens_per_s.extend(rate.map(|rate| (isa, context, dtype, rate.tokens_per_s)));
+            }
+            // One sequence alone, whose spans all threads share; and a large batch.
+            show(isa, 64 * SPAN_TOKENS, n_threads, 1);
+            show(isa, PORTABLE_CONTEXT, n_threads, 16 * n_threads);
         }
-        tables.into_iter().for_each(|table| cache.release(table));
-    }
-    group.finish();
-}
-
-fn attend_all(
-    isa: Isa,
-    cache: &KvCache,
-    context: usize,
-    tables: &[BlockTable],
-    q: &[f32],
-    out: &mut [f32],
-    threads: &rayon::ThreadPool,
-) {
-    let width = SHAPE.q_heads * SHAPE.head_width;
-    let rows = tables.iter().zip(q.chunks_exact(width)).zip(out.chunks_exact_mut(width));
-    let mut rows: Vec<DecodeRow> = rows.map(|((table, q), out)| DecodeRow { q, out, context, table }).collect();
-    attend(isa, cache, 0, &SHAPE, None, &mut rows, threads);
-}
-
-/// -1 .. 1, different for any two neighbours.
-fn value(i: usize) -> f32 {
-    (i.wrapping_mul(0x9e37_79b1) >> 8 & 0xffff) as f32 / 32768.0 - 1.0
-}
-
-/// Writes every slot; the table of all blocks.
-fn fill(cache: &mut KvCache, threads: &rayon::ThreadPool) -> BlockTable {
-    let mut table = BlockTable::new();
-    let tokens = cache.total_blocks() * BLOCK_TOKENS;
-    cache.reserve(&mut table, tokens).expect("all blocks are free");
-    let positions: Vec<usize> = (0..tokens).collect();
-    for positions in positions.chunks(64 * BLOCK_TOKENS) {
-        let rows: Vec<RowPlace> = positions.iter().map(|&position| RowPlace { table: &table, position }).collect();
-        let first = positions[0];
-        let data: Vec<f16> = (0..rows.len() * LAYOUT.row_elements()).map(|i| f16::from_f32(value(first + i))).collect();
-        cache.write_rows(0, &rows, &data, threads);
-    }
-    table
-}
-
-fn check_last_row(cache: &KvCache, context: usize, tables: &[BlockTable], q: &[f32], out: &[f32]) {
-    let width = SHAPE.q_heads * SHAPE.head_width;
-    let table = tables.last().expect("at least one row");
-    let (mut keys, mut values) = (Vec::new(), Vec::new());
-    for token in 0..context {
-        let block = cache.block(0, table.blocks()[token / BLOCK_TOKENS]);
-        for head in 0..SHAPE.kv_heads {
-            let rows = LAYOUT.keys(head);
-            let row = token % BLOCK_TOKENS * SHAPE.head_width;
-            keys.extend(block[rows.start + row..][..SHAPE.head_width].iter().map(|x| x.to_f32()));
-            values.extend(block[rows.end + row..][..SHAPE.head_width].iter().map(|x| x.to_f32()));
+        for n_threads in thread_counts(cores) {
+            show(Isa::best(), PORTABLE_CONTEXT, n_threads, ROWS_PER_THREAD * n_threads);
         }
     }
-    let expected = reference::attention::attention(&SHAPE, None, &q[q.len() - width..], &keys, &values);
-    for (ours, expected) in out[out.len() - width..].iter().zip(expected) {
-        assert!((ours - expected).abs() <= 1e-5, "context {context}: {ours} instead of {expected}");
+    // What one core could do if memory were no limit.
+    println!("\none thread, {IN_CACHE_CONTEXT} tokens in its cache, GB/s");
+    for dtype in KvDtype::ALL {
+        let one = pool(1);
+        let bytes = IN_CACHE_CONTEXT * 2 * SHAPE.kv_heads * SHAPE.head_width * 2;
+        let mut probe = Probe::with_bytes(SHAPE, dtype, bytes, &one).expect("less than a MiB");
+        for isa in Isa::available() {
+            let rate = probe.attention_in_cache(isa, IN_CACHE_CONTEXT, 64, 20, &one).expect("f16 is the larger");
+            println!("{:8}  {dtype:4}  {:7.2}", isa.name(), rate / 1e9);
+        }
+    }
+    println!("\ntokens/s of int8 over f16");
+    for (isa, context, dtype, int8) in &tokens_per_s {
+        let f16 = tokens_per_s.iter().find(|of| (of.0, of.1, of.2) == (*isa, *context, KvDtype::F16));
+        if let (KvDtype::Int8, Some((.., f16))) = (dtype, f16) {
+            println!("{:8}  {context:7}  {:5.2}x", isa.name(), int8 / f16);
+        }
     }
 }
 
-/// The best of some passes over the blocks of `table`, after one to warm up.
-fn plain_read_bytes_per_s(cache: &KvCache, table: &BlockTable, threads: &rayon::ThreadPool) -> f64 {
-    let pass = || -> u64 {
-        threads.install(|| {
-            let blocks = table.blocks().par_iter();
-            let words = blocks.map(|&block| bytemuck::cast_slice::<f16, u64>(cache.block(0, block)));
-            words
-                .map(|words| words.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word)))
-                .reduce(|| 0, u64::wrapping_add)
-        })
-    };
-    black_box(pass());
-    let times = (0..5).map(|_| {
-        let start = Instant::now();
-        black_box(pass());
-        start.elapsed()
-    });
-    READ_BYTES as f64 / times.min().expect("five passes").as_secs_f64()
+fn pool(threads: usize) -> rayon::ThreadPool {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .start_handler(fulmen::cpu::pin_thread)
+        .build()
+        .expect("a pool of threads")
 }

@@ -460,7 +460,7 @@ impl Opened {
         let (builder, gpu, weights) = (&self.builder, &self.gpu, &self.weights);
         let (config, policy) = (weights.config().clone(), plan.policy);
         let shape = config.shape;
-        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(&shape, policy.kv_dtype);
         let limits = BatchLimits {
             max_sequences: policy.max_sequences,
             micro_batches: policy.micro_batches,
@@ -743,11 +743,12 @@ impl Engine {
     pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
         let Engine { machine, opened, config, plan: before, batcher, kv_arenas, .. } = self;
         let bytes = ModelBytes::of(opened.weights.inventory());
-        let pool = Some(before.memory.kv_pool);
-        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool), ..wishes };
+        let pool_bytes = Some(before.memory.kv_pool);
+        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..wishes };
         let mut plan = fit(&config, &bytes, &opened.limits, &asked)?;
         let pages = page_plan(&config, &opened.weights, &plan);
-        if pages != *machine.plan() || plan.policy.kv_blocks != before.policy.kv_blocks {
+        let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
+        if pages != *machine.plan() || pool(&plan) != pool(&before) {
             return Err(EngineError::OtherPages);
         }
         plan.policy.source = wishes.source;

@@ -33,7 +33,8 @@
 //!
 //! **A policy changes time, never tokens.** A row's result does not depend on which rows share its pass, so schedules, groups, row
 //! limits, chunks of prompts, ring and page sizes, preemption, sharding and resuming change no bit (`tests/device/generate.rs`, `pipeline.rs`).
-//! Moving decode attention to the GPU is the one choice that rounds differently.
+//! Moving decode attention to the GPU and keeping keys and values in 8 bits are the two choices that round differently; all else
+//! changes no bit under either.
 //!
 //! Every kernel has a reference in [`mod@reference`] and a test that compares them; whole models are held against transformers
 //! (`tests/goldens`). Nothing that input or machine can cause is a panic.

@@ -14,7 +14,7 @@ use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::plan::{MachineLimits, ModelBytes, PlanError, Wishes, extents, fit};
-use crate::policy::{AttentionPlace, RowPath, ScheduleKind};
+use crate::policy::{AttentionPlace, KvDtype, RowPath, ScheduleKind};
 use crate::profile::{Contention, Curve, Gpu as GpuTimes, RowTimes, Surface};
 use crate::tune::Tiles;
 
@@ -304,8 +304,7 @@ fn open(
     let bytes = ModelBytes::of(weights.inventory());
     let shape = &config.shape;
     let longest = CONTEXTS[CONTEXTS.len() - 1].min(config.max_positions);
-    let block_bytes =
-        KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width }.bytes_per_block() as u64;
+    let block_bytes = KvLayout::new(shape, KvDtype::F16).block_bytes() as u64;
     // Keys and values of more sequences than caches hold.
     let contexts: u64 = if request.software() { 4 } else { 64 };
     let limits = MachineLimits {

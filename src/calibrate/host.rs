@@ -11,7 +11,7 @@ use crate::cpu::attention::{DecodeRow, attend};
 use crate::execute::machine::attention_scale;
 use crate::memory::kv_cache::{BlockTable, KvCache, KvError, KvLayout, RowPlace};
 use crate::model::{AttentionShape, ModelConfig};
-use crate::policy::{RowPath, ScheduleKind, SpreadLayers};
+use crate::policy::{KvDtype, RowPath, ScheduleKind, SpreadLayers};
 use crate::profile::{Cpu, Curve, Host, ThreadCurve};
 use crate::schedule::{ChunkShape, MicroBatchShape, PassShape, build, check};
 
@@ -26,7 +26,7 @@ pub struct Attention {
 }
 
 fn layout(config: &ModelConfig) -> KvLayout {
-    KvLayout { layers: 1, kv_heads: config.shape.kv_heads, head_width: config.shape.head_width }
+    KvLayout { layers: 1, ..KvLayout::new(&config.shape, KvDtype::F16) }
 }
 
 /// Numbers of threads: powers of two, three quarters, all.
@@ -125,11 +125,12 @@ impl Attention {
     /// Seconds in which new keys and values are stored, over rows of as many sequences.
     fn store(&mut self, request: &Request<'_>, threads: &rayon::ThreadPool) -> Result<Curve, CalibrateError> {
         let tables = self.sequences(64, threads)?;
-        let elements = self.cache.layout().row_elements();
+        let layout = self.cache.layout();
+        let row = layout.new_row(&vec![f16::from_f32(0.5); layout.row_elements()]);
         let mut points = Vec::new();
         for rows in grid(1.0, 8.0, tables.len().min(2048) as f64) {
             let n_rows = rows as usize;
-            let data = vec![f16::from_f32(0.5); n_rows * elements];
+            let data = row.repeat(n_rows);
             let cache = &mut self.cache;
             let places: Vec<RowPlace<'_>> =
                 tables[..n_rows].iter().map(|table| RowPlace { table, position: 40 }).collect();

@@ -14,7 +14,7 @@ use crate::model::ModelConfig;
 use crate::plan::hrm::human_seconds;
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, Wishes};
-use crate::policy::{AttentionPlace, Policy, Precision, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, KvDtype, Policy, Precision, RowPath, ScheduleKind, SourceKind};
 use crate::profile::Profile;
 use crate::request::batch_file::GenerationDefaults;
 use crate::request::chat_template::{ChatTemplate, ChatTemplateError};
@@ -100,7 +100,7 @@ impl MachineArguments {
     }
 }
 
-/// How to run it. None of these changes a token, but --attention and --precision, which may round differently.
+/// How to run it. None of these changes a token, but --attention, --precision and --kv-dtype, which round differently.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine and policy (change time, never tokens)")]
 pub struct EngineArguments {
@@ -109,6 +109,9 @@ pub struct EngineArguments {
     /// Host memory for keys and values [default: what the sequences need, at most half of the host memory]
     #[arg(long, env = "FULMEN_KV_MEMORY", value_parser = bytes, value_name = "SIZE")]
     kv_memory: Option<u64>,
+    /// How keys and values are kept on the host; int8 takes half the memory and rounds: other tokens than f16 [default: f16]
+    #[arg(long, env = "FULMEN_KV_DTYPE", value_enum, value_name = "NAME")]
+    kv_dtype: Option<KvDtype>,
     /// Tokens of a sequence, prompt and completion [default: the model's positions, at most 8192, or what the KV pool holds]
     #[arg(short = 'c', long, visible_alias = "ctx-size", env = "FULMEN_MAX_MODEL_LEN", value_name = "TOKENS")]
     max_model_len: Option<usize>,
@@ -243,6 +246,7 @@ impl EngineArguments {
             threads: self.threads,
             max_model_len: self.max_model_len,
             kv_bytes: self.kv_memory,
+            kv_dtype: self.kv_dtype,
             resident_experts: self.resident_experts,
             extra_residents: self.extra_residents,
             ring_experts: self.ring_experts,

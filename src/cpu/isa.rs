@@ -15,7 +15,7 @@ pub(super) enum Level {
     /// AVX2, FMA and F16C: x86-64 servers and desktops from 2013 (Intel) and 2015 (AMD) on.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// AVX-512F, nothing beyond it. Not run yet: the tests take it wherever the CPU has it, but nobody has seen them there.
+    /// AVX-512F, nothing beyond it.
     #[cfg(target_arch = "x86_64")]
     Avx512,
     /// Every 64-bit Arm has it. Unverified: it compiles, nobody has run it yet.

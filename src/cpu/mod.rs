@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod isa;
+pub mod measure;
 
 /// Keeps the calling thread on core `index` of those that this process may use; does nothing where the system has no such call
 /// or there are fewer cores.

@@ -144,7 +144,7 @@ fn device_rows(
     let mut out = DeviceRows::default();
     let mut uploads = Vec::new();
     let mut used = 0;
-    let block_bytes = crate::execute::machine::workspace_block_bytes(config);
+    let block_bytes = batcher.kv().layout().block_bytes() as u64;
     for run in rows.runs() {
         let (first, last) = (&run[0], &run[run.len() - 1]);
         let on_gpu = !(first.decode && decode_on_host);
@@ -245,7 +245,10 @@ impl Device for Pass<'_> {
                 let blocks = self.micro_batches[micro_batch].uploads.len() as u64;
                 (blocks * crate::execute::machine::workspace_block_bytes(self.config), rows)
             }
-            Work::RowsToHost { .. } => (words(rows * shape.kv_width() + decode * shape.q_width()), rows),
+            Work::RowsToHost { .. } => {
+                let new_rows = rows * self.machine.kv_layout().new_row_bytes();
+                (new_rows as u64 + words(decode * shape.q_width()), rows)
+            }
             Work::RowsToDevice { .. } => (words(decode * shape.q_width()), decode),
             Work::Experts { group, .. } => (0, self.machine.group_rows(self.groups[group])),
             _ => (0, rows),

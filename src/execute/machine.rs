@@ -28,15 +28,15 @@ use crate::kernels::half_rows::{HalfRows, padded};
 use crate::kernels::lm_head_sample::Sample;
 use crate::kernels::{
     add_bias, cooperative, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up,
-    expert_sort, half_rows, layer_norm, lm_head_sample, matmul, paged_attention, prompt_attention, qk_norm, rms_norm,
-    rotary, router_topk,
+    expert_sort, half_rows, kv_quantise, layer_norm, lm_head_sample, matmul, paged_attention, prompt_attention,
+    qk_norm, rms_norm, rotary, router_topk,
     slabs::{Layout, N_SLABS, Place},
 };
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
-use crate::policy::{Precision, RowPath};
+use crate::policy::{KvDtype, Precision, RowPath};
 use crate::reference::rotary::{rope_table, yarn_rope_table};
 use crate::tune::Tiles;
 
@@ -58,6 +58,8 @@ pub struct Extents {
     pub rows: RowPath,
     /// Operands of products.
     pub precision: Precision,
+    /// How the host's KV cache keeps an element: its new rows come in that form.
+    pub kv_dtype: KvDtype,
 }
 
 /// A region of a group's buffers starts at a multiple of so many rows: then it starts aligned for a binding whatever a row holds.
@@ -202,6 +204,8 @@ struct MicroBatchBuffers {
     qkv: Buffer,
     /// [T, G, 2, K] f16
     kv_rows: Buffer,
+    /// The same as the host's cache stores it, where that is not f16.
+    quantised_rows: Option<Buffer>,
     /// [T, H, K]
     attention: Buffer,
     /// The same on the host: new keys and values, queries, attention output.
@@ -298,17 +302,25 @@ fn words(n: usize) -> u64 {
     4 * n as u64
 }
 
-/// Bytes of one KV block of one layer.
+/// Bytes of one KV block of one layer on the GPU, whose blocks are f16 whatever the host's are.
 pub fn workspace_block_bytes(config: &ModelConfig) -> u64 {
     let shape = &config.shape;
-    let layout = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width };
-    layout.bytes_per_block() as u64
+    KvLayout::new(shape, KvDtype::F16).block_bytes() as u64
 }
 
 /// Host memory that the rows of one micro-batch cross the link through.
-pub fn host_row_bytes(config: &ModelConfig, rows: usize) -> u64 {
+pub fn host_row_bytes(config: &ModelConfig, kv_dtype: KvDtype, rows: usize) -> u64 {
     let shape = &config.shape;
-    words(rows * shape.kv_width()) + words(rows * shape.qkv_width()) + words(rows * shape.q_width())
+    let new_rows = (rows * KvLayout::new(shape, kv_dtype).new_row_bytes()) as u64;
+    new_rows + words(rows * shape.qkv_width()) + words(rows * shape.q_width())
+}
+
+/// Device memory of a new row in the form that the host's cache stores, where that is another than the f16 of the kernels.
+pub fn quantised_row_bytes(layout: &KvLayout) -> usize {
+    match layout.dtype {
+        KvDtype::F16 => 0,
+        KvDtype::Int8 => layout.new_row_bytes(),
+    }
 }
 
 /// Where a KV block of the host lies that goes to a workspace.
@@ -386,6 +398,7 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, GpuError>>()?;
         let rows = extents.rows_per_micro_batch;
+        let layout = KvLayout::new(&shape, extents.kv_dtype);
         let micro_batches = (0..extents.micro_batches)
             .map(|_| {
                 Ok(MicroBatchBuffers {
@@ -398,8 +411,12 @@ impl Machine {
                     sampled: gpu.buffer("sampled rows", words(rows))?,
                     qkv: gpu.shared_buffer("projected rows", words(rows * shape.qkv_width()))?,
                     kv_rows: gpu.shared_buffer("new keys and values", words(rows * shape.kv_width()))?,
+                    quantised_rows: match quantised_row_bytes(&layout) {
+                        0 => None,
+                        bytes => Some(gpu.shared_buffer("new keys and values, quantised", (rows * bytes) as u64)?),
+                    },
                     attention: gpu.shared_buffer("attention output", words(rows * shape.q_width()))?,
-                    host_kv: gpu.host_buffer("new keys and values", words(rows * shape.kv_width()))?,
+                    host_kv: gpu.host_buffer("new keys and values", (rows * layout.new_row_bytes()) as u64)?,
                     host_queries: gpu.host_buffer("queries", words(rows * shape.qkv_width()))?,
                     host_attention: gpu.host_buffer("attention output", words(rows * shape.q_width()))?,
                     rows: DeviceRows::default(),
@@ -576,6 +593,11 @@ impl Machine {
         self.source = Some(source);
     }
 
+    /// The host's KV cache.
+    pub fn kv_layout(&self) -> KvLayout {
+        KvLayout::new(&self.config.shape, self.extents.kv_dtype)
+    }
+
     fn dense(&self, role: Role) -> &Dense {
         &self.dense[&role.stored_as(&self.config)]
     }
@@ -666,7 +688,8 @@ impl Machine {
                 .collect();
             return self.gpu().copy(Line::ToDevice, &copies, after);
         };
-        let half_bytes = bytes as usize / (2 * self.config.shape.kv_heads);
+        let (layout, head_width) = (self.kv_layout(), self.config.shape.head_width);
+        let half_elements = BLOCK_TOKENS * head_width;
         let mut copies = Vec::with_capacity(uploads.len());
         for upload in uploads {
             let to = upload.to as u64 * bytes;
@@ -674,11 +697,10 @@ impl Machine {
             // pool are read, which the caller vouches for.
             unsafe {
                 let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
-                let into = staging.slice_mut::<u8>(to..to + bytes);
-                let stored = half_bytes * upload.tokens / BLOCK_TOKENS;
-                for (half, into) in into.chunks_exact_mut(half_bytes).enumerate() {
-                    let from = std::slice::from_raw_parts(from.add(half * half_bytes), stored);
-                    into[..stored].copy_from_slice(from);
+                let into = staging.slice_mut::<f16>(to..to + bytes);
+                for (half, into) in into.chunks_exact_mut(half_elements).enumerate() {
+                    let from = from.add(half * layout.half_bytes());
+                    layout.read_half_at(from, upload.tokens, &mut into[..upload.tokens * head_width]);
                 }
             }
             copies.push(CopyRange::new(staging.at(to), workspace.blocks.at(to), bytes));
@@ -855,6 +877,16 @@ impl Machine {
             kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
         };
         rotary::record(r, params, bindings)?;
+        if let Some(new_rows) = &buffers.quantised_rows {
+            let params = kv_quantise::Params {
+                n_rows: n as u32,
+                kv_heads: shape.kv_heads as u32,
+                head_width: shape.head_width as u32,
+            };
+            let rotary::Bindings { kv_rows, kv_slots, kv_blocks, .. } = bindings;
+            let bindings = kv_quantise::Bindings { kv_rows, kv_slots, new_rows: new_rows.whole(), kv_blocks };
+            kv_quantise::record(r, params, bindings)?;
+        }
         recorder.submit_after(after)
     }
 
@@ -863,10 +895,12 @@ impl Machine {
         let shape = &self.config.shape;
         let buffers = &self.micro_batches[micro_batch];
         let (n, n_queries) = (self.n_rows(micro_batch), buffers.n_host_queries);
-        let (kv, q, all) = (shape.kv_width(), shape.q_width(), shape.qkv_width());
+        let (q, all) = (shape.q_width(), shape.qkv_width());
+        let new_rows = buffers.quantised_rows.as_ref().unwrap_or(&buffers.kv_rows);
+        let kv = self.kv_layout().new_row_bytes() / 4;
         match self.extents.rows {
             RowPath::Copies => {
-                let kv = CopyRange::new(buffers.kv_rows.at(0), buffers.host_kv.at(0), words(n * kv));
+                let kv = CopyRange::new(new_rows.at(0), buffers.host_kv.at(0), words(n * kv));
                 let q = CopyRange::new(buffers.qkv.at(0), buffers.host_queries.at(0), words(n_queries * all));
                 self.gpu().copy(Line::ToHost, &[kv, q], after)
             }
@@ -879,19 +913,19 @@ impl Machine {
                     from_stride: stride as u32,
                     to_stride: stride as u32,
                 };
-                copy_rows::record(r, params(n, kv, kv), buffers.kv_rows.whole(), buffers.host_kv.bound())?;
+                copy_rows::record(r, params(n, kv, kv), new_rows.whole(), buffers.host_kv.bound())?;
                 copy_rows::record(r, params(n_queries, q, all), buffers.qkv.whole(), buffers.host_queries.bound())?;
                 recorder.submit_after(after)
             }
         }
     }
 
-    /// New keys and values of a micro-batch on the host, `[T, G, 2, K]`.
+    /// New keys and values of a micro-batch on the host: a [new row](KvLayout::new_row_bytes) of each of its rows.
     ///
     /// # Safety
     /// * [`rows_to_host`](Self::rows_to_host) of this layer has been waited for, and none of a later one has started.
-    pub unsafe fn host_kv(&self, micro_batch: usize) -> &[f16] {
-        let bytes = words(self.n_rows(micro_batch) * self.config.shape.kv_width());
+    pub unsafe fn host_kv(&self, micro_batch: usize) -> &[u8] {
+        let bytes = (self.n_rows(micro_batch) * self.kv_layout().new_row_bytes()) as u64;
         // SAFETY: the caller's.
         unsafe { self.micro_batches[micro_batch].host_kv.slice(0..bytes) }
     }

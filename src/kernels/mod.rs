@@ -18,6 +18,7 @@ pub mod expert_down;
 pub mod expert_gate_up;
 pub mod expert_sort;
 pub mod half_rows;
+pub mod kv_quantise;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;
@@ -49,6 +50,7 @@ pub static ALL: &[&Kernel] = &[
     &expert_gate_up::EXPERT_GATE_UP,
     &expert_sort::EXPERT_SORT,
     &half_rows::HALF_ROWS,
+    &kv_quantise::KV_QUANTISE,
     &layer_norm::LAYER_NORM,
     &lm_head_sample::LM_HEAD_SAMPLE,
     &matmul::MATMUL,

@@ -4,7 +4,7 @@
 //! in place and that go to the GPU as plain bytes.
 //!
 //! A *block* holds [`BLOCK_TOKENS`] tokens of one sequence in every layer. All blocks lie in one pool,
-//! `[L][blocks][G][2][BLOCK_TOKENS][K]` f16, so one layer of a block is contiguous, and in it all that one query head reads:
+//! `[L][blocks][G][2][BLOCK_TOKENS][K]`, so one layer of a block is contiguous, and in it all that one query head reads:
 //!
 //! ```text
 //! layer 0: | block 0                                           | block 1 ...        layer 1: | block 0 ...
@@ -12,6 +12,10 @@
 //!
 //! table of a sequence of 70 tokens:  blocks [5, 2, 9]    token 40 = block 2, slot 8
 //! ```
+//!
+//! Elements are f16, or 8-bit integers with a scale for each row of each head ([`KvDtype`]): then 32 scales (f16) follow each
+//! 32 rows. How a row gets its scale and integers is [`mod@crate::reference::kv_quantise`]; what the cache holds are numbers
+//! that f16 holds exactly, so attention here, attention on the GPU (whose blocks are f16) and a copy between them read the same.
 //!
 //! Guarantees:
 //! * Blocks are taken as tokens arrive; nothing is reserved for tokens that may never come.
@@ -32,7 +36,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
+
+use crate::model::Shape;
+use crate::policy::KvDtype;
+use crate::reference::kv_quantise::quantise;
 
 /// Tokens of a block. Also the step of attention's online softmax, hence part of a row's reduction order.
 pub const BLOCK_TOKENS: usize = 32;
@@ -46,27 +55,47 @@ pub struct KvLayout {
     pub kv_heads: usize,
     /// K
     pub head_width: usize,
+    /// How an element is kept.
+    pub dtype: KvDtype,
 }
 
 impl KvLayout {
+    /// The cache of a model.
+    pub fn new(shape: &Shape, dtype: KvDtype) -> Self {
+        Self { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width, dtype }
+    }
+
     /// Elements that one token adds to one layer: K and V of every head.
     pub fn row_elements(&self) -> usize {
         self.kv_heads * 2 * self.head_width
     }
 
-    /// Elements of one block in one layer, `G * 2 * BLOCK_TOKENS * K`.
-    pub fn block_elements(&self) -> usize {
-        BLOCK_TOKENS * self.row_elements()
+    /// Bytes of one token's K, or V, of one head in one layer.
+    fn half_row_bytes(&self) -> usize {
+        match self.dtype {
+            KvDtype::F16 => self.head_width * size_of::<f16>(),
+            KvDtype::Int8 => self.head_width + size_of::<f16>(),
+        }
+    }
+
+    /// Bytes of one head's K, or V, in one layer of a block: `[BLOCK_TOKENS, K]`, and `[BLOCK_TOKENS]` scales where there are any.
+    pub fn half_bytes(&self) -> usize {
+        BLOCK_TOKENS * self.half_row_bytes()
+    }
+
+    /// Bytes of one block in one layer, `G * 2` halves.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.kv_heads * self.half_bytes()
     }
 
     /// Bytes of one block over all layers: what taking a block takes.
     pub fn bytes_per_block(&self) -> usize {
-        self.layers * self.block_elements() * size_of::<f16>()
+        self.layers * self.block_bytes()
     }
 
     /// Bytes of one token over all layers.
     pub fn bytes_per_token(&self) -> usize {
-        self.layers * self.row_elements() * size_of::<f16>()
+        self.bytes_per_block() / BLOCK_TOKENS
     }
 
     /// Blocks that `tokens` tokens fill, the last one perhaps in part.
@@ -74,10 +103,75 @@ impl KvLayout {
         tokens.div_ceil(BLOCK_TOKENS)
     }
 
-    /// One head's K rows inside a layer of a block, `[BLOCK_TOKENS, K]`. Its V rows follow directly.
+    /// One head's K inside a layer of a block, in bytes. Its V follows directly.
     pub fn keys(&self, kv_head: usize) -> Range<usize> {
-        let rows = BLOCK_TOKENS * self.head_width;
-        2 * kv_head * rows..(2 * kv_head + 1) * rows
+        let half = self.half_bytes();
+        2 * kv_head * half..(2 * kv_head + 1) * half
+    }
+
+    /// Bytes of one token's K, or V, of one head as the device hands it over: f16 `[K]`, or 8-bit `[K]`, padded to a word, and a
+    /// word whose low half is the scale.
+    fn new_half_row_bytes(&self) -> usize {
+        match self.dtype {
+            KvDtype::F16 => self.head_width * size_of::<f16>(),
+            KvDtype::Int8 => self.head_width.next_multiple_of(4) + 4,
+        }
+    }
+
+    /// Bytes of a *new row*, one token's K and V of one layer as the device hands it over: `[G, 2]` of what is described above.
+    pub fn new_row_bytes(&self) -> usize {
+        2 * self.kv_heads * self.new_half_row_bytes()
+    }
+
+    /// A new row as the device makes it of `row`, `[G, 2, K]`.
+    pub fn new_row(&self, row: &[f16]) -> Vec<u8> {
+        assert_eq!(row.len(), self.row_elements(), "elements of a row");
+        match self.dtype {
+            KvDtype::F16 => bytemuck::cast_slice(row).to_vec(),
+            KvDtype::Int8 => {
+                let mut bytes = Vec::with_capacity(self.new_row_bytes());
+                for half in row.chunks_exact(self.head_width) {
+                    let (integers, scale) = quantise(half);
+                    bytes.extend_from_slice(bytemuck::cast_slice(&integers));
+                    bytes.resize(bytes.len().next_multiple_of(4), 0);
+                    bytes.extend_from_slice(&u32::from(scale.to_bits()).to_le_bytes());
+                }
+                bytes
+            }
+        }
+    }
+
+    /// The first `tokens` rows of a half, `[tokens, K]`, exactly.
+    pub fn read_half(&self, half: &[u8], tokens: usize, into: &mut [f16]) {
+        assert_eq!(half.len(), self.half_bytes(), "bytes of a half");
+        // SAFETY: a half is there as a whole.
+        unsafe { self.read_half_at(half.as_ptr(), tokens, into) }
+    }
+
+    /// As [`read_half`](Self::read_half), of a half that somebody else may be writing rows to beyond the first `tokens`.
+    ///
+    /// # Safety
+    /// * A half starts at `half`, and nobody writes its first `tokens` rows.
+    pub unsafe fn read_half_at(&self, half: *const u8, tokens: usize, into: &mut [f16]) {
+        assert_eq!(into.len(), tokens * self.head_width, "elements of {tokens} rows");
+        // SAFETY: these bytes, and none between them, are those of the first rows.
+        let part = |at: usize, bytes: usize| unsafe { std::slice::from_raw_parts(half.add(at), tokens * bytes) };
+        match self.dtype {
+            KvDtype::F16 => bytemuck::cast_slice_mut(into).copy_from_slice(part(0, self.half_row_bytes())),
+            KvDtype::Int8 => {
+                let integers = part(0, self.head_width);
+                let scales = part(BLOCK_TOKENS * self.head_width, size_of::<f16>());
+                let mut row = vec![0.0; self.head_width];
+                let rows = integers.chunks_exact(self.head_width).zip(scales.chunks_exact(size_of::<f16>()));
+                for ((integers, scale), into) in rows.zip(into.chunks_exact_mut(self.head_width)) {
+                    let scale = f16::from_le_bytes([scale[0], scale[1]]).to_f32();
+                    for (value, integer) in row.iter_mut().zip(integers) {
+                        *value = f32::from(*integer as i8) * scale;
+                    }
+                    into.convert_from_f32_slice(&row);
+                }
+            }
+        }
     }
 }
 
@@ -209,7 +303,7 @@ pub struct KvCache {
 impl KvCache {
     /// Maps room for `n_blocks` blocks. Pages that are never written take no memory.
     pub fn new(layout: KvLayout, n_blocks: usize) -> Result<Self, KvError> {
-        let KvLayout { layers, kv_heads, head_width } = layout;
+        let KvLayout { layers, kv_heads, head_width, .. } = layout;
         assert!(layers > 0 && kv_heads > 0 && head_width > 0, "a model has no axis of extent 0: {layout:?}");
         let bytes_per_block = layout.bytes_per_block();
         let too_large = || KvError::TooLarge { n_blocks, bytes_per_block };
@@ -227,7 +321,10 @@ impl KvCache {
         // One head's rows of a block are 16 KiB, then attention jumps: fewer page walks with huge pages. A doubt: 4 KiB
         // pages measured 8 % slower on 1 thread of a shared 2-core EPYC, whose noise is no smaller. Advice only.
         #[cfg(target_os = "linux")]
-        let _ = pool.advise(memmap2::Advice::HugePage);
+        {
+            let _ = pool.advise(memmap2::Advice::HugePage);
+            crate::memory::host_memory::spread_over_nodes(&mut pool);
+        }
         let start = std::ptr::NonNull::new(pool.as_mut_ptr()).expect("a mapping is nowhere near address 0");
         let pool = Pool { start, bytes: needed_bytes, map: std::sync::Arc::new(pool) };
         Ok(Self { layout, pool, owners: vec![0; n_blocks], free: block_ids.rev().map(BlockId).collect() })
@@ -237,6 +334,11 @@ impl KvCache {
     /// follow each other in order of their index, layers too.
     pub(crate) fn memory(&self) -> (*const u8, u64, std::sync::Arc<memmap2::MmapMut>) {
         (self.pool.start.as_ptr(), self.pool.bytes as u64, self.pool.map.clone())
+    }
+
+    /// The whole pool as it is.
+    pub(crate) fn all_bytes(&self) -> &[u8] {
+        self.bytes()
     }
 
     pub fn layout(&self) -> KvLayout {
@@ -294,19 +396,31 @@ impl KvCache {
     /// Stores one token's K and V in one layer. `row`: `[G, 2, K]`, per head its K, then its V.
     pub fn write_row(&mut self, layer: usize, table: &BlockTable, position: usize, row: &[f16]) {
         let layout = self.layout;
-        assert_eq!(row.len(), layout.row_elements(), "elements of a row");
         let block = self.writable(table, position);
-        let elements = self.elements_of(layer, block);
-        scatter(&layout, &mut self.elements_mut()[elements], position % BLOCK_TOKENS, row);
+        let bytes = self.bytes_of(layer, block);
+        scatter(&layout, &mut self.bytes_mut()[bytes], position % BLOCK_TOKENS, &layout.new_row(row));
     }
 
-    /// Stores many tokens' K and V in one layer, on all threads of `threads`. `data`: `[rows, G, 2, K]`.
+    /// One token's K and V in one layer, `[G, 2, K]`, exactly.
+    pub fn row(&self, layer: usize, table: &BlockTable, position: usize) -> Vec<f16> {
+        let (layout, slot) = (self.layout, position % BLOCK_TOKENS);
+        let mut half_rows = vec![f16::ZERO; (slot + 1) * layout.head_width];
+        let mut row = Vec::with_capacity(layout.row_elements());
+        for half in self.block(layer, table.blocks[position / BLOCK_TOKENS]).chunks_exact(layout.half_bytes()) {
+            layout.read_half(half, slot + 1, &mut half_rows);
+            row.extend_from_slice(&half_rows[slot * layout.head_width..]);
+        }
+        row
+    }
+
+    /// Stores many tokens' K and V in one layer, on all threads of `threads`. `data`: a [new row](KvLayout::new_row_bytes) for
+    /// each of `rows`.
     ///
     /// One thread writes all rows of a block, in the order of `rows`.
-    pub fn write_rows(&mut self, layer: usize, rows: &[RowPlace], data: &[f16], threads: &rayon::ThreadPool) {
+    pub fn write_rows(&mut self, layer: usize, rows: &[RowPlace], data: &[u8], threads: &rayon::ThreadPool) {
         let layout = self.layout;
-        let row_elements = layout.row_elements();
-        assert_eq!(data.len(), rows.len() * row_elements, "elements of {} rows", rows.len());
+        let row_bytes = layout.new_row_bytes();
+        assert_eq!(data.len(), rows.len() * row_bytes, "bytes of {} rows", rows.len());
         let mut writes: Vec<(BlockId, usize)> =
             rows.iter().enumerate().map(|(row, place)| (self.writable(place.table, place.position), row)).collect();
         writes.sort_unstable();
@@ -317,8 +431,8 @@ impl KvCache {
         let mut blocks = Vec::new();
         for writes in writes.chunk_by(|a, b| a.0 == b.0) {
             let index = writes[0].0.index();
-            let (_, from_block) = remaining.split_at_mut((index - cut) * layout.block_elements());
-            let (block, after) = from_block.split_at_mut(layout.block_elements());
+            let (_, from_block) = remaining.split_at_mut((index - cut) * layout.block_bytes());
+            let (block, after) = from_block.split_at_mut(layout.block_bytes());
             blocks.push((block, writes));
             remaining = after;
             cut = index + 1;
@@ -327,7 +441,7 @@ impl KvCache {
             blocks.into_par_iter().for_each(|(block, writes)| {
                 for &(_, row) in writes {
                     let slot = rows[row].position % BLOCK_TOKENS;
-                    scatter(&layout, block, slot, &data[row * row_elements..][..row_elements]);
+                    scatter(&layout, block, slot, &data[row * row_bytes..][..row_bytes]);
                 }
             });
         });
@@ -336,12 +450,17 @@ impl KvCache {
     /// Fills the blocks of sequences with made-up keys and values, in -0.5..0.5, which depend on the sequence's number, the layer
     /// and the place in the sequence.
     pub(crate) fn make_up(&mut self, tables: &[(u64, &BlockTable)], threads: &rayon::ThreadPool) {
-        let elements = self.layout.block_elements();
-        // Each block is a window of one stretch of noise.
-        let noise: Vec<f16> = (0..2 * elements as u64 + 65_536)
-            .map(|at| {
+        let layout = self.layout;
+        let block_bytes = layout.block_bytes();
+        // Each block is a window of one stretch of noise: f16 of that range, or integers (whose scales are set below).
+        let noise: Vec<u8> = (0..2 * block_bytes as u64 + 65_536)
+            .flat_map(|at| {
                 let mixed = (at + 1).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-                f16::from_f32(((mixed ^ mixed >> 31) >> 40) as f32 / (1u64 << 24) as f32 - 0.5)
+                let mixed = mixed ^ mixed >> 31;
+                match layout.dtype {
+                    KvDtype::F16 => f16::from_f32((mixed >> 40) as f32 / (1u64 << 24) as f32 - 0.5).to_le_bytes(),
+                    KvDtype::Int8 => [(mixed >> 40) as u8, (mixed >> 48) as u8],
+                }
             })
             .collect();
         let mut wanted: Vec<Option<(u64, u64)>> = vec![None; self.total_blocks()];
@@ -350,23 +469,32 @@ impl KvCache {
                 wanted[block.index()] = Some((*number, place as u64));
             }
         }
-        for layer in 0..self.layout.layers {
+        for layer in 0..layout.layers {
             let blocks = self.layer_mut(layer);
             threads.install(|| {
-                blocks.par_chunks_exact_mut(elements).zip(&wanted).for_each(|(block, wanted)| {
+                blocks.par_chunks_exact_mut(block_bytes).zip(&wanted).for_each(|(block, wanted)| {
                     let Some((number, place)) = wanted else { return };
                     let mixed = (number * 1_000_003 + place * 8191 + layer as u64 * 127 + 1)
                         .wrapping_mul(0x94d0_49bb_1331_11eb);
-                    let start = (mixed >> 20) as usize % (noise.len() - elements);
-                    block.copy_from_slice(&noise[start..start + elements]);
+                    let start = (mixed >> 20) as usize % ((noise.len() - block_bytes) / 2) * 2;
+                    block.copy_from_slice(&noise[start..start + block_bytes]);
+                    if layout.dtype == KvDtype::Int8 {
+                        for half in block.chunks_exact_mut(layout.half_bytes()) {
+                            let scales = &mut half[BLOCK_TOKENS * layout.head_width..];
+                            scales
+                                .chunks_exact_mut(2)
+                                .for_each(|scale| scale.copy_from_slice(&INT8_NOISE.to_le_bytes()));
+                        }
+                    }
                 });
             });
         }
     }
 
-    /// One layer of a block, `[G, 2, BLOCK_TOKENS, K]`. Slots that its owner has not written hold anything, NaN included.
-    pub fn block(&self, layer: usize, block: BlockId) -> &[f16] {
-        &self.elements()[self.elements_of(layer, block)]
+    /// One layer of a block, [`block_bytes`](KvLayout::block_bytes): `[G, 2]` halves. Slots that its owner has not written hold
+    /// anything, NaN included.
+    pub fn block(&self, layer: usize, block: BlockId) -> &[u8] {
+        &self.bytes()[self.bytes_of(layer, block)]
     }
 
     /// Writes the table's blocks to `file`, all layers, and releases them.
@@ -379,8 +507,7 @@ impl KvCache {
             let slot = file.take_slot();
             slots.push(slot);
             for layer in 0..self.layout.layers {
-                let bytes = bytemuck::cast_slice(self.block(layer, block));
-                if let Err(cause) = file.write(slot, layer, bytes) {
+                if let Err(cause) = file.write(slot, layer, self.block(layer, block)) {
                     file.discard(SpilledTable { slots });
                     return Err(SpillError { cause, table });
                 }
@@ -399,9 +526,8 @@ impl KvCache {
         }
         for (&block, &slot) in table.blocks.iter().zip(&spilled.slots) {
             for layer in 0..self.layout.layers {
-                let elements = self.elements_of(layer, block);
-                let bytes = bytemuck::cast_slice_mut(&mut self.elements_mut()[elements]);
-                if let Err(cause) = file.read(slot, layer, bytes) {
+                let bytes = self.bytes_of(layer, block);
+                if let Err(cause) = file.read(slot, layer, &mut self.bytes_mut()[bytes]) {
                     self.release(table);
                     return Err(RestoreError { cause: cause.into(), spilled });
                 }
@@ -424,9 +550,9 @@ impl KvCache {
 
     fn copy_block(&mut self, from: BlockId, to: BlockId) {
         for layer in 0..self.layout.layers {
-            let source = self.elements_of(layer, from);
-            let target = self.elements_of(layer, to).start;
-            self.elements_mut().copy_within(source, target);
+            let source = self.bytes_of(layer, from);
+            let target = self.bytes_of(layer, to).start;
+            self.bytes_mut().copy_within(source, target);
         }
     }
 
@@ -437,37 +563,45 @@ impl KvCache {
         block
     }
 
-    fn elements_of(&self, layer: usize, block: BlockId) -> Range<usize> {
+    fn bytes_of(&self, layer: usize, block: BlockId) -> Range<usize> {
         assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);
-        let start = (layer * self.total_blocks() + block.index()) * self.layout.block_elements();
-        start..start + self.layout.block_elements()
+        let start = (layer * self.total_blocks() + block.index()) * self.layout.block_bytes();
+        start..start + self.layout.block_bytes()
     }
 
-    fn elements(&self) -> &[f16] {
+    fn bytes(&self) -> &[u8] {
         // SAFETY: the mapping is that long; while `self` is shared nothing writes it.
-        let bytes = unsafe { std::slice::from_raw_parts(self.pool.start.as_ptr(), self.pool.bytes) };
-        bytemuck::cast_slice(bytes)
+        unsafe { std::slice::from_raw_parts(self.pool.start.as_ptr(), self.pool.bytes) }
     }
 
-    fn elements_mut(&mut self) -> &mut [f16] {
+    fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the mapping is that long. While `self` is borrowed for writing, nobody else reads it through Rust but uploads,
         // and those read only tokens that nothing writes any more (`Machine::upload_kv`).
-        let bytes = unsafe { std::slice::from_raw_parts_mut(self.pool.start.as_ptr(), self.pool.bytes) };
-        bytemuck::cast_slice_mut(bytes)
+        unsafe { std::slice::from_raw_parts_mut(self.pool.start.as_ptr(), self.pool.bytes) }
     }
 
-    fn layer_mut(&mut self, layer: usize) -> &mut [f16] {
+    fn layer_mut(&mut self, layer: usize) -> &mut [u8] {
         assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);
-        let elements = self.total_blocks() * self.layout.block_elements();
-        &mut self.elements_mut()[layer * elements..][..elements]
+        let bytes = self.total_blocks() * self.layout.block_bytes();
+        &mut self.bytes_mut()[layer * bytes..][..bytes]
     }
 }
 
-/// `block`: one layer of a block; `row`: `[G, 2, K]`. K and V of a head go to the same slot of their halves.
-fn scatter(layout: &KvLayout, block: &mut [f16], slot: usize, row: &[f16]) {
-    let halves = block.chunks_exact_mut(BLOCK_TOKENS * layout.head_width);
-    for (half, head_row) in halves.zip(row.chunks_exact(layout.head_width)) {
-        half[slot * layout.head_width..][..layout.head_width].copy_from_slice(head_row);
+/// Scale of made-up integers: -128 .. 127 of it are -0.5 .. 0.5.
+const INT8_NOISE: f16 = f16::from_bits(7 << 10);
+
+/// `block`: one layer of a block; `row`: a new row. K and V of a head go to the same slot of their halves.
+fn scatter(layout: &KvLayout, block: &mut [u8], slot: usize, row: &[u8]) {
+    let (width, half_row) = (layout.head_width, layout.new_half_row_bytes());
+    for (half, new) in block.chunks_exact_mut(layout.half_bytes()).zip(row.chunks_exact(half_row)) {
+        match layout.dtype {
+            KvDtype::F16 => half[slot * half_row..][..half_row].copy_from_slice(new),
+            KvDtype::Int8 => {
+                let (integers, scales) = half.split_at_mut(BLOCK_TOKENS * width);
+                integers[slot * width..][..width].copy_from_slice(&new[..width]);
+                scales[2 * slot..][..2].copy_from_slice(&new[half_row - 4..][..2]);
+            }
+        }
     }
 }
 
@@ -552,8 +686,7 @@ impl SpillFile {
     }
 
     fn offset(&self, slot: u64, layer: usize) -> u64 {
-        let layer_bytes = self.layout.block_elements() * size_of::<f16>();
-        slot * self.layout.bytes_per_block() as u64 + (layer * layer_bytes) as u64
+        slot * self.layout.bytes_per_block() as u64 + (layer * self.layout.block_bytes()) as u64
     }
 
     fn error(&self, action: String, source: io::Error) -> KvError {

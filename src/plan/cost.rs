@@ -314,9 +314,9 @@ impl<'a> Predictor<'a> {
     /// Bytes of keys and values that a layer's attention of a micro-batch reads.
     fn attended_bytes(&self, of: &RowsOf, layer: usize) -> f64 {
         let shape = &self.config.shape;
-        let layout = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(shape, self.policy.kv_dtype);
         let tokens = if self.config.window(layer).is_some() { of.context_in_window } else { of.context };
-        tokens * layout.bytes_per_token() as f64
+        tokens * (layout.block_bytes() / BLOCK_TOKENS) as f64
     }
 
     /// The same of a whole pass, where the CPU attends.

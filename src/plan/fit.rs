@@ -3,13 +3,13 @@
 use std::fmt;
 
 use crate::checkpoint::{Inventory, Placed};
-use crate::execute::machine::{Extents, HalfExtents, host_row_bytes};
+use crate::execute::machine::{Extents, HalfExtents, host_row_bytes, quantised_row_bytes, workspace_block_bytes};
 use crate::kernels::slabs::N_SLABS;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::page_source::STAGING_BUFFERS;
 use crate::memory::pages::PageShape;
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, Precision, RowPath, ScheduleKind, SourceKind};
+use crate::policy::{AttentionPlace, KvDtype, Policy, Precision, RowPath, ScheduleKind, SourceKind};
 use crate::units::human_bytes;
 
 /// What the weights of a checkpoint take, which config.json does not say.
@@ -84,6 +84,7 @@ pub struct Wishes {
     pub threads: Option<usize>,
     pub max_model_len: Option<usize>,
     pub kv_bytes: Option<u64>,
+    pub kv_dtype: Option<KvDtype>,
     pub resident_experts: Option<usize>,
     pub extra_residents: Option<usize>,
     pub ring_experts: Option<usize>,
@@ -157,6 +158,7 @@ pub fn extents(policy: &Policy) -> Extents {
         head_rows: policy.head_rows,
         rows: policy.rows,
         precision: policy.precision,
+        kv_dtype: policy.kv_dtype,
     }
 }
 
@@ -322,9 +324,14 @@ fn fit_with_pool(
     let prompt_chunk = option("--prompt-chunk", wishes.prompt_chunk, most, most)?;
 
     // The host side: rows and pages on their way, weights that stream, and the KV pool from what is left.
-    let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let kv_dtype = wishes.kv_dtype.unwrap_or_default();
+    if kv_dtype == KvDtype::Int8 && attention == AttentionPlace::Gpu {
+        let with = "decode attention on the GPU, whose kernels read blocks of f16".to_owned();
+        return Err(PlanError::Conflict { option: "--kv-dtype", value: kv_dtype.to_string(), with });
+    }
+    let layout = KvLayout::new(shape, kv_dtype);
     let block_bytes = layout.bytes_per_block() as u64;
-    let row_bytes = host_row_bytes(config, rows_per_micro_batch);
+    let row_bytes = host_row_bytes(config, kv_dtype, rows_per_micro_batch);
     let page_bytes = wishes.page_bytes.unwrap_or(DEFAULT_PAGE_BYTES);
     if page_bytes < 4 {
         let allowed = "at least 4 bytes".to_owned();
@@ -382,7 +389,7 @@ fn fit_with_pool(
         });
     }
     // The workspace holds at least one sequence, and the rotary table every position, in one binding each.
-    let layer_block_bytes = block_bytes / shape.layers as u64;
+    let layer_block_bytes = workspace_block_bytes(config);
     let workspace_binds = (machine.binding_bytes / layer_block_bytes) as usize;
     let positions_that_bind = (machine.binding_bytes / words(shape.head_width)) as usize;
     let longest_that_binds = positions_that_bind.min(workspace_binds * BLOCK_TOKENS);
@@ -451,6 +458,7 @@ fn fit_with_pool(
         source: wishes.source,
         rows,
         precision,
+        kv_dtype,
         head_rows,
     };
     let extents = extents(&policy);
@@ -463,7 +471,8 @@ fn fit_with_pool(
     let per_micro_batch = words(rows_per_micro_batch) * 4 // ids, positions, KV slots, sampled rows
         + 2 * words(4 * rows_per_micro_batch) // attended rows, decode and prompt
         + words(workspace_blocks)
-        + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()));
+        + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()))
+        + (rows_per_micro_batch * quantised_row_bytes(&layout)) as u64;
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
         + words(4 * shape.experts)
@@ -597,10 +606,11 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens), experts that stream {}, rows and pages on their way {}",
+            "host    {:>10}   KV pool {} ({} blocks of {BLOCK_TOKENS} tokens in {}), experts that stream {}, rows and pages on their way {}",
             human_bytes(m.host()),
             human_bytes(m.kv_pool),
             p.kv_blocks,
+            p.kv_dtype,
             match m.host_weights {
                 0 if self.streamed_bytes_per_pass > 0 => "from their files".to_owned(),
                 bytes => human_bytes(bytes),

@@ -6,7 +6,7 @@ use super::hrm::{Hierarchy, Level, Load, Roof, Work, human_seconds};
 use super::search::{Choice, Problem, SearchError};
 use crate::memory::kv_cache::KvLayout;
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, RowPath};
+use crate::policy::{AttentionPlace, KvDtype, Policy, RowPath};
 use crate::profile::Profile;
 use crate::schedule::Lane;
 
@@ -117,7 +117,7 @@ pub fn gains(problem: &Problem<'_>, best: &Choice) -> Result<Vec<Gain>, SearchEr
 /// The flags that give a policy on the machine that it was planned for.
 pub fn flags(policy: &Policy, config: &ModelConfig) -> Vec<String> {
     let shape = &config.shape;
-    let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let layout = KvLayout::new(shape, policy.kv_dtype);
     let mut flags = vec![
         format!("--schedule {}", policy.schedule),
         format!("--max-num-seqs {}", policy.max_sequences),
@@ -135,6 +135,9 @@ pub fn flags(policy: &Policy, config: &ModelConfig) -> Vec<String> {
     ];
     if policy.extra_residents > 0 {
         flags.push(format!("--extra-residents {}", policy.extra_residents));
+    }
+    if policy.kv_dtype != KvDtype::default() {
+        flags.push(format!("--kv-dtype {}", policy.kv_dtype));
     }
     if policy.resident_experts < shape.experts {
         flags.push(format!("--ring-experts {}", policy.ring_experts));

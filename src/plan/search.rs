@@ -141,7 +141,7 @@ impl Wishes {
     /// All that a policy says: [`fit`] gives it again, where the machine allows it.
     pub fn of(policy: &Policy, config: &ModelConfig) -> Wishes {
         let shape = &config.shape;
-        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(shape, policy.kv_dtype);
         let streams = policy.resident_experts < shape.experts;
         Wishes {
             schedule: Some(policy.schedule),
@@ -154,6 +154,7 @@ impl Wishes {
             threads: Some(policy.threads),
             max_model_len: Some(policy.max_model_len),
             kv_bytes: Some(policy.kv_blocks as u64 * layout.bytes_per_block() as u64),
+            kv_dtype: Some(policy.kv_dtype),
             resident_experts: Some(policy.resident_experts),
             extra_residents: Some(policy.extra_residents),
             ring_experts: streams.then_some(policy.ring_experts),
@@ -179,6 +180,7 @@ impl Wishes {
             threads: self.threads.or(other.threads),
             max_model_len: self.max_model_len.or(other.max_model_len),
             kv_bytes: self.kv_bytes.or(other.kv_bytes),
+            kv_dtype: self.kv_dtype.or(other.kv_dtype),
             resident_experts: self.resident_experts.or(other.resident_experts),
             extra_residents: self.extra_residents.or(other.extra_residents),
             ring_experts: self.ring_experts.or(other.ring_experts),
@@ -217,8 +219,7 @@ impl Problem<'_> {
     }
 
     fn layout(&self) -> KvLayout {
-        let shape = &self.config.shape;
-        KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width }
+        KvLayout::new(&self.config.shape, self.wishes.kv_dtype.unwrap_or_default())
     }
 
     /// Most sequences that are of any use.

@@ -10,6 +10,7 @@ pub mod expert_down;
 pub mod expert_gate_up;
 pub mod expert_sort;
 pub mod half_rows;
+pub mod kv_quantise;
 pub mod layer_norm;
 pub mod lm_head_sample;
 pub mod matmul;

@@ -257,8 +257,9 @@ impl Batcher {
         }
     }
 
-    /// Stores the keys and values of a micro-batch's rows for one layer: `data` is `[T, G, 2, K]`.
-    pub fn write_rows(&mut self, layer: usize, rows: &[Row], data: &[half::f16], threads: &rayon::ThreadPool) {
+    /// Stores the keys and values of a micro-batch's rows for one layer: `data` has a
+    /// [new row](crate::memory::kv_cache::KvLayout::new_row_bytes) for each.
+    pub fn write_rows(&mut self, layer: usize, rows: &[Row], data: &[u8], threads: &rayon::ThreadPool) {
         let places: Vec<RowPlace> = rows
             .iter()
             .map(|row| {

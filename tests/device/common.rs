@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use fulmen::checkpoint::Dtype;
 use fulmen::gpu::{Buffer, DeviceChoice, Gpu, GpuError, Pipelines, Recorder, Slice};
+use libtest_mimic::Trial;
 
 pub const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
 
@@ -12,10 +13,14 @@ pub fn device() -> DeviceChoice {
     std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()))
 }
 
-/// That adapter runs the f16 class.
-pub fn has_cooperative_matrices() -> bool {
-    // No adapter at all: main says so.
-    !fulmen::gpu::list_adapters().is_empty() && pipelines().gpu().cooperative()
+/// Trials of the f16 class: ignored, with the reason, where the adapter has no cooperative matrices.
+pub fn if_cooperative(trials: Vec<Trial>) -> Vec<Trial> {
+    // Without any adapter main ignores them all.
+    if fulmen::gpu::list_adapters().is_empty() || pipelines().gpu().cooperative() {
+        return trials;
+    }
+    let ignored = |trial: Trial| trial.with_kind("ignored: no cooperative matrices").with_ignored_flag(true);
+    trials.into_iter().map(ignored).collect()
 }
 
 /// Compiled kernels on that adapter, shared by all tests of kernels.

@@ -7,7 +7,7 @@ use std::path::Path;
 use fulmen::engine::{Engine, Event, RunOptions, RunSummary};
 use fulmen::gpu::ShaderPatch;
 use fulmen::plan::Wishes;
-use fulmen::policy::{AttentionPlace, Precision};
+use fulmen::policy::{AttentionPlace, KvDtype, Precision, RowPath, ScheduleKind};
 use fulmen::request::batch_file::{BatchReader, GenerationDefaults, ReadOptions};
 use fulmen::request::batcher::MicroBatchRows;
 use fulmen::request::chat_template::ChatTemplate;
@@ -126,6 +126,47 @@ fn mixed_requests() -> Vec<Request> {
     requests
 }
 
+/// With 8-bit keys and values, against each other: where a chunk ends, who is preempted, on how many threads.
+fn int8_policies_change_no_token() -> Result<(), Failed> {
+    let model = examples("model");
+    let int8 = Wishes { kv_dtype: Some(KvDtype::Int8), ..Wishes::default() };
+    let requests = || {
+        let mut requests = mixed_requests();
+        for request in requests.iter_mut().take(4) {
+            (request.params.ignore_eos, request.params.max_tokens) = (true, Some(66));
+        }
+        requests
+    };
+    let base = run(&model, int8.into(), requests());
+    for (name, wishes) in [
+        ("chunks of 7", Wishes { prompt_chunk: Some(7), ..int8 }),
+        ("passes of 5 rows", Wishes { pass_rows: Some(5), micro_batches: Some(1), ..int8 }),
+        ("rows by copies", Wishes { rows: Some(RowPath::Copies), ..int8 }),
+        ("cgopipe", Wishes { schedule: Some(ScheduleKind::CgoPipe), micro_batches: Some(3), threads: Some(1), ..int8 }),
+    ] {
+        let other = run(&model, wishes.into(), requests());
+        assert_eq!(other.outputs, base.outputs, "{name}");
+    }
+    // Prompts must attend over what the cache will hold: where their own chunk's rows are not rounded, it shows.
+    let patch = ShaderPatch {
+        kernel: "kv_quantise".to_owned(),
+        from: "f16_bits(f32(integer) * scale), finite) << ".to_owned(),
+        to: "bits, finite) << ".to_owned(),
+    };
+    let patched = |wishes| {
+        let setting = Setting { wishes, gpu_memory: None, patches: vec![patch.clone()] };
+        run(&model, setting, requests()).outputs
+    };
+    assert_ne!(patched(int8), patched(Wishes { prompt_chunk: Some(7), ..int8 }), "a fault changes nothing");
+    // Another precision it is, as the log-probabilities show; the shipped model answers its tasks as well.
+    assert_ne!(run(&model, Wishes::default().into(), requests()).outputs, base.outputs);
+    let (requests, answers) = tasks(60);
+    let of_f16 = accuracy(&run(&model, Wishes::default().into(), requests.clone()).outputs, &answers);
+    let of_int8 = accuracy(&run(&model, int8.into(), requests).outputs, &answers);
+    assert!(of_int8 >= of_f16 - 1.0 / 60.0, "{of_int8} of tasks answered right, {of_f16} with f16");
+    Ok(())
+}
+
 fn policies_change_no_token() -> Result<(), Failed> {
     let model = examples("model");
     let base = run(&model, Wishes::default().into(), mixed_requests());
@@ -164,19 +205,22 @@ fn preemption_changes_no_token() -> Result<(), Failed> {
         assert_eq!(short.len(), 4, "the shipped tasks have short prompts too");
         for request in &mut short {
             (request.params.ignore_eos, request.params.max_tokens) = (true, Some(66));
+            // None of them says it, but then nobody knows beforehand how long they get, and they are let in.
+            request.params.stop = vec!["\u{1f980}".to_owned()];
         }
         short
     };
-    let pool = Some(6 * 32 * 1024); // six blocks of 32 tokens, 1 KiB each: L · G · 2 · K · 2 bytes
-    let base = run(&model, Wishes::default().into(), requests());
-    assert_eq!(base.summary.batch.preemptions, 0);
-    for wishes in [
-        Wishes { kv_bytes: pool, ..Wishes::default() },
-        Wishes { kv_bytes: pool, micro_batches: Some(1), prompt_chunk: Some(7), ..Wishes::default() },
-    ] {
-        let other = run(&model, wishes.into(), requests());
-        assert!(other.summary.batch.preemptions > 0, "{wishes:?}: sequences are preempted");
-        assert_eq!(other.outputs, base.outputs, "{wishes:?}");
+    // Six blocks of 32 tokens: L · G · 2 · K elements of 2 bytes each, or of 1 and 2 for each row's scale.
+    for (kv_dtype, token_bytes) in [(KvDtype::F16, 4 * 2 * 2 * 64), (KvDtype::Int8, 4 * 2 * 2 * 34)] {
+        let wishes = Wishes { kv_dtype: Some(kv_dtype), ..Wishes::default() };
+        let base = run(&model, wishes.into(), requests());
+        assert_eq!(base.summary.batch.preemptions, 0);
+        let small = Wishes { kv_bytes: Some(6 * 32 * token_bytes), ..wishes };
+        for wishes in [small, Wishes { micro_batches: Some(1), prompt_chunk: Some(7), ..small }] {
+            let other = run(&model, wishes.into(), requests());
+            assert!(other.summary.batch.preemptions > 0, "{wishes:?}: sequences are preempted");
+            assert_eq!(other.outputs, base.outputs, "{wishes:?}");
+        }
     }
     Ok(())
 }
@@ -283,6 +327,7 @@ fn the_plan_foretells_device_memory() -> Result<(), Failed> {
     for folder in Golden::all().into_iter().chain([examples("model")]) {
         for wishes in [
             Wishes::default(),
+            Wishes { kv_dtype: Some(KvDtype::Int8), ..Wishes::default() },
             Wishes { resident_experts: Some(1), ring_experts: Some(3), micro_batches: Some(3), ..Wishes::default() },
         ] {
             let prepared = Engine::builder(&folder).device(device()).wishes(wishes).prepare()?;
@@ -306,6 +351,7 @@ pub fn trials() -> Vec<Trial> {
         ),
         Trial::test("generate::policies_change_no_token", policies_change_no_token),
         Trial::test("generate::preemption_changes_no_token", preemption_changes_no_token),
+        Trial::test("generate::int8_policies_change_no_token", int8_policies_change_no_token),
         Trial::test(
             "generate::gpu_attention_changes_no_token_within_itself",
             gpu_attention_changes_no_token_within_itself,

@@ -3,10 +3,11 @@
 //! A [`Case`] puts sequences into a cache in which everything that a row must not read is NaN: slots past its context,
 //! blocks of nobody, outputs before the call.
 
-use fulmen::cpu::attention::{DecodeRow, attend};
+use fulmen::cpu::attention::{DecodeRow, SPAN_TOKENS, attend};
 use fulmen::cpu::isa::Isa;
 use fulmen::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, KvLayout, RowPlace};
 use fulmen::model::AttentionShape;
+use fulmen::policy::KvDtype;
 use fulmen::reference;
 use half::f16;
 
@@ -38,9 +39,13 @@ struct Case {
 
 impl Case {
     fn new(shape: AttentionShape, contexts: &[usize], seed: u64) -> Self {
+        Self::with_dtype(shape, contexts, seed, KvDtype::F16)
+    }
+
+    fn with_dtype(shape: AttentionShape, contexts: &[usize], seed: u64, dtype: KvDtype) -> Self {
         let AttentionShape { kv_heads, head_width, .. } = shape;
         let mut random = Random::new(seed);
-        let layout = KvLayout { layers: LAYERS, kv_heads, head_width };
+        let layout = KvLayout { layers: LAYERS, kv_heads, head_width, dtype };
         let n_blocks = contexts.iter().map(|&context| KvLayout::blocks_for(context)).sum::<usize>() + 3;
         let mut cache = KvCache::new(layout, n_blocks).unwrap();
         poison(&mut cache);
@@ -62,6 +67,7 @@ impl Case {
                     cache.reserve(&mut sequence.table, position + 1).unwrap();
                     let row = random.f16s(layout.row_elements());
                     cache.write_row(LAYER, &sequence.table, position, &row);
+                    let row = cache.row(LAYER, &sequence.table, position);
                     for head in row.chunks_exact(2 * head_width) {
                         let (key, value) = head.split_at(head_width);
                         sequence.keys.extend(key.iter().map(|x| x.to_f32()));
@@ -126,7 +132,8 @@ fn poison(cache: &mut KvCache) {
     let tokens = cache.total_blocks() * BLOCK_TOKENS;
     cache.reserve(&mut table, tokens).unwrap();
     let rows: Vec<RowPlace> = (0..tokens).map(|position| RowPlace { table: &table, position }).collect();
-    let data = vec![f16::NAN; tokens * cache.layout().row_elements()];
+    let row = cache.layout().new_row(&vec![f16::NAN; cache.layout().row_elements()]);
+    let data = row.repeat(tokens);
     for layer in 0..LAYERS {
         cache.write_rows(layer, &rows, &data, &threads(1));
     }
@@ -138,6 +145,47 @@ fn agrees_with_the_reference_at_every_context_around_blocks() {
     let contexts: Vec<usize> = (1..=3 * BLOCK_TOKENS + 1).chain([127, 211, 257]).collect();
     for isa in Isa::available() {
         Case::new(shape(4, 2, 32, None), &contexts, 1).check(isa);
+    }
+}
+
+/// One span, one and a token, several; some begin inside one.
+#[test]
+fn agrees_with_the_reference_over_spans() {
+    let contexts = [SPAN_TOKENS - 1, SPAN_TOKENS, SPAN_TOKENS + 1, 3 * SPAN_TOKENS - 5, 3 * SPAN_TOKENS + 40];
+    for isa in Isa::available() {
+        for dtype in KvDtype::ALL {
+            for window in [None, Some(30), Some(SPAN_TOKENS + 9)] {
+                let mut case = Case::with_dtype(shape(3, 1, 16, window), &contexts, 41, dtype);
+                case.check(isa);
+                case.sinks = Some(vec![0.5, -0.5, 3.0]);
+                case.check(isa);
+            }
+        }
+    }
+}
+
+/// 8-bit rows: against the reference over what the cache holds, every width and tile; and how far that is from f16 rows.
+#[test]
+fn integers_agree_with_the_reference_over_what_the_cache_holds() {
+    let contexts = [1, 2, 31, 32, 33, 47, 64, 65, 101];
+    for isa in Isa::available() {
+        for head_width in [2, 10, 32, 64, 80, 128] {
+            for heads_per_group in [1, 2, 3, 4, 7, 8] {
+                let shape = shape(2 * heads_per_group, 2, head_width, None);
+                let seed = (head_width * 100 + heads_per_group) as u64;
+                let case = Case::with_dtype(shape, &contexts, seed, KvDtype::Int8);
+                case.check(isa);
+                // Elements are at most 1, so off by 9/16 · 1/127 = 0.0044 at most, and values by as much; scores by
+                // sqrt(K) 0.0044 |q| / 2 in the mean if all errors had one sign, which takes weights by that relative error.
+                let of_f16 = Case::new(shape, &contexts, seed);
+                for i in 0..contexts.len() {
+                    let [ours, theirs] = [&case, &of_f16].map(|case| case.attend(isa, 1, &[i]).remove(0));
+                    let off = largest_difference(&ours, &theirs);
+                    let allowed = 0.0045 + 0.0045 * (head_width as f32).sqrt();
+                    assert!(off > 0.0 && off < allowed, "{isa}, K {head_width}, context {}: off by {off}", contexts[i]);
+                }
+            }
+        }
     }
 }
 
@@ -213,17 +261,21 @@ fn large_scores_neither_overflow_nor_lose_the_largest() {
 #[test]
 fn a_row_depends_on_nothing_but_itself() {
     let mut random = Random::new(11);
-    let contexts: Vec<usize> = (0..18).map(|_| 1 + random.below(150)).collect();
+    let mut contexts: Vec<usize> = (0..18).map(|_| 1 + random.below(150)).collect();
+    // Alone it is the work of all threads, among others of one.
+    contexts[7] = 5 * SPAN_TOKENS + 77;
     let forward: Vec<usize> = (0..18).collect();
     let backward: Vec<usize> = (0..18).rev().collect();
-    for isa in Isa::available() {
-        for shape in [shape(8, 2, 80, None), shape(3, 1, 10, Some(33))] {
-            let case = Case::new(shape, &contexts, 12);
+    for (isa, dtype) in Isa::available().into_iter().flat_map(|isa| KvDtype::ALL.map(|dtype| (isa, dtype))) {
+        for shape in [shape(8, 2, 80, None), shape(3, 1, 10, Some(33)), shape(1, 1, 16, Some(3 * SPAN_TOKENS))] {
+            let case = Case::with_dtype(shape, &contexts, 12, dtype);
+            let [one, three] = [1, 3].map(|n_threads| case.attend(isa, n_threads, &[7]).remove(0));
+            assert_eq!(bits(&one), bits(&three), "{isa}, {dtype}: on 1 and on 3 threads");
             for n_threads in [1, 4] {
                 let together = case.attend(isa, n_threads, &forward);
                 let reversed = case.attend(isa, n_threads, &backward);
                 for row in forward.iter().copied() {
-                    let [alone] = &case.attend(isa, 1, &[row])[..] else { panic!("one row gives one output") };
+                    let [alone] = &case.attend(isa, n_threads, &[row])[..] else { panic!("one row gives one output") };
                     assert_eq!(bits(alone), bits(&together[row]), "{isa}, row {row} among others, {n_threads} threads");
                     assert_eq!(bits(alone), bits(&reversed[17 - row]), "{isa}, row {row} in reverse order");
                 }
@@ -242,11 +294,11 @@ fn what_is_not_a_number_reaches_the_output() {
     let context = 70;
     let shape = shape(6, 2, 10, None);
     let row_elements = 2 * 2 * 10;
-    for isa in Isa::available() {
+    for (isa, dtype) in Isa::available().into_iter().flat_map(|isa| KvDtype::ALL.map(|dtype| (isa, dtype))) {
         for bad in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY] {
             // First and last token, both sides of a block boundary; K and V of the second head.
             for (position, element) in [0, 31, 32, 69].into_iter().flat_map(|p| [(p, 25), (p, 35)]) {
-                let mut case = Case::new(shape, &[context], 21);
+                let mut case = Case::with_dtype(shape, &[context], 21, dtype);
                 let Sequence { table, keys, values, .. } = &mut case.sequences[0];
                 let head = |half: &[f32], g: usize| half[(position * 2 + g) * 10..][..10].to_vec();
                 let rows = [head(keys, 0), head(values, 0), head(keys, 1), head(values, 1)].concat();
@@ -254,8 +306,13 @@ fn what_is_not_a_number_reaches_the_output() {
                 assert_eq!(row.len(), row_elements);
                 row[element] = bad;
                 case.cache.write_row(LAYER, table, position, &row);
+                // The whole row of that head, where its scale is no number.
                 let half = if element < 30 { keys } else { values };
-                half[(position * 2 + 1) * 10 + element % 10] = bad.to_f32();
+                let half = &mut half[(position * 2 + 1) * 10..][..10];
+                match dtype {
+                    KvDtype::F16 => half[element % 10] = bad.to_f32(),
+                    KvDtype::Int8 => half.fill(f32::NAN),
+                }
 
                 let [ours] = &case.attend(isa, 1, &[0])[..] else { panic!("one row gives one output") };
                 let expected = case.reference(0);
@@ -268,7 +325,7 @@ fn what_is_not_a_number_reaches_the_output() {
                 }
             }
         }
-        let mut case = Case::new(shape, &[context], 22);
+        let mut case = Case::with_dtype(shape, &[context], 22, dtype);
         case.sequences[0].q[10] = f32::NAN;
         let [ours] = &case.attend(isa, 1, &[0])[..] else { panic!("one row gives one output") };
         assert!(ours[10..20].iter().all(|x| x.is_nan()), "{isa}: NaN in the query of head 1");

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use fulmen::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, KvLayout, SpillFile};
+use fulmen::policy::KvDtype;
 use fulmen::request::batcher::{BatchCounters, BatchLimits, Batcher, MicroBatchRows, Row, SequenceId};
 use half::f16;
 
 use crate::common::{Random, threads};
 
-const LAYOUT: KvLayout = KvLayout { layers: 2, kv_heads: 1, head_width: 2 };
+const LAYOUT: KvLayout = KvLayout { layers: 2, kv_heads: 1, head_width: 2, dtype: KvDtype::F16 };
 
 fn id(request: u64, choice: usize) -> SequenceId {
     SequenceId { request, choice }
@@ -88,10 +89,7 @@ fn kv_row(ask: &Ask, id: SequenceId, layer: usize, position: usize) -> [u16; 4] 
 
 /// `[G, 2, K]` as attention finds it.
 fn read_row(kv: &KvCache, layer: usize, table: &BlockTable, position: usize) -> [u16; 4] {
-    let block = kv.block(layer, table.blocks()[position / BLOCK_TOKENS]);
-    let at = position % BLOCK_TOKENS * LAYOUT.head_width;
-    let (keys, values) = (&block[at..], &block[BLOCK_TOKENS * LAYOUT.head_width + at..]);
-    [keys[0], keys[1], values[0], values[1]].map(f16::to_bits)
+    kv.row(layer, table, position).try_into().map(|row: [f16; 4]| row.map(f16::to_bits)).expect("K and V of two")
 }
 
 /// A sequence as the engine sees it.
@@ -204,8 +202,8 @@ impl<'c> World<'c> {
             flight.layers += 1;
             let flight = self.flights[micro_batch].as_ref().expect("looked at above");
             let coded = |row: &Row| kv_row(self.ask(row.sequence), row.sequence, layer, row.position);
-            let data: Vec<f16> = flight.rows.rows.iter().flat_map(coded).map(f16::from_bits).collect();
-            self.batcher.write_rows(layer, &flight.rows.rows, &data, threads);
+            let data: Vec<u16> = flight.rows.rows.iter().flat_map(coded).collect();
+            self.batcher.write_rows(layer, &flight.rows.rows, bytemuck::cast_slice(&data), threads);
             for run in flight.rows.runs() {
                 let id = run[0].sequence;
                 for position in 0..=run[run.len() - 1].position {

@@ -3,11 +3,14 @@
 use fulmen::memory::kv_cache::{
     BLOCK_TOKENS, BlockTable, KvCache, KvError, KvLayout, OutOfBlocks, RestoreCause, RowPlace, SpillFile, SpilledTable,
 };
+use fulmen::policy::KvDtype;
+use fulmen::reference::kv_quantise::{dequantised, quantise};
 use half::f16;
 
 use crate::common::{Random, threads};
 
-const LAYOUT: KvLayout = KvLayout { layers: 3, kv_heads: 2, head_width: 6 };
+const LAYOUT: KvLayout = KvLayout { layers: 3, kv_heads: 2, head_width: 6, dtype: KvDtype::F16 };
+const INT8: KvLayout = KvLayout { dtype: KvDtype::Int8, ..LAYOUT };
 
 fn cache(n_blocks: usize) -> KvCache {
     KvCache::new(LAYOUT, n_blocks).unwrap()
@@ -32,19 +35,30 @@ fn write_coded(cache: &mut KvCache, sequence: usize, table: &BlockTable, positio
     }
 }
 
-/// The row as attention finds it: `[G, 2, K]` gathered from the block.
-fn read_row(cache: &KvCache, layer: usize, table: &BlockTable, position: usize) -> Vec<u16> {
-    let block = cache.block(layer, table.blocks()[position / BLOCK_TOKENS]);
-    let halves = block.chunks_exact(BLOCK_TOKENS * LAYOUT.head_width);
-    let rows = halves.flat_map(|half| &half[position % BLOCK_TOKENS * LAYOUT.head_width..][..LAYOUT.head_width]);
-    rows.map(|x| x.to_bits()).collect()
+/// What the cache makes of a row: bits, of which one stands for all that are no number.
+fn stored(layout: KvLayout, row: &[f16]) -> Vec<u16> {
+    let row: Vec<f16> = match layout.dtype {
+        KvDtype::F16 => row.to_vec(),
+        KvDtype::Int8 => row
+            .chunks_exact(layout.head_width)
+            .flat_map(|half| {
+                let (integers, scale) = quantise(half);
+                integers.into_iter().map(move |integer| dequantised(integer, scale))
+            })
+            .collect(),
+    };
+    bits(&row)
+}
+
+fn bits(row: &[f16]) -> Vec<u16> {
+    row.iter().map(|x| if x.is_nan() { f16::NAN.to_bits() } else { x.to_bits() }).collect()
 }
 
 fn assert_coded(cache: &KvCache, sequence: usize, table: &BlockTable, positions: std::ops::Range<usize>) {
     for position in positions {
         for layer in 0..LAYOUT.layers {
-            let expected: Vec<u16> = coded_row(sequence, layer, position).iter().map(|x| x.to_bits()).collect();
-            let found = read_row(cache, layer, table, position);
+            let expected = stored(cache.layout(), &coded_row(sequence, layer, position));
+            let found = bits(&cache.row(layer, table, position));
             assert_eq!(found, expected, "sequence {sequence}, layer {layer}, position {position}");
         }
     }
@@ -53,11 +67,19 @@ fn assert_coded(cache: &KvCache, sequence: usize, table: &BlockTable, positions:
 #[test]
 fn sizes_follow_from_the_layout() {
     // Mixtral 8x7B: 128 KiB per token, as its published shape has it.
-    let mixtral = KvLayout { layers: 32, kv_heads: 8, head_width: 128 };
+    let mixtral = KvLayout { layers: 32, kv_heads: 8, head_width: 128, dtype: KvDtype::F16 };
     assert_eq!(mixtral.bytes_per_token(), 128 << 10);
     assert_eq!(mixtral.bytes_per_block(), 4 << 20);
-    assert_eq!(mixtral.block_elements(), 8 * 2 * BLOCK_TOKENS * 128);
-    assert_eq!(mixtral.keys(3), 3 * 2 * BLOCK_TOKENS * 128..(3 * 2 + 1) * BLOCK_TOKENS * 128);
+    assert_eq!(mixtral.block_bytes(), 8 * 2 * BLOCK_TOKENS * 128 * 2);
+    assert_eq!(mixtral.keys(3), 3 * 2 * BLOCK_TOKENS * 256..(3 * 2 + 1) * BLOCK_TOKENS * 256);
+    assert_eq!(mixtral.new_row_bytes(), 8 * 2 * 256);
+
+    // A byte an element and two for a scale; on the way from the device the scale takes a word.
+    let mixtral = KvLayout { dtype: KvDtype::Int8, ..mixtral };
+    assert_eq!(mixtral.bytes_per_token(), 32 * 8 * 2 * (128 + 2));
+    assert_eq!(mixtral.keys(1), 2 * BLOCK_TOKENS * 130..3 * BLOCK_TOKENS * 130);
+    assert_eq!(mixtral.new_row_bytes(), 8 * 2 * (128 + 4));
+    assert_eq!(INT8.new_row_bytes(), 2 * 2 * (8 + 4));
 }
 
 #[test]
@@ -89,7 +111,7 @@ fn running_out_of_blocks_takes_nothing() {
 
 #[test]
 fn a_pool_that_the_system_refuses_is_an_error_with_numbers() {
-    let layout = KvLayout { layers: 1 << 20, kv_heads: 1 << 10, head_width: 1 << 10 };
+    let layout = KvLayout { layers: 1 << 20, kv_heads: 1 << 10, head_width: 1 << 10, dtype: KvDtype::F16 };
     let error = KvCache::new(layout, 1 << 12).unwrap_err();
     assert!(matches!(error, KvError::Refused { .. }), "{error}");
     assert!(error.to_string().contains("536870912.00 GiB"), "{error}");
@@ -107,14 +129,46 @@ fn rows_lie_by_head_keys_before_values() {
     for head in 0..LAYOUT.kv_heads {
         let keys = LAYOUT.keys(head);
         let n = LAYOUT.head_width;
-        assert_eq!(block[keys.start..][..n], row[2 * head * n..][..n], "K of head {head}");
-        assert_eq!(block[keys.end..][..n], row[(2 * head + 1) * n..][..n], "V of head {head}");
+        let bytes = |row: &[f16]| bytemuck::cast_slice::<f16, u8>(row).to_vec();
+        assert_eq!(block[keys.start..][..2 * n], bytes(&row[2 * head * n..][..n]), "K of head {head}");
+        assert_eq!(block[keys.end..][..2 * n], bytes(&row[(2 * head + 1) * n..][..n]), "V of head {head}");
+    }
+}
+
+/// Integers by slot, then scales by slot; a neighbour's rows change none of it.
+#[test]
+fn rows_of_integers_lie_in_front_of_their_scales() {
+    let mut cache = KvCache::new(INT8, 1).unwrap();
+    let table = table(&mut cache, BLOCK_TOKENS);
+    // The largest is 127 of the scale, which 127 · 2^-7 fits.
+    let row: Vec<f16> =
+        (0..INT8.row_elements()).map(|i| f16::from_f32([127.0, -127.0, 64.0, 1.0, 0.0, -2.0][i % 6] / 128.0)).collect();
+    cache.write_row(1, &table, 4, &row.iter().map(|x| *x * f16::from_f32(8.0)).collect::<Vec<_>>());
+    cache.write_row(1, &table, 5, &row);
+    let block = cache.block(1, table.blocks()[0]);
+    for head in 0..INT8.kv_heads {
+        let keys = INT8.keys(head);
+        for half in [&block[keys.clone()], &block[keys.end..][..keys.len()]] {
+            let (integers, scales) = half.split_at(BLOCK_TOKENS * INT8.head_width);
+            assert_eq!(integers[5 * 6..6 * 6], [127, -127i8 as u8, 64, 1, 0, -2i8 as u8]);
+            assert_eq!(integers[4 * 6..5 * 6], integers[5 * 6..6 * 6]);
+            assert_eq!(
+                scales[2 * 4..2 * 6],
+                [f16::from_f32(0.0625).to_le_bytes(), f16::from_f32(0.0078125).to_le_bytes()].concat()
+            );
+        }
     }
 }
 
 #[test]
 fn many_rows_at_once_are_the_same_rows() {
-    let mut cache = cache(12);
+    for layout in [LAYOUT, INT8] {
+        many_rows_at_once(KvCache::new(layout, 12).unwrap());
+    }
+}
+
+fn many_rows_at_once(mut cache: KvCache) {
+    let layout = cache.layout();
     let mut random = Random::new(7);
     let tables: Vec<BlockTable> = [70, 1, 33, 100].map(|tokens| table(&mut cache, tokens)).into();
     let mut places: Vec<(usize, usize)> =
@@ -125,8 +179,10 @@ fn many_rows_at_once_are_the_same_rows() {
     let rows: Vec<RowPlace> = places.iter().map(|&(i, position)| RowPlace { table: &tables[i], position }).collect();
     for n_threads in [1, 3] {
         for layer in 0..LAYOUT.layers {
-            let data: Vec<f16> =
-                places.iter().flat_map(|&(i, position)| coded_row(i + n_threads, layer, position)).collect();
+            let data: Vec<u8> = places
+                .iter()
+                .flat_map(|&(i, position)| layout.new_row(&coded_row(i + n_threads, layer, position)))
+                .collect();
             cache.write_rows(layer, &rows, &data, &threads(n_threads));
         }
         for (i, table) in tables.iter().enumerate() {
@@ -200,9 +256,10 @@ fn sequences_keep_their_rows_whatever_happens_around_them() {
     }
     let directory = tempfile::tempdir().unwrap();
     for seed in 0..20 {
+        let layout = if seed % 2 == 0 { LAYOUT } else { INT8 };
         let mut random = Random::new(seed);
-        let mut cache = cache(16);
-        let mut file = SpillFile::new(directory.path(), LAYOUT);
+        let mut cache = KvCache::new(layout, 16).unwrap();
+        let mut file = SpillFile::new(directory.path(), layout);
         let mut sequences: Vec<Sequence> = Vec::new();
         let mut next_writer = 0;
         let mut most_spilled = 0;
@@ -251,7 +308,7 @@ fn sequences_keep_their_rows_whatever_happens_around_them() {
             let spilled = |s: &Sequence| if let Place::File(spilled) = &s.place { spilled.n_blocks() } else { 0 };
             most_spilled = most_spilled.max(sequences.iter().map(spilled).sum());
         }
-        assert_eq!(file.size_bytes(), (most_spilled * LAYOUT.bytes_per_block()) as u64, "seed {seed}: space is reused");
+        assert_eq!(file.size_bytes(), (most_spilled * layout.bytes_per_block()) as u64, "seed {seed}: space is reused");
         for Sequence { place, writers } in sequences {
             let table = match place {
                 Place::Cache(table) => table,

@@ -11,7 +11,7 @@ use fulmen::model::expert_layout::Packing;
 use fulmen::model::presets;
 use fulmen::model::{Family, Forward, ModelConfig, Shape, tensors};
 use fulmen::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
-use fulmen::policy::{AttentionPlace, Precision, RowPath, ScheduleKind, SourceKind};
+use fulmen::policy::{AttentionPlace, KvDtype, Precision, RowPath, ScheduleKind, SourceKind};
 use proptest::prelude::*;
 
 const GIB: u64 = 1 << 30;
@@ -91,10 +91,17 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
             ("sampled rows", words(rows)),
             ("projected rows", words(rows * shape.qkv_width())),
             ("new keys and values", words(rows * shape.kv_width())),
+            (
+                "new keys and values, quantised",
+                match policy.kv_dtype {
+                    KvDtype::F16 => 0,
+                    KvDtype::Int8 => words(rows * 2 * shape.kv_heads * (shape.head_width.div_ceil(4) + 1)),
+                },
+            ),
             ("attention output", words(rows * shape.q_width())),
         ]);
     }
-    let one_layer = KvLayout { layers: 1, kv_heads: shape.kv_heads, head_width: shape.head_width };
+    let one_layer = KvLayout { layers: 1, ..KvLayout::new(&shape, KvDtype::F16) };
     buffers.extend([
         ("rotary table", words(policy.max_model_len * shape.head_width)),
         ("router logits", words(rows * shape.experts)),
@@ -162,8 +169,7 @@ fn hold(config: &ModelConfig, bytes: &ModelBytes, machine: &MachineLimits, wishe
     let streamed = config.shape.experts - policy.resident_experts;
     assert_eq!(policy.ring_experts > 0, streamed > 0, "a ring where something streams, and only there");
     assert_eq!(plan.streamed_bytes_per_pass, pages(config, bytes, plan).bytes_per_pass());
-    let layout =
-        KvLayout { layers: config.shape.layers, kv_heads: config.shape.kv_heads, head_width: config.shape.head_width };
+    let layout = KvLayout::new(&config.shape, policy.kv_dtype);
     assert_eq!(memory.kv_pool, (policy.kv_blocks * layout.bytes_per_block()) as u64);
     assert!(policy.max_model_len >= 1 && policy.max_model_len <= config.max_positions);
     let longest = policy.max_model_len.div_ceil(BLOCK_TOKENS);
@@ -247,7 +253,9 @@ fn wishes() -> impl Strategy<Value = Wishes> {
         let kinds = [None, None, Some(ScheduleKind::CgoPipe), Some(ScheduleKind::FlexGen), Some(ScheduleKind::Serial)];
         let sources = [None, None, Some(SourceKind::Imported), Some(SourceKind::Staged)];
         let rows = [None, None, Some(RowPath::Copies), Some(RowPath::Kernels)];
+        let kv_dtypes = [None, Some(KvDtype::F16), Some(KvDtype::Int8)];
         Wishes {
+            kv_dtype: kv_dtypes[pick % 7 % kv_dtypes.len()],
             schedule: kinds[pick % kinds.len()],
             source: sources[pick / 5 % sources.len()],
             rows: rows[pick / 20 % rows.len()],
@@ -440,6 +448,10 @@ fn a_wish_that_cannot_be_obeyed_is_refused() {
         (
             Wishes { ring_experts: Some(16), resident_experts: Some(8), ..none() },
             "--ring-experts is 16; it must be left out: all experts stay on the GPU",
+        ),
+        (
+            Wishes { kv_dtype: Some(KvDtype::Int8), attention: Some(AttentionPlace::Gpu), ..none() },
+            "--kv-dtype int8 does not go with decode attention on the GPU, whose kernels read blocks of f16",
         ),
         (Wishes { page_bytes: Some(3), ..none() }, "--page-size is 3; it must be at least 4 bytes"),
         (

@@ -200,11 +200,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             (Some(folder), None) => ModelConfig::open(folder)?,
             (None, None) => unreachable!("one of them is required"),
         };
-        let layout = crate::memory::kv_cache::KvLayout {
-            layers: config.shape.layers,
-            kv_heads: config.shape.kv_heads,
-            head_width: config.shape.head_width,
-        };
+        let layout = crate::memory::kv_cache::KvLayout::new(&config.shape, wishes.kv_dtype.unwrap_or_default());
         let blocks: usize = sequences
             .iter()
             .map(|sequence| crate::memory::kv_cache::KvLayout::blocks_for(sequence.context() + passes + 2))

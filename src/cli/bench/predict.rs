@@ -20,7 +20,7 @@ use crate::plan::cost::{PassRows, Predictor};
 use crate::plan::search::{Problem, SPLITS, sequence_grid};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, Wishes, fit};
-use crate::policy::AttentionPlace;
+use crate::policy::{AttentionPlace, KvDtype};
 use crate::profile::Profile;
 use crate::schedule::Lane;
 use crate::units::human_bytes;
@@ -208,7 +208,7 @@ impl Bench<'_> {
     /// What a policy of `n` decoding sequences asks for, beside its cut of the experts.
     fn decoding(&self, n: usize, splits: (usize, usize), attention: AttentionPlace) -> Wishes {
         let shape = &self.config.shape;
-        let layout = KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width };
+        let layout = KvLayout::new(shape, KvDtype::F16);
         let blocks = n * KvLayout::blocks_for(self.longest());
         Wishes {
             max_sequences: Some(n),

@@ -363,8 +363,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     say!("link    {:.1} GB/s with these pages and nothing else running", link_rate / 1e9);
 
     let kept = engine.plan().policy;
+    let layout = KvLayout::new(&config.shape, kept.kv_dtype);
     let fixed = |asked: Wishes| Wishes {
-        kv_bytes: Some(blocks as u64 * kv_layout(&config).bytes_per_block() as u64),
+        kv_bytes: Some((blocks * layout.bytes_per_block()) as u64),
         resident_experts: Some(kept.resident_experts),
         extra_residents: Some(kept.extra_residents),
         ring_experts: Some(kept.ring_experts),
@@ -403,11 +404,6 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         print_line(serde_json::to_string_pretty(&document(&outcomes, &rivals, link_rate, &engine, &arguments))?)?;
     }
     Ok(OK)
-}
-
-fn kv_layout(config: &ModelConfig) -> KvLayout {
-    let shape = &config.shape;
-    KvLayout { layers: shape.layers, kv_heads: shape.kv_heads, head_width: shape.head_width }
 }
 
 fn write_pictures(engine: &Engine, timelines: &[Timeline], arguments: &Arguments) -> Result<()> {
@@ -461,7 +457,7 @@ fn steady_state(
     let room = (engine.limits().device_bytes - plan.memory.dense_weights) as f64;
     let state = SteadyState {
         weight_bytes: experts - room.min(experts),
-        kv_bytes_per_token: kv_layout(config).bytes_per_block() as f64 / crate::memory::kv_cache::BLOCK_TOKENS as f64,
+        kv_bytes_per_token: KvLayout::new(&config.shape, plan.policy.kv_dtype).bytes_per_token() as f64,
         kv_memory_bytes: (0.95 * total_host as f64 - experts).max(0.0),
         flops_per_token: 0.0,
         prompt_tokens: workload.mean_running(|length| length.prompt as f64),

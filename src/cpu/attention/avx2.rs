@@ -4,13 +4,17 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Element, Group, Lanes, Scratch};
 
-/// Attends one group on AVX2. `scratch` must be made for the group's form.
+/// Attends one group on AVX2.
+///
+/// # Safety
+///
+/// * `scratch` is made for the group's form, and the cache's elements are `E`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn attend(group: Group, scratch: &mut Scratch) {
-    // SAFETY: this function runs only where its own features are, and they are those of `F32x8`.
-    unsafe { group::attend::<F32x8>(group, scratch) }
+pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+    // SAFETY: this function runs only where its own features are, and they are those of `F32x8`; the rest is the caller's.
+    unsafe { group::attend::<F32x8, E>(group, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -18,6 +22,7 @@ struct F32x8(__m256);
 
 impl Lanes for F32x8 {
     const COUNT: usize = 8;
+    const TILE: usize = 8;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -37,6 +42,13 @@ impl Lanes for F32x8 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 8 elements, says the caller: 16 bytes.
         Self(_mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: good for 8 elements, says the caller: 8 bytes.
+        Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from.cast()) })))
     }
 
     #[inline]
@@ -100,15 +112,17 @@ impl Lanes for F32x8 {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
-        sums(registers.map(|register| register.0))
+    unsafe fn sums([a, b, c, d, e, f, g, h, ..]: [Self; 16]) -> [f32; 16] {
+        let mut all = [0.0; 16];
+        all[..8].copy_from_slice(&sums([a, b, c, d, e, f, g, h].map(|register| register.0)));
+        all
     }
 }
 
 /// Sum over the lanes of eight registers at once: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn sums([a, b, c, d, e, f, g, h]: [__m256; 8]) -> [f32; 8] {
+fn sums([a, b, c, d, e, f, g, h]: [__m256; 8]) -> [f32; 8] {
     // Each half holds that half's sum of a, b, c, d (and of e, f, g, h).
     let abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     let efgh = _mm256_hadd_ps(_mm256_hadd_ps(e, f), _mm256_hadd_ps(g, h));

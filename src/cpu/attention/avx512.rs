@@ -1,17 +1,20 @@
-//! AVX-512F: 16 lanes. The tiles are those of AVX2, twice as wide.
+//! AVX-512F: 16 lanes, 32 registers, so tiles of twice as many accumulators, each twice as wide.
 
 use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::avx2;
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Element, Group, Lanes, Scratch};
 
-/// Attends one group on AVX-512. `scratch` must be made for the group's form.
+/// Attends one group on AVX-512.
+///
+/// # Safety
+///
+/// * `scratch` is made for the group's form, and the cache's elements are `E`.
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-pub(super) fn attend(group: Group, scratch: &mut Scratch) {
-    // SAFETY: this function runs only where its own features are, and they are those of `F32x16`.
-    unsafe { group::attend::<F32x16>(group, scratch) }
+pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+    // SAFETY: this function runs only where its own features are, and they are those of `F32x16`; the rest is the caller's.
+    unsafe { group::attend::<F32x16, E>(group, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -19,6 +22,7 @@ struct F32x16(__m512);
 
 impl Lanes for F32x16 {
     const COUNT: usize = 16;
+    const TILE: usize = 16;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx2,fma,f16c")]
@@ -36,8 +40,21 @@ impl Lanes for F32x16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     unsafe fn load_f16(from: *const f16) -> Self {
+        let wide;
+        // The intrinsic makes two instructions of it, a load and a conversion that takes two steps where this one takes one.
         // SAFETY: good for 16 elements, says the caller: 32 bytes.
-        Self(_mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) }))
+        unsafe {
+            std::arch::asm!("vcvtph2ps {wide}, ymmword ptr [{from}]", wide = lateout(zmm_reg) wide, from = in(reg) from,
+                options(pure, readonly, nostack, preserves_flags));
+        }
+        Self(wide)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: good for 16 elements, says the caller: 16 bytes.
+        Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(from.cast()) })))
     }
 
     #[inline]
@@ -99,15 +116,24 @@ impl Lanes for F32x16 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
-        avx2::sums(registers.map(|register| halves_added(register.0)))
+    unsafe fn sums(registers: [Self; 16]) -> [f32; 16] {
+        // Lanes 0 + 2, 1 + 3 of each quarter, of two registers side by side; then those two, of four registers; then quarters
+        // 0 + 1, 2 + 3; then those two.
+        let pairs: [__m512; 8] = std::array::from_fn(|i| {
+            let (a, b) = (registers[2 * i].0, registers[2 * i + 1].0);
+            _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
+        });
+        let fours: [__m512; 4] = std::array::from_fn(|i| {
+            let (a, b) = (_mm512_castps_pd(pairs[2 * i]), _mm512_castps_pd(pairs[2 * i + 1]));
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
+        });
+        let halves_of = |a, b| {
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+        };
+        let all = halves_of(halves_of(fours[0], fours[1]), halves_of(fours[2], fours[3]));
+        let mut sums = [0.0; 16];
+        // SAFETY: `sums` has 16 elements.
+        unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), all) };
+        sums
     }
-}
-
-/// Lane j + lane j + 8.
-#[inline]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
-fn halves_added(register: __m512) -> __m256 {
-    let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(register));
-    _mm256_add_ps(_mm512_castps512_ps256(register), _mm256_castpd_ps(high))
 }

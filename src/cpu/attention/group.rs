@@ -1,4 +1,5 @@
-//! The algorithm, generic over a register of f32 lanes: one key/value head of one row, all query heads that read it.
+//! The algorithm, generic over a register of f32 lanes and over what the cache's elements are: one key/value head of one row, all
+//! query heads that read it.
 //!
 //! Everything here is inlined into the one function per level that switches its instructions on.
 
@@ -10,13 +11,13 @@ use std::ops::Range;
 use half::f16;
 
 use super::{BLOCK_TOKENS, BlockTable, KvCache};
+use crate::policy::KvDtype;
 
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
 const WIDEST: usize = 16;
 
-/// Accumulators of a tile, whatever its form: enough to hide the latency of a fused multiply-add on two ports, few
-/// enough for 16 registers.
-const TILE: usize = 8;
+/// Accumulators of the largest tile.
+const TILE: usize = 16;
 
 /// A register of f32 lanes.
 ///
@@ -29,10 +30,15 @@ pub(super) trait Lanes: Copy {
     /// Lanes of a register: a power of two, at most [`WIDEST`].
     const COUNT: usize;
 
+    /// Accumulators of a tile, whatever its form, at most [`TILE`]: 8 hide the latency of a fused multiply-add on two ports and
+    /// leave 16 registers room, 16 load and widen less for each product where there are 32.
+    const TILE: usize;
+
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     /// Widens exactly: subnormals, infinities and NaN included.
     unsafe fn load_f16(from: *const f16) -> Self;
+    unsafe fn load_i8(from: *const i8) -> Self;
     unsafe fn store(self, to: *mut f32);
 
     unsafe fn add(self, other: Self) -> Self;
@@ -49,19 +55,8 @@ pub(super) trait Lanes: Copy {
 
     /// The largest lane; any lane if one is NaN.
     unsafe fn max_lane(self) -> f32;
-    /// The sum over the lanes of each register, in the level's one order.
+    /// The sum over the lanes of each register, in the level's one order. Only the first [`TILE`](Lanes::TILE) of them matter.
     unsafe fn sums(registers: [Self; TILE]) -> [f32; TILE];
-
-    /// The first `count` elements, then zeros. Here `from` is good for `count` elements only.
-    #[inline(always)]
-    unsafe fn load_f16_first(from: *const f16, count: usize) -> Self {
-        let mut row = [f16::ZERO; WIDEST];
-        // SAFETY: the caller's `from` holds `count` elements, fewer than a register; `row` holds the widest one.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, row.as_mut_ptr(), count);
-            Self::load_f16(row.as_ptr())
-        }
-    }
 
     /// e^x for x <= 0, to about 1 ulp. 0 below -87, where e^x would soon leave the normal numbers; NaN stays.
     #[inline(always)]
@@ -86,7 +81,56 @@ pub(super) trait Lanes: Copy {
     }
 }
 
-/// One task: the query heads of one row that read one key/value head.
+/// An element of K or V in the cache.
+///
+/// # Safety
+///
+/// Callers of any method owe it:
+/// * the CPU has the instruction set that `V` stands for;
+/// * a pointer is good for `V::COUNT` elements, or for the `count` that is named. No alignment is asked for.
+pub(super) trait Element: Copy {
+    const DTYPE: KvDtype;
+    const ZERO: Self;
+
+    /// Widens exactly.
+    unsafe fn load<V: Lanes>(from: *const Self) -> V;
+
+    /// The first `count` elements, fewer than a register's, then zeros.
+    #[inline(always)]
+    unsafe fn load_first<V: Lanes>(from: *const Self, count: usize) -> V {
+        let mut row = [Self::ZERO; WIDEST];
+        // SAFETY: the caller's `from` holds `count` elements; `row` holds those of the widest register.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, row.as_mut_ptr(), count);
+            Self::load(row.as_ptr())
+        }
+    }
+}
+
+impl Element for f16 {
+    const DTYPE: KvDtype = KvDtype::F16;
+    const ZERO: f16 = f16::ZERO;
+
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const f16) -> V {
+        // SAFETY: as the caller's.
+        unsafe { V::load_f16(from) }
+    }
+}
+
+impl Element for i8 {
+    const DTYPE: KvDtype = KvDtype::Int8;
+    const ZERO: i8 = 0;
+
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const i8) -> V {
+        // SAFETY: as the caller's.
+        unsafe { V::load_i8(from) }
+    }
+}
+
+/// The query heads of one row that read one key/value head, and tokens of its context.
+#[derive(Clone)]
 pub(super) struct Group<'a> {
     pub cache: &'a KvCache,
     pub layer: usize,
@@ -99,26 +143,30 @@ pub(super) struct Group<'a> {
     pub sinks: &'a [f32],
     /// `[heads, K]`
     pub q: &'a [f32],
-    /// `[heads, K]`
-    pub out: &'a mut [f32],
+    /// What this thread reads after this group, as far as it is known.
+    pub next: &'a [u8],
 }
 
-/// A thread's working memory for groups of one form: some KiB that stay in its first-level cache.
-pub(super) struct Scratch {
-    heads: usize,
+impl<'a> Group<'a> {
+    /// K and V of block `index` of the sequence, each with its scales if it has any.
+    pub fn halves(&self, index: usize) -> (&'a [u8], &'a [u8]) {
+        let keys = self.cache.layout().keys(self.kv_head);
+        let block = self.cache.block(self.layer, self.table.blocks()[index]);
+        block[keys.start..][..2 * keys.len()].split_at(keys.len())
+    }
+}
+
+/// The softmax and the weighted values of some tokens, as far as they have been taken: nothing yet, or some blocks' worth.
+pub(super) struct State {
     head_width: usize,
     /// K, rounded up to whole registers of any level.
     padded: usize,
-    /// `[heads, padded]`, zeros in the padding.
-    q: Vec<CacheLine>,
-    /// `[heads, padded]`: sums of weighted values, relative to `max`.
-    out: Vec<CacheLine>,
-    /// `[heads, BLOCK_TOKENS]`: one block's scores, then its weights.
-    weights: Vec<CacheLine>,
+    /// `[heads]`: largest score.
+    max: Vec<f32>,
     /// `[heads, WIDEST]`: sums of weights, lane by lane, relative to `max`.
     weight_sums: Vec<CacheLine>,
-    /// `[heads]`: largest score so far.
-    max: Vec<f32>,
+    /// `[heads, padded]`: sums of weighted values, relative to `max`.
+    out: Vec<CacheLine>,
 }
 
 /// 64-byte aligned, so that no load of scratch crosses a cache line.
@@ -130,82 +178,169 @@ fn floats(lines: &mut [CacheLine]) -> &mut [f32] {
     bytemuck::cast_slice_mut(lines)
 }
 
-impl Scratch {
+fn zeros(elements: usize) -> Vec<CacheLine> {
+    vec![CacheLine([0.0; WIDEST]); elements / WIDEST]
+}
+
+impl State {
     pub fn new(heads: usize, head_width: usize) -> Self {
         let padded = head_width.next_multiple_of(WIDEST);
-        let zeros = |elements: usize| vec![CacheLine([0.0; WIDEST]); elements / WIDEST];
         Self {
-            heads,
             head_width,
             padded,
-            q: zeros(heads * padded),
-            out: zeros(heads * padded),
-            weights: zeros(heads * BLOCK_TOKENS),
-            weight_sums: zeros(heads * WIDEST),
             max: vec![0.0; heads],
+            weight_sums: zeros(heads * WIDEST),
+            out: zeros(heads * padded),
+        }
+    }
+
+    fn begin(&mut self, sinks: &[f32]) {
+        floats(&mut self.out).fill(0.0);
+        let weight_sums = floats(&mut self.weight_sums);
+        weight_sums.fill(0.0);
+        // Not -inf: a first block whose scores are all -inf would make NaN of -inf - -inf, and the weights are to be 0.
+        self.max.fill(f32::MIN);
+        for (head, sink) in sinks.iter().enumerate() {
+            // As if a token before all others had the sink for a score, and zeros for a value.
+            self.max[head] = sink.max(f32::MIN);
+            weight_sums[head * WIDEST] = 1.0;
+        }
+    }
+
+    /// Takes in the tokens of `later`, which come after those of `self`. Plain code, the same on every level.
+    pub fn merge(&mut self, later: &State) {
+        for head in 0..self.max.len() {
+            // A score that is NaN has made the sums NaN, whatever the maximum became.
+            let max = self.max[head].max(later.max[head]);
+            let (own, theirs) = ((self.max[head] - max).exp(), (later.max[head] - max).exp());
+            self.max[head] = max;
+            let own_lines = self.out[head * self.padded / WIDEST..][..self.padded / WIDEST].iter_mut();
+            let later_lines = &later.out[head * self.padded / WIDEST..];
+            let sums = (&mut self.weight_sums[head], &later.weight_sums[head]);
+            for (line, later) in own_lines.zip(later_lines).chain([sums]) {
+                for (x, later) in line.0.iter_mut().zip(&later.0) {
+                    *x = *x * own + later * theirs;
+                }
+            }
+        }
+    }
+
+    /// Weighted values by the sum of weights: `[heads, K]`.
+    pub fn finish(&self, into: &mut [f32]) {
+        for (head, result) in into.chunks_exact_mut(self.head_width).enumerate() {
+            let mut lanes = self.weight_sums[head].0;
+            let mut width = WIDEST / 2;
+            while width > 0 {
+                for lane in 0..width {
+                    lanes[lane] += lanes[lane + width];
+                }
+                width /= 2;
+            }
+            let out: &[f32] = bytemuck::cast_slice(&self.out[head * self.padded / WIDEST..]);
+            for (result, weighted) in result.iter_mut().zip(out) {
+                *result = weighted / lanes[0];
+            }
         }
     }
 }
 
-/// Attends one group.
+/// A thread's working memory for groups of one form: some KiB that stay in its first-level cache.
+pub(super) struct Scratch {
+    heads: usize,
+    /// `[heads, padded]`, zeros in the padding.
+    q: Vec<CacheLine>,
+    /// `[heads, BLOCK_TOKENS]`: one block's scores, then its weights.
+    weights: Vec<CacheLine>,
+    /// What [`attend`] leaves here.
+    pub state: State,
+}
+
+impl Scratch {
+    pub fn new(heads: usize, head_width: usize) -> Self {
+        let state = State::new(heads, head_width);
+        Self { heads, q: zeros(heads * state.padded), weights: zeros(heads * BLOCK_TOKENS), state }
+    }
+}
+
+/// Attends one group, into the scratch's state.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `V` stands for.
-/// * `scratch` was made for as many heads as `group.q` and `group.out` have, and for the cache's head width.
+/// * `scratch` was made for as many heads as `group.q` has, and for the cache's head width.
+/// * The cache's elements are `E`.
 #[inline(always)]
-pub(super) unsafe fn attend<V: Lanes>(group: Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend<V: Lanes, E: Element>(group: &Group, scratch: &mut Scratch) {
     const { assert!(WIDEST.is_multiple_of(V::COUNT) && BLOCK_TOKENS.is_multiple_of(WIDEST)) };
-    let Scratch { heads, head_width, padded, .. } = *scratch;
+    let heads = scratch.heads;
+    scratch.state.begin(group.sinks);
+    let State { head_width, padded, max, weight_sums, out } = &mut scratch.state;
+    let (head_width, padded) = (*head_width, *padded);
+    let (out, weight_sums) = (floats(out), floats(weight_sums));
     let q = floats(&mut scratch.q);
-    let out = floats(&mut scratch.out);
     let weights = floats(&mut scratch.weights);
-    let weight_sums = floats(&mut scratch.weight_sums);
     for (padded_row, row) in q.chunks_exact_mut(padded).zip(group.q.chunks_exact(head_width)) {
         padded_row[..head_width].copy_from_slice(row);
     }
-    out.fill(0.0);
-    weight_sums.fill(0.0);
-    // Not -inf: a first block whose scores are all -inf would make NaN of -inf - -inf, and the weights are to be 0.
-    scratch.max.fill(f32::MIN);
-    for (head, sink) in group.sinks.iter().enumerate() {
-        // As if a token before all others had the sink for a score, and zeros for a value.
-        scratch.max[head] = sink.max(f32::MIN);
-        weight_sums[head * WIDEST] = 1.0;
-    }
 
-    // One block's K rows and V rows.
-    let rows = group.cache.layout().keys(group.kv_head);
-    let block_rows = |block| group.cache.block(group.layer, block)[rows.start..][..2 * rows.len()].split_at(rows.len());
-    let blocks = &group.table.blocks()[..group.visible.end.div_ceil(BLOCK_TOKENS)];
-    for index in group.visible.start / BLOCK_TOKENS..blocks.len() {
+    let end = group.visible.end.div_ceil(BLOCK_TOKENS);
+    let row_bytes = head_width * size_of::<E>();
+    let scales_at = BLOCK_TOKENS * row_bytes;
+    for index in group.visible.start / BLOCK_TOKENS..end {
         let first_token = index * BLOCK_TOKENS;
         let slots = group.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(group.visible.end - first_token);
-        let (keys, values) = block_rows(blocks[index]);
-        let values_ahead = Ahead(&values[slots.start * head_width..slots.end * head_width]);
-        let keys_ahead = Ahead(blocks.get(index + 1).map_or(&[], |&next| block_rows(next).0));
+        let (keys, values) = group.halves(index);
+        let next_keys = if index + 1 < end { group.halves(index + 1).0 } else { group.next };
+        let mut keys_ahead = Ahead::new(next_keys);
+        let mut values_ahead = Ahead::new(&values[slots.start * row_bytes..slots.end * row_bytes]);
+        if E::DTYPE == KvDtype::Int8 {
+            // Their scales, a line each.
+            Ahead::fetch_line(values[scales_at..].as_ptr());
+            Ahead::fetch_line(next_keys.as_ptr().wrapping_add(scales_at));
+        }
         if slots.len() < BLOCK_TOKENS {
             weights.fill(f32::NEG_INFINITY);
         }
+        let mut factors = CacheLines([group.scale; BLOCK_TOKENS]);
         let tiles = Tiles { head_width, padded, slots };
-        // SAFETY: the caller vouches for the CPU. `keys` and `values` are [BLOCK_TOKENS, K], `slots` lies within
-        // BLOCK_TOKENS, and the scratch rows have the extents that `Scratch` states.
+        // SAFETY: the caller vouches for the CPU and the elements. `keys` and `values` are [BLOCK_TOKENS, K], with
+        // [BLOCK_TOKENS] scales behind where elements are integers; `slots` lies within BLOCK_TOKENS, and the scratch rows have
+        // the extents that `Scratch` and `State` state.
         unsafe {
-            tiles.score::<V>(heads, keys.as_ptr(), q.as_ptr(), group.scale, weights.as_mut_ptr(), values_ahead);
+            if E::DTYPE == KvDtype::Int8 {
+                scale_by::<V>(&mut factors.0, keys[scales_at..].as_ptr());
+            }
+            tiles.score::<V, E>(heads, keys.as_ptr(), q.as_ptr(), &factors.0, weights.as_mut_ptr(), &mut values_ahead);
             for head in 0..heads {
                 let weights = &mut weights[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
                 let weight_sums = &mut weight_sums[head * WIDEST..][..WIDEST];
-                softmax_step::<V>(&mut scratch.max[head], weights, weight_sums, &mut out[head * padded..][..padded]);
+                softmax_step::<V>(&mut max[head], weights, weight_sums, &mut out[head * padded..][..padded]);
+                if E::DTYPE == KvDtype::Int8 {
+                    scale_by::<V>(weights, values[scales_at..].as_ptr());
+                }
             }
-            tiles.weigh::<V>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), keys_ahead);
+            tiles.weigh::<V, E>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), &mut keys_ahead);
         }
     }
+}
 
-    for (head, result) in group.out.chunks_exact_mut(head_width).enumerate() {
-        // SAFETY: the caller vouches for the CPU; a row of `weight_sums` has the lanes of the widest register.
-        let [weight_sum, ..] = unsafe { V::sums([V::load(weight_sums[head * WIDEST..].as_ptr()); TILE]) };
-        for (result, weighted) in result.iter_mut().zip(&out[head * padded..]) {
-            *result = weighted / weight_sum;
+/// Numbers of a block's tokens.
+#[repr(C, align(64))]
+struct CacheLines([f32; BLOCK_TOKENS]);
+
+/// Each of `[BLOCK_TOKENS]` numbers times its token's scale. Slots outside the context have any scale; they are not read after.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `V` stands for.
+/// * Lengths: BLOCK_TOKENS numbers, as many scales in f16.
+#[inline(always)]
+unsafe fn scale_by<V: Lanes>(numbers: &mut [f32], scales: *const u8) {
+    for (register, numbers) in numbers.chunks_exact_mut(V::COUNT).enumerate() {
+        // SAFETY: as the caller's.
+        unsafe {
+            let scale = V::load_f16(scales.cast::<f16>().add(register * V::COUNT));
+            V::load(numbers.as_ptr()).mul(scale).store(numbers.as_mut_ptr());
         }
     }
 }
@@ -246,7 +381,7 @@ unsafe fn softmax_step<V: Lanes>(max: &mut f32, weights: &mut [f32], weight_sums
     }
 }
 
-/// The two products of a block. Each is cut into tiles of [`TILE`] accumulators, heads × tokens or heads × columns, so
+/// The two products of a block. Each is cut into tiles of [`TILE`](Lanes::TILE) accumulators, heads × tokens or heads × columns, so
 /// that a loaded K or V serves several heads and a loaded query several tokens. Every accumulator belongs to one head and
 /// one token (or column), so the form of the tiles changes no bits.
 struct Tiles {
@@ -266,44 +401,67 @@ struct Tiles {
 ///   method is to take; to weights: [heads, BLOCK_TOKENS], likewise;
 /// * `slots` ends at BLOCK_TOKENS or before.
 impl Tiles {
-    /// `weights[head, slot] = scale * (q[head] · keys[slot])` for all visible slots.
+    /// `weights[head, slot] = factors[slot] * (q[head] · keys[slot])` for all visible slots.
     #[inline(always)]
-    unsafe fn score<V: Lanes>(
+    unsafe fn score<V: Lanes, E: Element>(
         &self,
         heads: usize,
-        keys: *const f16,
+        keys: *const u8,
         q: *const f32,
-        scale: f32,
+        factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
-        mut ahead: Ahead,
+        ahead: &mut Ahead,
     ) {
+        let keys = keys.cast::<E>();
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
             let at = |head: usize| (q.add(head * self.padded), weights.add(head * BLOCK_TOKENS));
+            if V::TILE == 16 {
+                while head + 8 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 8, 2>(keys, q, factors, weights, ahead);
+                    head += 8;
+                }
+                if head + 4 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 4, 4>(keys, q, factors, weights, ahead);
+                    head += 4;
+                }
+                if head + 2 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 2, 8>(keys, q, factors, weights, ahead);
+                    head += 2;
+                }
+                if head < heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<V, E, 1, 16>(keys, q, factors, weights, ahead);
+                }
+                return;
+            }
             while head + 4 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, 4, 2>(keys, q, scale, weights, &mut ahead);
+                self.score_heads::<V, E, 4, 2>(keys, q, factors, weights, ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, 2, 4>(keys, q, scale, weights, &mut ahead);
+                self.score_heads::<V, E, 2, 4>(keys, q, factors, weights, ahead);
                 head += 2;
             }
             if head < heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, 1, 8>(keys, q, scale, weights, &mut ahead);
+                self.score_heads::<V, E, 1, 8>(keys, q, factors, weights, ahead);
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn score_heads<V: Lanes, const HEADS: usize, const TOKENS: usize>(
+    unsafe fn score_heads<V: Lanes, E: Element, const HEADS: usize, const TOKENS: usize>(
         &self,
-        keys: *const f16,
+        keys: *const E,
         q: *const f32,
-        scale: f32,
+        factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
@@ -311,43 +469,47 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below `slots.end`.
         unsafe {
             while slot + TOKENS <= self.slots.end {
-                ahead.fetch(TOKENS * self.head_width);
-                self.score_tile::<V, HEADS, TOKENS>(keys.add(slot * self.head_width), q, scale, weights.add(slot));
+                self.score_tile::<V, E, HEADS, TOKENS>(keys, slot, q, factors, weights, ahead);
                 slot += TOKENS;
             }
             while slot < self.slots.end {
-                self.score_tile::<V, HEADS, 1>(keys.add(slot * self.head_width), q, scale, weights.add(slot));
+                self.score_tile::<V, E, HEADS, 1>(keys, slot, q, factors, weights, ahead);
                 slot += 1;
             }
         }
     }
 
-    /// `keys` and `weights` point at the tile's first token.
+    /// The tile whose first token is `slot`.
     #[inline(always)]
-    unsafe fn score_tile<V: Lanes, const HEADS: usize, const TOKENS: usize>(
+    unsafe fn score_tile<V: Lanes, E: Element, const HEADS: usize, const TOKENS: usize>(
         &self,
-        keys: *const f16,
+        keys: *const E,
+        slot: usize,
         q: *const f32,
-        scale: f32,
+        factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
+        ahead: &mut Ahead,
     ) {
         const { assert!(HEADS * TOKENS <= TILE) };
         // SAFETY: as the caller's: columns stay below head_width in K, and below padded in q.
         unsafe {
+            let keys = keys.add(slot * self.head_width);
             let mut sums = [V::splat(0.0); TILE];
             let mut column = 0;
             while column + V::COUNT <= self.head_width {
-                self.score_columns::<V, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
+                ahead.fetch(TOKENS * V::COUNT * size_of::<E>());
+                self.score_columns::<V, E, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
                 column += V::COUNT;
             }
             if column < self.head_width {
                 let lanes = self.head_width - column;
-                self.score_columns::<V, HEADS, TOKENS>(keys.add(column), lanes, q.add(column), &mut sums);
+                self.score_columns::<V, E, HEADS, TOKENS>(keys.add(column), lanes, q.add(column), &mut sums);
             }
             let sums = V::sums(sums);
             for head in 0..HEADS {
                 for token in 0..TOKENS {
-                    *weights.add(head * BLOCK_TOKENS + token) = sums[head * TOKENS + token] * scale;
+                    *weights.add(head * BLOCK_TOKENS + slot + token) =
+                        sums[head * TOKENS + token] * factors[slot + token];
                 }
             }
         }
@@ -355,9 +517,9 @@ impl Tiles {
 
     /// One register of columns of a tile; `keys` and `q` point at the first column, each K row has `lanes` of them.
     #[inline(always)]
-    unsafe fn score_columns<V: Lanes, const HEADS: usize, const TOKENS: usize>(
+    unsafe fn score_columns<V: Lanes, E: Element, const HEADS: usize, const TOKENS: usize>(
         &self,
-        keys: *const f16,
+        keys: *const E,
         lanes: usize,
         q: *const f32,
         sums: &mut [V; TILE],
@@ -369,7 +531,7 @@ impl Tiles {
                 query[head] = V::load(q.add(head * self.padded));
             }
             for token in 0..TOKENS {
-                let key = load_lanes::<V>(keys.add(token * self.head_width), lanes);
+                let key = load_lanes::<V, E>(keys.add(token * self.head_width), lanes);
                 for head in 0..HEADS {
                     let sum = &mut sums[head * TOKENS + token];
                     *sum = key.mul_add(query[head], *sum);
@@ -380,40 +542,63 @@ impl Tiles {
 
     /// `out[head] += ` sum over visible slots of `weights[head, slot] * values[slot]`.
     #[inline(always)]
-    unsafe fn weigh<V: Lanes>(
+    unsafe fn weigh<V: Lanes, E: Element>(
         &self,
         heads: usize,
-        values: *const f16,
+        values: *const u8,
         weights: *const f32,
         out: *mut f32,
-        mut ahead: Ahead,
+        ahead: &mut Ahead,
     ) {
+        let values = values.cast::<E>();
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
             let at = |head: usize| (weights.add(head * BLOCK_TOKENS), out.add(head * self.padded));
+            if V::TILE == 16 {
+                while head + 8 <= heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 8, 2>(values, weights, out, ahead);
+                    head += 8;
+                }
+                if head + 4 <= heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 4, 4>(values, weights, out, ahead);
+                    head += 4;
+                }
+                if head + 2 <= heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 2, 8>(values, weights, out, ahead);
+                    head += 2;
+                }
+                if head < heads {
+                    let (weights, out) = at(head);
+                    self.weigh_heads::<V, E, 1, 8>(values, weights, out, ahead);
+                }
+                return;
+            }
             while head + 4 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, 4, 2>(values, weights, out, &mut ahead);
+                self.weigh_heads::<V, E, 4, 2>(values, weights, out, ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, 2, 4>(values, weights, out, &mut ahead);
+                self.weigh_heads::<V, E, 2, 4>(values, weights, out, ahead);
                 head += 2;
             }
             if head < heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, 1, 8>(values, weights, out, &mut ahead);
+                self.weigh_heads::<V, E, 1, 8>(values, weights, out, ahead);
             }
         }
     }
 
     /// `REGISTERS` of columns at a time, then one, then what is left of one.
     #[inline(always)]
-    unsafe fn weigh_heads<V: Lanes, const HEADS: usize, const REGISTERS: usize>(
+    unsafe fn weigh_heads<V: Lanes, E: Element, const HEADS: usize, const REGISTERS: usize>(
         &self,
-        values: *const f16,
+        values: *const E,
         weights: *const f32,
         out: *mut f32,
         ahead: &mut Ahead,
@@ -422,28 +607,40 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below head_width.
         unsafe {
             while column + REGISTERS * V::COUNT <= self.head_width {
-                ahead.fetch(BLOCK_TOKENS * REGISTERS * V::COUNT);
-                self.weigh_tile::<V, HEADS, REGISTERS>(values.add(column), V::COUNT, weights, out.add(column));
+                self.weigh_tile::<V, E, HEADS, REGISTERS>(
+                    values.add(column),
+                    V::COUNT,
+                    weights,
+                    out.add(column),
+                    ahead,
+                );
                 column += REGISTERS * V::COUNT;
             }
             while column + V::COUNT <= self.head_width {
-                self.weigh_tile::<V, HEADS, 1>(values.add(column), V::COUNT, weights, out.add(column));
+                self.weigh_tile::<V, E, HEADS, 1>(values.add(column), V::COUNT, weights, out.add(column), ahead);
                 column += V::COUNT;
             }
             if column < self.head_width {
-                self.weigh_tile::<V, HEADS, 1>(values.add(column), self.head_width - column, weights, out.add(column));
+                self.weigh_tile::<V, E, HEADS, 1>(
+                    values.add(column),
+                    self.head_width - column,
+                    weights,
+                    out.add(column),
+                    ahead,
+                );
             }
         }
     }
 
     /// `values` and `out` point at the tile's first column; each V row has `lanes` elements for each register.
     #[inline(always)]
-    unsafe fn weigh_tile<V: Lanes, const HEADS: usize, const REGISTERS: usize>(
+    unsafe fn weigh_tile<V: Lanes, E: Element, const HEADS: usize, const REGISTERS: usize>(
         &self,
-        values: *const f16,
+        values: *const E,
         lanes: usize,
         weights: *const f32,
         out: *mut f32,
+        ahead: &mut Ahead,
     ) {
         const { assert!(HEADS * REGISTERS <= TILE) };
         // SAFETY: as the caller's: V::COUNT columns of `out` lie within padded.
@@ -455,9 +652,10 @@ impl Tiles {
                 }
             }
             for slot in self.slots.clone() {
+                ahead.fetch(REGISTERS * V::COUNT * size_of::<E>());
                 let mut row = [V::splat(0.0); REGISTERS];
                 for (register, row) in row.iter_mut().enumerate() {
-                    *row = load_lanes::<V>(values.add(slot * self.head_width + register * V::COUNT), lanes);
+                    *row = load_lanes::<V, E>(values.add(slot * self.head_width + register * V::COUNT), lanes);
                 }
                 for head in 0..HEADS {
                     let weight = V::splat(*weights.add(head * BLOCK_TOKENS + slot));
@@ -475,36 +673,52 @@ impl Tiles {
     }
 }
 
-/// Rows that come next, asked of memory a little at a time while this block computes: V during K, the next block's K during
-/// V. The hardware's own prefetch does not follow 32 rows read in strips. A third faster on 1 thread of a 2-core EPYC (AVX2,
-/// contexts 128 to 2048: 8 GB/s without, 11 to 12 with). Nothing outside x86-64: stable Rust has no hint there.
-struct Ahead<'a>(&'a [f16]);
+/// Bytes that come next, asked of memory as fast as this block's are used up: V during K, the next block's K during V. The
+/// hardware's own prefetch does not follow 32 rows read in strips. In small portions, because a core waits for few lines at a time,
+/// and what asks for one more stands in front of the arithmetic. Nothing outside x86-64: stable Rust has no hint there.
+struct Ahead {
+    next: *const u8,
+    end: *const u8,
+}
 
-impl Ahead<'_> {
-    /// Asks for the next `elements`, as far as there are any.
+impl Ahead {
+    fn new(bytes: &[u8]) -> Self {
+        let range = bytes.as_ptr_range();
+        Self { next: range.start, end: range.end }
+    }
+
+    /// Asks for the next `bytes`, as far as there are any.
     #[inline(always)]
-    fn fetch(&mut self, elements: usize) {
-        let (now, later) = self.0.split_at(elements.min(self.0.len()));
+    fn fetch(&mut self, bytes: usize) {
+        if self.next < self.end {
+            for at in (0..bytes).step_by(size_of::<CacheLine>()) {
+                Self::fetch_line(self.next.wrapping_add(at));
+            }
+            self.next = self.next.wrapping_add(bytes);
+        }
+    }
+
+    #[inline(always)]
+    fn fetch_line(line: *const u8) {
         #[cfg(target_arch = "x86_64")]
-        for line in now.chunks(size_of::<CacheLine>() / size_of::<f16>()) {
+        {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a hint, which reads nothing; every x86-64 CPU has it.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+            // SAFETY: a hint, which reads nothing, whatever the address; every x86-64 CPU has it.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = now;
-        self.0 = later;
+        let _ = line;
     }
 }
 
-/// A register of `lanes` f16 elements, the rest zeros.
+/// A register of `lanes` elements, the rest zeros.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `V` stands for.
 /// * `from` is good for `lanes` elements, and `lanes <= V::COUNT`.
 #[inline(always)]
-unsafe fn load_lanes<V: Lanes>(from: *const f16, lanes: usize) -> V {
+unsafe fn load_lanes<V: Lanes, E: Element>(from: *const E, lanes: usize) -> V {
     // SAFETY: as the caller's.
-    unsafe { if lanes == V::COUNT { V::load_f16(from) } else { V::load_f16_first(from, lanes) } }
+    unsafe { if lanes == V::COUNT { E::load(from) } else { E::load_first(from, lanes) } }
 }

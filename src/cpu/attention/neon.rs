@@ -4,13 +4,17 @@ use std::arch::aarch64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Element, Group, Lanes, Scratch};
 
-/// Attends one group on NEON. `scratch` must be made for the group's form.
+/// Attends one group on NEON.
+///
+/// # Safety
+///
+/// * `scratch` is made for the group's form, and the cache's elements are `E`.
 #[target_feature(enable = "neon")]
-pub(super) fn attend(group: Group, scratch: &mut Scratch) {
-    // SAFETY: this function runs only where its own feature is, and it is that of `F32x4`.
-    unsafe { group::attend::<F32x4>(group, scratch) }
+pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+    // SAFETY: this function runs only where its own feature is, and it is that of `F32x4`; the rest is the caller's.
+    unsafe { group::attend::<F32x4, E>(group, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -18,6 +22,7 @@ struct F32x4(float32x4_t);
 
 impl Lanes for F32x4 {
     const COUNT: usize = 4;
+    const TILE: usize = 8;
 
     #[inline]
     #[target_feature(enable = "neon")]
@@ -37,6 +42,14 @@ impl Lanes for F32x4 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 4 elements, says the caller: 8 bytes.
         Self(vcvt_f32_f16(vreinterpret_f16_u16(unsafe { vld1_u16(from.cast()) })))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: good for 4 elements, says the caller: 4 bytes.
+        let bytes = vcreate_s8(u64::from(unsafe { from.cast::<u32>().read_unaligned() }));
+        Self(vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes)))))
     }
 
     #[inline]
@@ -98,11 +111,11 @@ impl Lanes for F32x4 {
 
     #[inline]
     #[target_feature(enable = "neon")]
-    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
+    unsafe fn sums([a, b, c, d, e, f, g, h, ..]: [Self; 16]) -> [f32; 16] {
         // Each: (0 + 1) + (2 + 3).
-        let [a, b, c, d, e, f, g, h] = registers.map(|register| register.0);
-        let mut sums = [0.0; 8];
-        // SAFETY: `sums` has 8 elements, 4 for each store.
+        let [a, b, c, d, e, f, g, h] = [a, b, c, d, e, f, g, h].map(|register| register.0);
+        let mut sums = [0.0; 16];
+        // SAFETY: `sums` has 16 elements, 4 for each store.
         unsafe {
             vst1q_f32(sums.as_mut_ptr(), vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
             vst1q_f32(sums.as_mut_ptr().add(4), vpaddq_f32(vpaddq_f32(e, f), vpaddq_f32(g, h)));

@@ -4,12 +4,16 @@
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Element, Group, Lanes, Scratch};
 
-/// Attends one group anywhere. `scratch` must be made for the group's form.
-pub(super) fn attend(group: Group, scratch: &mut Scratch) {
-    // SAFETY: arrays need no instruction set.
-    unsafe { group::attend::<F32x4>(group, scratch) }
+/// Attends one group anywhere.
+///
+/// # Safety
+///
+/// * `scratch` is made for the group's form, and the cache's elements are `E`.
+pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+    // SAFETY: arrays need no instruction set; the rest is the caller's.
+    unsafe { group::attend::<F32x4, E>(group, scratch) }
 }
 
 #[derive(Clone, Copy)]
@@ -24,6 +28,7 @@ impl F32x4 {
 
 impl Lanes for F32x4 {
     const COUNT: usize = 4;
+    const TILE: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -40,6 +45,12 @@ impl Lanes for F32x4 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 4 elements, says the caller; an array of f16 is aligned as an f16.
         Self(unsafe { from.cast::<[f16; 4]>().read() }.map(widen))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: good for 4 elements, says the caller.
+        Self(unsafe { from.cast::<[i8; 4]>().read() }.map(f32::from))
     }
 
     #[inline(always)]
@@ -91,7 +102,7 @@ impl Lanes for F32x4 {
     }
 
     #[inline(always)]
-    unsafe fn sums(registers: [Self; 8]) -> [f32; 8] {
+    unsafe fn sums(registers: [Self; 16]) -> [f32; 16] {
         registers.map(|Self([a, b, c, d])| (a + b) + (c + d))
     }
 }

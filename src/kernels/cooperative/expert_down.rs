@@ -24,8 +24,8 @@ params! {
         pub scales_at: u32,
         /// 1: there are biases.
         pub biased: u32,
-        /// A row of h, in eights of f16.
-        pub x_octets: u32,
+        /// A row of h, in fours of f16.
+        pub x_units: u32,
     }
 }
 
@@ -33,8 +33,8 @@ impl From<portable::Params> for Params {
     fn from(params: portable::Params) -> Self {
         let portable::Params { n_assignments, n_experts, d_model, expert_width, row_stride, k_stride, .. } = params;
         let portable::Params { scales_at, biased, .. } = params;
-        let x_octets = padded(expert_width) / 8;
-        Self { n_assignments, n_experts, d_model, expert_width, row_stride, k_stride, scales_at, biased, x_octets }
+        let x_units = padded(expert_width) / 4;
+        Self { n_assignments, n_experts, d_model, expert_width, row_stride, k_stride, scales_at, biased, x_units }
     }
 }
 
@@ -75,7 +75,7 @@ pub fn variant(weights: Dtype, tile: Tile, params: &portable::Params, aligned_sl
     super::variant(weights, tile, params.expert_width, strides, aligned_slots)
 }
 
-/// As [`expert_down`](portable::record) has it. `aligned_slots`: every place is at a multiple of 32 bytes.
+/// As [`expert_down`](portable::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes.
 pub fn record(
     recorder: &mut Recorder<'_>,
     (weights, aligned_slots): (Dtype, bool),

@@ -29,8 +29,8 @@ params! {
         pub biased: u32,
         /// Of the clamped SwiGLU; 0: SwiGLU.
         pub limit: f32,
-        /// A row of x, in eights of f16.
-        pub x_octets: u32,
+        /// A row of x, in fours of f16.
+        pub x_units: u32,
     }
 }
 
@@ -50,7 +50,7 @@ impl From<portable::Params> for Params {
             scales_at,
             biased,
             limit,
-            x_octets: padded(d_model) / 8,
+            x_units: padded(d_model) / 4,
         }
     }
 }
@@ -95,7 +95,7 @@ pub fn variant(weights: Dtype, tile: Tile, params: &portable::Params, aligned_sl
     super::variant(weights, tile, params.d_model, strides, aligned_slots)
 }
 
-/// As [`expert_gate_up`](portable::record) has it. `aligned_slots`: every place is at a multiple of 32 bytes.
+/// As [`expert_gate_up`](portable::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes.
 pub fn record(
     recorder: &mut Recorder<'_>,
     (weights, aligned_slots): (Dtype, bool),

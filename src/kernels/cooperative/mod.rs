@@ -76,13 +76,18 @@ impl Tile {
         }
     }
 
+    /// Subgroups that multiply.
+    const fn computing(&self) -> u32 {
+        self.rows / self.subgroup_rows * (self.cols / self.subgroup_cols)
+    }
+
     /// Subgroups of a workgroup.
     pub const fn subgroups(&self) -> u32 {
-        let computing = self.rows / self.subgroup_rows * (self.cols / self.subgroup_cols);
+        let computing = self.computing();
         if computing > self.least_subgroups { computing } else { self.least_subgroups }
     }
 
-    /// The variant of a kernel with this tile. `wide`: rows of weights are contiguous and start at multiples of 16 bytes. `tail`: the
+    /// The variant of a kernel with this tile. `wide`: rows of weights are contiguous, and every four terms start at a multiple of their size. `tail`: the
     /// number of terms is no multiple of the depth.
     pub fn variant(&self, weights: Dtype, wide: bool, tail: bool) -> Variant {
         Variant {
@@ -128,10 +133,9 @@ fn variant(weights: Dtype, tile: Tile, n_terms: u32, strides: [u32; 3], aligned_
     tile.variant(weights, wide, wide && !n_terms.is_multiple_of(tile.depth))
 }
 
-/// Rows of weights in memory: `k_stride` 1, and every octet of terms at a multiple of 16 bytes (of 32 for f32, which has its start of a slot
-/// counted in octets).
+/// Rows of weights are contiguous, and every four terms start at a multiple of their size.
 fn is_wide(weights: Dtype, n_terms: u32, strides: [u32; 3], aligned_slots: bool) -> bool {
     let [row_stride, k_stride, first] = strides;
-    let octets = |n: u32| n.is_multiple_of(8);
-    weights != Dtype::Mxfp4 && aligned_slots && k_stride == 1 && octets(n_terms) && octets(row_stride) && octets(first)
+    let whole = [n_terms, row_stride, first].iter().all(|n| n.is_multiple_of(4));
+    weights != Dtype::Mxfp4 && aligned_slots && k_stride == 1 && whole
 }

@@ -11,8 +11,6 @@
 //! (65,504) are infinite, and those below its normal ones (2^-14) are off by up to 2^-25, or by up to 2^-14 where a device flushes
 //! them to 0.
 
-use std::fmt::Write;
-
 use crate::checkpoint::Dtype;
 use crate::gpu::{Kernel, Variant};
 use crate::kernels::slabs::{self, N_SLABS};
@@ -43,17 +41,15 @@ impl Operation {
     }
 }
 
-/// Workgroup memory of the devices that have cooperative matrices: NVIDIA's.
-const MAX_WORKGROUP_BYTES: u32 = (48 << 10) - 64; // and what the tile of an expert takes
-
-/// Terms that are loaded together: 16 bytes of f16.
-const OCTET: u32 = 8;
+/// Terms that a lane loads and stores together. Four: neighbouring lanes then fill neighbouring 8 bytes of a tile, which meets every bank
+/// once, and rows of bf16 and f16 come in loads of 64 bits without a gap.
+const UNIT: u32 = 4;
 
 struct Writer<'a> {
     operation: &'a Operation,
     tile: Tile,
     dtype: Dtype,
-    /// Rows of weights are contiguous and every octet of them starts at a multiple of 16 bytes.
+    /// Rows of weights are contiguous, and every unit of them starts at a multiple of its size.
     wide: bool,
     /// The number of terms is no multiple of the depth.
     tail: bool,
@@ -89,9 +85,9 @@ impl Writer<'_> {
         self.tile.subgroups() * 32
     }
 
-    /// Octets of a row of a step.
-    fn row_octets(&self) -> u32 {
-        self.tile.depth / OCTET
+    /// Units of a row of a step.
+    fn row_units(&self) -> u32 {
+        self.tile.depth / UNIT
     }
 
     /// `vec4<f16>` from one row of a tile to the next.
@@ -99,13 +95,13 @@ impl Writer<'_> {
         self.tile.depth / 4 + self.tile.pad
     }
 
-    fn x_octets(&self) -> u32 {
-        self.tile.rows * self.row_octets()
+    fn x_units(&self) -> u32 {
+        self.tile.rows * self.row_units()
     }
 
     /// Of one matrix.
-    fn w_octets(&self) -> u32 {
-        self.tile.cols * self.row_octets()
+    fn w_units(&self) -> u32 {
+        self.tile.cols * self.row_units()
     }
 
     fn x_tile_len(&self) -> u32 {
@@ -116,33 +112,22 @@ impl Writer<'_> {
         self.tile.cols * self.operation.matrices() as u32 * self.pitch()
     }
 
-    /// Column fragments whose sums lie in workgroup memory at a time, and f32 from one of their rows to the next: 8 more than they are
-    /// where there is room, so that rows start in different banks.
+    /// How many subgroups' sums, and how many column fragments of each, lie in workgroup memory at a time: few, for what a workgroup
+    /// takes of that memory decides how many of them run beside each other.
     fn sums_shape(&self) -> (u32, u32) {
         let matrices = self.operation.matrices() as u32;
-        let all = self.tile.subgroup_cols / 16;
-        let tiles = 8 * self.tile.buffers * (self.x_tile_len() + self.w_tile_len());
-        let shapes = [(4 / matrices, 8), (2 / matrices, 8), (1, 8), (1, 0)];
-        let fits = |(fragments, pad): &(u32, u32)| {
-            let bytes = 4 * self.tile.subgroups() * 16 * (fragments * matrices * 16 + pad);
-            all.is_multiple_of(*fragments) && tiles + bytes <= MAX_WORKGROUP_BYTES
-        };
-        let (fragments, pad) = shapes.into_iter().find(fits).unwrap_or((1, 0));
-        (fragments, fragments * matrices * 16 + pad)
+        let divisor = |of: u32, most: u32| (1..=most.max(1)).rev().find(|n| of.is_multiple_of(*n)).expect("1 divides");
+        let fragments = divisor(self.tile.subgroup_cols / 16, 2 / matrices);
+        (divisor(self.tile.computing(), 4 / (fragments * matrices)), fragments)
     }
 
-    /// Words of a weight octet in registers.
-    fn staged(&self) -> &'static [&'static str] {
+    /// A unit of weights in registers.
+    fn staged(&self) -> &'static str {
         match (self.wide, self.dtype) {
-            (true, Dtype::Bf16) => &["vec4<u32>"],
-            (true, Dtype::F32) => &["vec4<u32>", "vec4<u32>"],
-            _ => &["vec4<f16>", "vec4<f16>"],
+            (true, Dtype::Bf16) => "vec2<u32>",
+            (true, Dtype::F32) => "vec4<u32>",
+            _ => "vec4<f16>",
         }
-    }
-
-    /// Elements of a weight binding that one octet takes.
-    fn octet_elements(&self) -> u32 {
-        self.staged().len() as u32
     }
 
     fn all(&mut self) {
@@ -162,7 +147,8 @@ impl Writer<'_> {
         let (x_len, w_len) = (buffers * self.x_tile_len(), buffers * self.w_tile_len());
         self.line(format!("var<workgroup> x_tile: array<vec4<f16>, {x_len}>;"));
         self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {w_len}>;"));
-        let sums = tile.subgroups() * 16 * self.sums_shape().1;
+        let (slots, fragments) = self.sums_shape();
+        let sums = slots * fragments * self.operation.matrices() as u32 * 256;
         self.line(format!("var<workgroup> sums: array<f32, {sums}>;"));
         self.line(format!(
             "@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) workgroup: vec3<u32>, \
@@ -170,18 +156,14 @@ impl Writer<'_> {
             self.lanes()
         ));
         self.rows_of_tile();
-        self.start_of_octets();
+        self.start_of_units();
         self.main_loop();
         self.finish();
         self.line("}");
     }
 
     fn bindings(&mut self) {
-        let element = match (self.wide, self.dtype) {
-            (true, Dtype::F16) => "vec4<f16>",
-            (true, _) => "vec4<u32>",
-            (false, _) => "u32",
-        };
+        let element = if self.wide { self.staged() } else { "u32" };
         match self.operation.weights {
             Weights::Whole(binding) => {
                 self.line(format!("@group(0) @binding({binding}) var<storage, read> w: array<{element}>;"));
@@ -215,8 +197,8 @@ impl Writer<'_> {
         }
         if self.wide && self.dtype == Dtype::Bf16 {
             self.line(
-                "fn halves(a: u32, b: u32) -> vec4<f16> {\n    return vec4<f16>(bitcast<vec4<f32>>(vec4(a << 16u, a & \
-                 0xffff0000u, b << 16u, b & 0xffff0000u)));\n}",
+                "fn halves(a: vec2<u32>) -> vec4<f16> {\n    return vec4<f16>(bitcast<vec4<f32>>(vec4(a.x << 16u, a.x & \
+                 0xffff0000u, a.y << 16u, a.y & 0xffff0000u)));\n}",
             );
         }
     }
@@ -236,47 +218,43 @@ impl Writer<'_> {
         }
         self.line("let first_col = workgroup.y * TILE_COLS;\nlet n_terms = terms();");
         if self.wide {
-            self.line("let n_octets = n_terms / 8u;");
+            self.line("let n_units = n_terms / 4u;");
         }
     }
 
-    /// Where each lane's octets start: `a<i>` of x, `<matrix><i>` of weights. Rows and columns past the end repeat the last
+    /// Where each lane's units start: `a<i>` of x, `<matrix><i>` of weights. Rows and columns past the end repeat the last
     /// one: what comes of them is not stored.
-    fn start_of_octets(&mut self) {
-        let (octets, lanes) = (self.row_octets(), self.lanes());
+    fn start_of_units(&mut self) {
+        let (units, lanes) = (self.row_units(), self.lanes());
         let row_of = match self.operation.weights {
             Weights::Whole(_) => "row",
             Weights::Slabs(_) => "x_row(row)",
         };
-        for (i, _) in rounds(self.x_octets(), lanes) {
+        for (i, _) in rounds(self.x_units(), lanes) {
             let item = format!("(lane + {}u)", i * lanes);
-            self.line(format!("var a{i} = 0u;\n{{ let row = min(first_row + {item} / {octets}u, end_row - 1u);"));
-            self.line(format!("a{i} = {row_of} * params.x_octets + {item} % {octets}u; }}"));
-            self.line(format!("var xl{i}: vec4<f16>; var xh{i}: vec4<f16>;"));
+            self.line(format!("var a{i} = 0u;\n{{ let row = min(first_row + {item} / {units}u, end_row - 1u);"));
+            self.line(format!("a{i} = {row_of} * params.x_units + {item} % {units}u; }}\nvar x{i}: vec4<f16>;"));
         }
-        let names = self.matrix_names();
-        for name in &names {
-            for (i, _) in rounds(self.w_octets(), lanes) {
+        let kind = self.staged();
+        for name in self.matrix_names() {
+            for (i, _) in rounds(self.w_units(), lanes) {
                 let item = format!("(lane + {}u)", i * lanes);
-                let column = format!("min(first_col + {item} / {octets}u, columns() - 1u)");
+                let column = format!("min(first_col + {item} / {units}u, columns() - 1u)");
                 let first = if name == "up" { " + params.up_first" } else { "" };
                 let start = match (self.wide, &self.operation.weights) {
-                    (true, Weights::Whole(_)) => format!("{column} * (row_stride() / 8u)"),
+                    (true, Weights::Whole(_)) => format!("{column} * (row_stride() / 4u)"),
                     (true, Weights::Slabs(_)) => {
-                        let words = if self.dtype == Dtype::F32 { 8 } else { 4 };
-                        format!("place.y / {words}u + ({column} * row_stride(){first}) / 8u")
+                        let words = if self.dtype == Dtype::F32 { 4 } else { 2 };
+                        format!("place.y / {words}u + ({column} * row_stride(){first}) / 4u")
                     }
                     (false, _) => format!("{column} * row_stride(){first}"),
                 };
-                self.line(format!("let {name}{i} = {start};"));
-                for (part, kind) in self.staged().iter().enumerate() {
-                    self.line(format!("var {name}{i}_{part}: {kind};"));
-                }
+                self.line(format!("let {name}_start{i} = {start};\nvar {name}{i}: {kind};"));
             }
         }
         self.line("let subgroup = lane / 32u;");
         let across = self.tile.cols / self.tile.subgroup_cols;
-        let computing = self.tile.rows / self.tile.subgroup_rows * across;
+        let computing = self.tile.computing();
         self.line(format!("let place_of_subgroup = subgroup % {computing}u;"));
         let (rows, cols) = (self.tile.subgroup_rows, self.tile.subgroup_cols);
         self.line(format!("let own_row = place_of_subgroup / {across}u * {rows}u;"));
@@ -294,43 +272,30 @@ impl Writer<'_> {
 
     /// Starts the loads of the step at term `k`.
     fn load(&mut self, k: &str) {
-        let lanes = self.lanes();
-        let octets = self.row_octets();
-        for (i, partial) in rounds(self.x_octets(), lanes) {
-            let load = format!("xl{i} = x[2u * (a{i} + {k} / 8u)]; xh{i} = x[2u * (a{i} + {k} / 8u) + 1u];");
-            self.under(partial, i, self.x_octets(), &load);
+        let (units, lanes) = (self.row_units(), self.lanes());
+        for (i, partial) in rounds(self.x_units(), lanes) {
+            self.under(partial, i, self.x_units(), &format!("x{i} = x[a{i} + {k} / 4u];"));
         }
-        // Of every matrix, the index of octet i, then its loads out of `from`.
         for name in self.matrix_names() {
             if !self.wide {
-                let place = match self.operation.weights {
-                    Weights::Whole(_) => "vec2(0u)",
-                    Weights::Slabs(_) => "place",
+                let (place, step) = match self.operation.weights {
+                    Weights::Whole(_) => ("vec2(0u)", ""),
+                    Weights::Slabs(_) => ("place", " * params.k_stride"),
                 };
-                let step = match self.operation.weights {
-                    Weights::Whole(_) => "",
-                    Weights::Slabs(_) => " * params.k_stride",
-                };
-                for (i, partial) in rounds(self.w_octets(), lanes) {
-                    let mut text = format!("let k = {k} + (lane + {}u) % {octets}u * 8u;", i * lanes);
-                    let name = &name;
-                    for part in 0..2 {
-                        let at = 4 * part;
-                        let _ = write!(
-                            text,
-                            " {name}{i}_{part} = vec4<f16>(0.0); if k + {at}u < n_terms {{ {name}{i}_{part} = \
-                             vec4<f16>({name}_quad({place}, {name}{i} + (k + {at}u){step}, n_terms - k - {at}u)); }}"
-                        );
-                    }
-                    self.under_block(partial, i, self.w_octets(), &text);
+                for (i, partial) in rounds(self.w_units(), lanes) {
+                    let text = format!(
+                        "{{ let k = {k} + (lane + {}u) % {units}u * 4u; {name}{i} = vec4<f16>(0.0); if k < n_terms {{ \
+                         {name}{i} = vec4<f16>({name}_quad({place}, {name}_start{i} + k{step}, n_terms - k)); }} }}",
+                        i * lanes
+                    );
+                    self.under(partial, i, self.w_units(), &text);
                 }
                 continue;
             }
-            let per = self.octet_elements();
-            for (i, _) in rounds(self.w_octets(), lanes) {
-                let own = format!("{k} / 8u + (lane + {}u) % {octets}u", i * lanes);
-                let octet = if self.tail { format!("min({own}, n_octets - 1u)") } else { own };
-                self.line(format!("let {name}_at{i} = ({name}{i} + {octet}) * {per}u;"));
+            for (i, _) in rounds(self.w_units(), lanes) {
+                let own = format!("{k} / 4u + (lane + {}u) % {units}u", i * lanes);
+                let unit = if self.tail { format!("min({own}, n_units - 1u)") } else { own };
+                self.line(format!("let {name}_at{i} = {name}_start{i} + {unit};"));
             }
             match self.operation.weights {
                 Weights::Whole(_) => self.loads_from(&name, "w"),
@@ -350,11 +315,8 @@ impl Writer<'_> {
     }
 
     fn loads_from(&mut self, name: &str, from: &str) {
-        for (i, partial) in rounds(self.w_octets(), self.lanes()) {
-            let parts = 0..self.octet_elements();
-            let load: String =
-                parts.map(|part| format!("{name}{i}_{part} = {from}[{name}_at{i} + {part}u]; ")).collect();
-            self.under(partial, i, self.w_octets(), &load);
+        for (i, partial) in rounds(self.w_units(), self.lanes()) {
+            self.under(partial, i, self.w_units(), &format!("{name}{i} = {from}[{name}_at{i}];"));
         }
     }
 
@@ -366,48 +328,32 @@ impl Writer<'_> {
         }
     }
 
-    fn under_block(&mut self, partial: bool, i: u32, items: u32, text: &str) {
-        self.under(partial, i, items, &format!("{{ {text} }}"));
-    }
-
     /// Lays the loaded step, at term `k`, into tile `buffer` (an expression, 0 or 1).
     fn store(&mut self, k: &str, buffer: Option<&str>) {
-        let (octets, pitch, lanes) = (self.row_octets(), self.pitch(), self.lanes());
+        let (units, pitch, lanes) = (self.row_units(), self.pitch(), self.lanes());
         let offset = |len: u32| buffer.map_or(String::new(), |b| format!(" + {b} * {len}u"));
-        for (i, partial) in rounds(self.x_octets(), lanes) {
+        for (i, partial) in rounds(self.x_units(), lanes) {
             let item = format!("(lane + {}u)", i * lanes);
-            let at = format!("{item} / {octets}u * {pitch}u + {item} % {octets}u * 2u{}", offset(self.x_tile_len()));
-            let text = format!("{{ let at = {at}; x_tile[at] = xl{i}; x_tile[at + 1u] = xh{i}; }}");
-            self.under(partial, i, self.x_octets(), &text);
+            let at = format!("{item} / {units}u * {pitch}u + {item} % {units}u{}", offset(self.x_tile_len()));
+            self.under(partial, i, self.x_units(), &format!("x_tile[{at}] = x{i};"));
         }
         for (m, name) in self.matrix_names().iter().enumerate() {
             let first = m as u32 * self.tile.cols * pitch;
-            for (i, partial) in rounds(self.w_octets(), lanes) {
+            for (i, partial) in rounds(self.w_units(), lanes) {
                 let item = format!("(lane + {}u)", i * lanes);
-                let at = format!(
-                    "{first}u + {item} / {octets}u * {pitch}u + {item} % {octets}u * 2u{}",
-                    offset(self.w_tile_len())
-                );
-                let (low, high) = match (self.wide, self.dtype) {
-                    (true, Dtype::Bf16) => (
-                        format!("halves({name}{i}_0.x, {name}{i}_0.y)"),
-                        format!("halves({name}{i}_0.z, {name}{i}_0.w)"),
-                    ),
-                    (true, Dtype::F32) => (
-                        format!("vec4<f16>(bitcast<vec4<f32>>({name}{i}_0))"),
-                        format!("vec4<f16>(bitcast<vec4<f32>>({name}{i}_1))"),
-                    ),
-                    _ => (format!("{name}{i}_0"), format!("{name}{i}_1")),
+                let at =
+                    format!("{first}u + {item} / {units}u * {pitch}u + {item} % {units}u{}", offset(self.w_tile_len()));
+                let value = match (self.wide, self.dtype) {
+                    (true, Dtype::Bf16) => format!("halves({name}{i})"),
+                    (true, Dtype::F32) => format!("vec4<f16>(bitcast<vec4<f32>>({name}{i}))"),
+                    _ => format!("{name}{i}"),
                 };
-                let (low, high) = if self.wide && self.tail {
-                    let there = format!("{k} / 8u + {item} % {octets}u < n_octets");
-                    let or_zero = |v: String| format!("select(vec4<f16>(0.0), {v}, {there})");
-                    (or_zero(low), or_zero(high))
+                let value = if self.wide && self.tail {
+                    format!("select(vec4<f16>(0.0), {value}, {k} / 4u + {item} % {units}u < n_units)")
                 } else {
-                    (low, high)
+                    value
                 };
-                let text = format!("{{ let at = {at}; w_tile[at] = {low}; w_tile[at + 1u] = {high}; }}");
-                self.under(partial, i, self.w_octets(), &text);
+                self.under(partial, i, self.w_units(), &format!("w_tile[{at}] = {value};"));
             }
         }
     }
@@ -495,38 +441,45 @@ impl Writer<'_> {
         }
     }
 
-    /// Sums to workgroup memory, 16 rows and a few fragments at a time, and from there to `finish`.
+    /// Sums to workgroup memory, those of a few fragments at a time, and from there to `finish`.
     fn finish(&mut self) {
-        let (fragments, pitch) = self.sums_shape();
+        let (slots, fragments) = self.sums_shape();
+        let matrices = self.operation.matrices() as u32;
         let width = fragments * 16;
-        let matrices = self.operation.matrices();
-        let computing = self.tile.rows / self.tile.subgroup_rows * (self.tile.cols / self.tile.subgroup_cols);
-        self.line(format!("let out = subgroup * {}u;", 16 * pitch));
-        for r in 0..self.tile.subgroup_rows / 16 {
-            for first in (0..self.tile.subgroup_cols / 16).step_by(fragments as usize) {
-                for m in 0..matrices {
-                    for c in 0..fragments {
-                        let at = (m as u32 * fragments + c) * 16;
-                        self.line(format!("coopStoreT(acc{m}_{r}_{}, &sums[out + {at}u], {pitch}u);", first + c));
+        let pitch = width * matrices;
+        let across = self.tile.cols / self.tile.subgroup_cols;
+        let (rows, cols) = (self.tile.subgroup_rows, self.tile.subgroup_cols);
+        for first_subgroup in (0..self.tile.computing()).step_by(slots as usize) {
+            for r in 0..rows / 16 {
+                for first in (0..cols / 16).step_by(fragments as usize) {
+                    // Subgroups that only load repeat others' products, and keep them to themselves.
+                    self.line(format!("if subgroup >= {first_subgroup}u && subgroup < {}u {{", first_subgroup + slots));
+                    self.line(format!("let out = (subgroup - {first_subgroup}u) * {}u;", 16 * pitch));
+                    for m in 0..matrices {
+                        for c in 0..fragments {
+                            let at = (m * fragments + c) * 16;
+                            self.line(format!("coopStoreT(acc{m}_{r}_{}, &sums[out + {at}u], {pitch}u);", first + c));
+                        }
                     }
+                    self.line("}\nworkgroupBarrier();");
+                    let (items, lanes) = (slots * 16 * width, self.lanes());
+                    self.line(format!("for (var i = lane; i < {items}u; i += {lanes}u) {{"));
+                    self.line(format!("let owner = {first_subgroup}u + i / {}u;", 16 * width));
+                    self.line(format!(
+                        "let row = first_row + owner / {across}u * {rows}u + {}u + i / {width}u % 16u;",
+                        r * 16
+                    ));
+                    self.line(format!(
+                        "let column = first_col + owner % {across}u * {cols}u + {}u + i % {width}u;",
+                        first * 16
+                    ));
+                    self.line(format!("let at = i / {width}u * {pitch}u + i % {width}u;"));
+                    let values: Vec<String> = (0..matrices).map(|m| format!("sums[at + {}u]", m * width)).collect();
+                    self.line(format!(
+                        "if row < end_row && column < columns() {{ finish(row, column, {}); }}\n}}\nworkgroupBarrier();",
+                        values.join(", ")
+                    ));
                 }
-                self.line("workgroupBarrier();");
-                // Subgroups that only load repeat others' products, and keep them to themselves.
-                let own = if self.tile.subgroups() > computing {
-                    format!("subgroup < {computing}u && ")
-                } else {
-                    String::new()
-                };
-                self.line(format!("for (var i = lane % 32u; i < {}u; i += 32u) {{", 16 * width));
-                self.line(format!("let row = first_row + own_row + {}u + i / {width}u;", r * 16));
-                self.line(format!("let column = first_col + own_col + {}u + i % {width}u;", first * 16));
-                self.line(format!("let at = out + i / {width}u * {pitch}u + i % {width}u;"));
-                let values: Vec<String> = (0..matrices).map(|m| format!("sums[at + {}u]", m as u32 * width)).collect();
-                self.line(format!(
-                    "if {own}row < end_row && column < columns() {{ finish(row, column, {}); }}\n}}",
-                    values.join(", ")
-                ));
-                self.line("workgroupBarrier();");
             }
         }
     }

@@ -15,7 +15,8 @@ use libtest_mimic::Trial;
 
 use super::experts::{Matrices, Routing, SHAPES, matrices};
 use crate::common::{
-    DTYPES, Random, assert_close, assert_untouched, bits, download, poisoned, run, upload, upload_weights,
+    DTYPES, Random, assert_close, assert_untouched, bits, download, if_cooperative, poisoned, run, upload,
+    upload_weights,
 };
 
 /// The buffers that rows of f16 take.
@@ -380,12 +381,5 @@ fn expert_trials() -> Vec<Trial> {
 }
 
 pub fn trials() -> Vec<Trial> {
-    let cooperative = crate::common::has_cooperative_matrices();
-    let trials = matmul_trials().into_iter().chain(expert_trials());
-    match cooperative {
-        true => trials.collect(),
-        false => {
-            trials.map(|trial| trial.with_kind("ignored: no cooperative matrices").with_ignored_flag(true)).collect()
-        }
-    }
+    if_cooperative(matmul_trials().into_iter().chain(expert_trials()).collect())
 }

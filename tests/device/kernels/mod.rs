@@ -13,6 +13,7 @@ mod expert_gate_up;
 mod expert_sort;
 mod experts;
 mod half_rows;
+mod kv_quantise;
 mod layer_norm;
 mod lm_head_sample;
 mod matmul;
@@ -37,6 +38,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(expert_gate_up::trials());
     trials.extend(expert_sort::trials());
     trials.extend(half_rows::trials());
+    trials.extend(kv_quantise::trials());
     trials.extend(layer_norm::trials());
     trials.extend(lm_head_sample::trials());
     trials.extend(matmul::trials());
