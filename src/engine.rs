@@ -898,7 +898,8 @@ impl Engine {
         let seconds = begun.elapsed().as_secs_f64();
 
         summary.passes += 1;
-        if let Some(rows) = pass_rows.filter(|_| summary.passes <= ALL_COMPARED || summary.passes.is_multiple_of(SOME_COMPARED))
+        if let Some(rows) =
+            pass_rows.filter(|_| summary.passes <= ALL_COMPARED || summary.passes.is_multiple_of(SOME_COMPARED))
         {
             self.compare(&rows, &schedule, Side { seconds, timeline: &timeline }, summary);
         }
