@@ -107,7 +107,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     }
     let config = model_config(None, Some(&arguments.synthetic), arguments.layers)?;
     let builder = arguments.engine.apply(Engine::synthetic(config.clone()))?;
-    let prepared = builder.clone().prepare()?;
+    // The least there can be: only what the machine is and may give is asked for.
+    let least = Wishes { max_sequences: Some(1), pass_rows: Some(1), micro_batches: Some(1), ..Wishes::default() };
+    let prepared = builder.clone().wishes(least).prepare()?;
     let Some(profile) = prepared.profile().cloned() else {
         bail!(
             "nothing was measured on this machine for this model: run `fulmen calibrate --synthetic {}`",
