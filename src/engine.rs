@@ -277,7 +277,7 @@ impl EngineBuilder {
     ) -> Result<(Plan, Option<Arc<Found>>), EngineError> {
         let bytes = ModelBytes::of(weights.inventory());
         if let Some(policy) = &self.policy {
-            let wishes = self.wishes.or(Wishes::of(policy, weights.config()));
+            let wishes = self.wishes.or_of(policy, weights.config());
             return Ok((fit(weights.config(), &bytes, limits, &wishes)?, None));
         }
         if let (Some(profile), Some(workload)) = (profile, self.workload) {
