@@ -3,6 +3,7 @@
 //!
 //! A tile changes time and never bits, so this needs no say in what is computed.
 
+pub mod attention;
 pub mod candidates;
 pub mod layer;
 pub mod measure;

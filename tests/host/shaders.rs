@@ -7,6 +7,7 @@ use std::path::Path;
 use fulmen::checkpoint::Dtype;
 use fulmen::gpu::{Access, Kernel, ParamField, Variant};
 use fulmen::kernels::cooperative::{self, Tile};
+use fulmen::kernels::decode_attention::SPLIT_TOKENS;
 use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
 use fulmen::kernels::paged_attention::MAX_HEAD_WIDTH;
 use fulmen::kernels::router_topk::MAX_CHOSEN;
@@ -145,6 +146,7 @@ fn shared_constants_are_the_same_in_every_shader() {
         ("MAX_EXPERTS", MAX_EXPERTS),
         ("MAX_CHOSEN", MAX_CHOSEN),
         ("MAX_HEAD_WIDTH", MAX_HEAD_WIDTH),
+        ("SPLIT_TOKENS", SPLIT_TOKENS),
         ("ABSENT", ABSENT),
     ];
     let mut seen = HashSet::new();
