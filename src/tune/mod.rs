@@ -1,5 +1,5 @@
 //! Which [`Tile`] each product takes on a device: candidates tried once ([`tune`]), the choice kept in the user's cache folder with what the
-//! losers took. Without one, [`Tiles::default`] has what was best on an NVIDIA H200.
+//! losers took. Without one, [`Tiles::default`] has what was best on an NVIDIA H100.
 //!
 //! A tile changes time and never bits, so this needs no say in what is computed.
 
@@ -46,7 +46,7 @@ impl Operation {
 pub const NARROW: u32 = 3072;
 
 /// Products of up to so many rows (of an expert, on average) take one tile; more rows than the last take another.
-pub const ROW_CLASSES: [u32; 4] = [16, 32, 64, 256];
+pub const ROW_CLASSES: [u32; 5] = [8, 16, 32, 64, 256];
 
 /// A tile for every operation and class of rows.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -118,35 +118,40 @@ impl Tiles {
 impl Default for Tiles {
     fn default() -> Self {
         let t = Tile::new;
+        let wide_rows = t(128, 96, 32, 64, 48);
         Self {
             tiles: [
                 [
                     t(16, 32, 128, 16, 16),
+                    t(16, 32, 128, 16, 16),
                     t(32, 32, 128, 16, 16),
-                    t(64, 64, 64, 32, 32),
-                    t(128, 64, 32, 64, 32),
-                    t(128, 128, 32, 64, 64),
+                    t(64, 64, 128, 32, 32),
+                    t(128, 128, 64, 64, 32),
+                    wide_rows,
                 ],
                 [
                     t(16, 16, 256, 16, 16),
-                    t(32, 32, 128, 16, 16),
+                    t(16, 16, 256, 16, 16),
+                    t(32, 32, 256, 16, 16),
                     t(64, 32, 128, 32, 16),
-                    t(64, 64, 64, 32, 32),
-                    t(128, 64, 32, 64, 32),
+                    t(64, 64, 128, 32, 32),
+                    wide_rows,
                 ],
                 [
-                    t(16, 64, 64, 16, 16),
-                    t(32, 64, 64, 32, 16),
-                    t(64, 64, 32, 32, 32),
-                    t(128, 64, 32, 64, 32),
-                    t(128, 64, 32, 64, 32),
+                    t(16, 32, 64, 16, 16),
+                    t(32, 32, 64, 16, 16),
+                    t(32, 32, 64, 16, 16),
+                    t(96, 64, 32, 48, 32),
+                    t(96, 64, 32, 48, 32),
+                    t(128, 128, 32, 64, 32),
                 ],
                 [
-                    t(16, 64, 64, 16, 16),
+                    t(16, 128, 128, 16, 32),
                     t(32, 64, 64, 32, 16),
-                    t(64, 128, 32, 64, 32),
-                    t(128, 128, 32, 64, 64),
-                    t(128, 128, 32, 64, 64),
+                    t(64, 128, 64, 32, 32),
+                    t(128, 128, 64, 64, 32),
+                    t(128, 128, 64, 64, 32),
+                    t(256, 128, 32, 64, 64),
                 ],
             ],
         }

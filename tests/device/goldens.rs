@@ -20,8 +20,8 @@ use crate::common::{device, if_cooperative};
 /// move by up to 4.4e-4 when K and V are rounded so, tests/goldens/manifest.json).
 pub const TOLERANCE: f32 = 2e-3;
 
-/// The same in the f16 class: rows and weights have 11 bits, and an error of 2^-12 in each operand of each product of each layer.
-pub const HALF_TOLERANCE: f32 = 1e-2;
+/// The same in the f16 class: rows and weights have 11 bits. On an NVIDIA H100 the goldens are off by up to 2.5e-3.
+pub const HALF_TOLERANCE: f32 = 5e-3;
 
 pub struct Golden {
     pub prompt: Vec<u32>,
@@ -227,12 +227,6 @@ fn matches_transformers_in_f16(folder: &Path, attention: AttentionPlace) -> Resu
             assert!(best - ours <= 2.0 * HALF_TOLERANCE * largest, "token {chosen}: {ours} was chosen over {best}");
         }
     }
-    println!(
-        "{}: off by {:.2e} of the row's largest logit, {same} of {} tokens the same",
-        folder.display(),
-        worst.0,
-        tokens.len()
-    );
     match worst {
         (error, position) if error > HALF_TOLERANCE => Err(format!(
             "position {position}: off by {error:.2e} of the row's largest logit, allowed {HALF_TOLERANCE:.0e}"
