@@ -6,10 +6,12 @@ var<immediate> params: Params;
 @group(0) @binding(1) var<storage, read>       table: array<u32>; // [V, D] weights
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;     // [T, D]
 
-@compute @workgroup_size(64)
+const WG_SIZE: u32 = 256u;
+
+@compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = workgroup.x;
-    let column = workgroup.y * 64u + lane;
+    let column = workgroup.y * WG_SIZE + lane;
     if column >= params.d_model { return; }
     // V * D stays below 2^32 elements: a binding has fewer bytes than that.
     let element = ids[row] * params.d_model + column;

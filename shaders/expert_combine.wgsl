@@ -6,7 +6,7 @@ var<immediate> params: Params;
 @group(0) @binding(1) var<storage, read>       y: array<f32>;       // [T * A, D] by assignment
 @group(0) @binding(2) var<storage, read_write> x: array<f32>;       // [T, D] residual stream
 
-const WG_SIZE: u32 = 64u;
+const WG_SIZE: u32 = 256u;
 
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

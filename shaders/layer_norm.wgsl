@@ -1,5 +1,5 @@
 // Layer norm over rows, with a gain and no bias.   One workgroup per row; lanes stride over the row, then a tree sum.
-// Reference: src/reference/layer_norm.rs      Needs: shared/weight_*, shared/reduce (workgroup_sum)
+// Reference: src/reference/layer_norm.rs      Needs: shared/weight_*, shared/reduce (workgroup_sum), shared/row_quads
 struct Params { n_rows: u32, d_model: u32, eps: f32 }
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       x: array<f32>;    // [T, D] residual stream
@@ -7,23 +7,44 @@ var<immediate> params: Params;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;    // [T, D]
 
 // No tunable: lane l sums elements l, l + WG_SIZE, ..., so the width is part of the order of summation.
-const WG_SIZE: u32 = 64u;
+const WG_SIZE: u32 = 256u;
+
+fn gain_at(j: u32) -> f32 {
+    if j >= params.d_model { return 0.0; }
+    return weight_from_word(gain[weight_word_index(j)], j);
+}
+
+fn gain_quad(j: u32) -> vec4<f32> {
+    return vec4(gain_at(j), gain_at(j + WG_SIZE), gain_at(j + 2u * WG_SIZE), gain_at(j + 3u * WG_SIZE));
+}
+
+fn store(base: u32, j: u32, quad: vec4<f32>) {
+    if j < params.d_model { y[base + j] = quad.x; }
+    if j + WG_SIZE < params.d_model { y[base + j + WG_SIZE] = quad.y; }
+    if j + 2u * WG_SIZE < params.d_model { y[base + j + 2u * WG_SIZE] = quad.z; }
+    if j + 3u * WG_SIZE < params.d_model { y[base + j + 3u * WG_SIZE] = quad.w; }
+}
 
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let base = workgroup.x * params.d_model;
     var total = 0.0;
-    for (var j = lane; j < params.d_model; j += WG_SIZE) { total += x[base + j]; }
+    for (var j = lane; j < params.d_model; j += 4u * WG_SIZE) {
+        let quad = row_quad(base, j, params.d_model);
+        total = total + quad.x + quad.y + quad.z + quad.w;
+    }
     let mean = workgroup_sum(total, lane) / f32(params.d_model);
     // The mean is taken off before squaring: mean(x^2) - mean^2 would cancel where a row lies far from zero.
     var squares = 0.0;
-    for (var j = lane; j < params.d_model; j += WG_SIZE) {
-        let v = x[base + j] - mean;
-        squares = fma(v, v, squares);
+    for (var j = lane; j < params.d_model; j += 4u * WG_SIZE) {
+        // Beyond the row nothing is added: there the difference is zero.
+        let there = vec4(j, j + WG_SIZE, j + 2u * WG_SIZE, j + 3u * WG_SIZE) < vec4(params.d_model);
+        squares = add_squares(squares, select(vec4(0.0), row_quad(base, j, params.d_model) - mean, there));
     }
     let variance = workgroup_sum(squares, lane) / f32(params.d_model);
     let scale = inverseSqrt(variance + params.eps);
-    for (var j = lane; j < params.d_model; j += WG_SIZE) {
-        y[base + j] = (x[base + j] - mean) * scale * weight_from_word(gain[weight_word_index(j)], j);
+    for (var j = lane; j < params.d_model; j += 4u * WG_SIZE) {
+        let quad = row_quad(base, j, params.d_model);
+        store(base, j, (quad - mean) * scale * gain_quad(j));
     }
 }

@@ -30,27 +30,47 @@ fn bits_of_key(key: u32) -> u32 {
     return select(~key, key & 0x7fffffffu, (key & 0x80000000u) != 0u);
 }
 
+// The best of a lane so far.
+struct Best { key: u32, id: u32, nan: u32 }
+
+// With one more logit. Beyond the vocabulary there are NaNs, which do not count.
+fn better(best: Best, bits: u32, id: u32) -> Best {
+    if is_nan(bits) { return Best(best.key, best.id, best.nan | u32(id < params.vocab)); }
+    if order_key(bits) > best.key { return Best(order_key(bits), id, best.nan); }
+    return best;
+}
+
+fn add_exp(sum: f32, bits: u32, max: f32) -> f32 {
+    if is_nan(bits) { return sum; }
+    return sum + exp(bitcast<f32>(bits) - max);
+}
+
+// Four logits that a lane takes at a time, so that their loads are under way together; NaN beyond the vocabulary.
+fn logit_quad(base: u32, first: u32) -> vec4<u32> {
+    var quad = vec4(logits[base + first], 0xffffffffu, 0xffffffffu, 0xffffffffu);
+    if first + WG_SIZE < params.vocab { quad.y = logits[base + first + WG_SIZE]; }
+    if first + 2u * WG_SIZE < params.vocab { quad.z = logits[base + first + 2u * WG_SIZE]; }
+    if first + 3u * WG_SIZE < params.vocab { quad.w = logits[base + first + 3u * WG_SIZE]; }
+    return quad;
+}
+
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let base = workgroup.x * params.vocab;
     if lane == 0u { atomicStore(&nans, 0u); }
     workgroupBarrier();
     // Ids ascend, so "greater" alone keeps the first of equals.
-    var best_key = 0u;
-    var best_id = NO_ID;
-    var lane_nan = 0u;
-    for (var id = lane; id < params.vocab; id += WG_SIZE) {
-        let bits = logits[base + id];
-        if is_nan(bits) {
-            lane_nan = 1u;
-        } else if order_key(bits) > best_key {
-            best_key = order_key(bits);
-            best_id = id;
-        }
+    var best = Best(0u, NO_ID, 0u);
+    for (var first = lane; first < params.vocab; first += 4u * WG_SIZE) {
+        let quad = logit_quad(base, first);
+        best = better(best, quad.x, first);
+        best = better(best, quad.y, first + WG_SIZE);
+        best = better(best, quad.z, first + 2u * WG_SIZE);
+        best = better(best, quad.w, first + 3u * WG_SIZE);
     }
-    keys[lane] = best_key;
-    ids[lane] = best_id;
-    if lane_nan != 0u { atomicOr(&nans, 1u); }
+    keys[lane] = best.key;
+    ids[lane] = best.id;
+    if best.nan != 0u { atomicOr(&nans, 1u); }
     workgroupBarrier();
     for (var half = WG_SIZE / 2u; half > 0u; half /= 2u) {
         if lane < half {
@@ -67,9 +87,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let max = bitcast<f32>(max_bits);
 
     var sum = 0.0;
-    for (var id = lane; id < params.vocab; id += WG_SIZE) {
-        let bits = logits[base + id];
-        if !is_nan(bits) { sum += exp(bitcast<f32>(bits) - max); }
+    for (var first = lane; first < params.vocab; first += 4u * WG_SIZE) {
+        let quad = logit_quad(base, first);
+        sum = add_exp(sum, quad.x, max);
+        sum = add_exp(sum, quad.y, max);
+        sum = add_exp(sum, quad.z, max);
+        sum = add_exp(sum, quad.w, max);
     }
     let total = workgroup_sum(sum, lane);
     if lane == 0u {

@@ -36,12 +36,14 @@ fn rotated(head: u32, row: u32, i: u32) -> f32 {
     return rotated_pair(head, row, i - half).y;
 }
 
-@compute @workgroup_size(64)
+const WG_SIZE: u32 = 256u;
+
+@compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let half = params.head_width / 2u;
     let heads = params.q_heads + 2u * params.kv_heads;
     let row = workgroup.x;
-    let pair = workgroup.y * 64u + lane;
+    let pair = workgroup.y * WG_SIZE + lane;
     if pair >= heads * half { return; }
     let head_idx = pair / half;
     let j = pair % half;

@@ -22,7 +22,7 @@
 //! | its token becomes a residual row | GPU | `embed` |
 //! | per layer: norm, Q K V (biases, their norms), rotary | GPU | `rms_norm` or `layer_norm`, `matmul`, `add_bias`, `qk_norm`, `rotary` |
 //! | its query, key and value come to the host; key and value go into the sequence's block | link, host | [`memory::kv_cache`] |
-//! | it attends over its blocks | CPU | [`cpu::attention`] (prompt rows: GPU, `prompt_attention`) |
+//! | it attends over its blocks | CPU | [`cpu::attention`] (prompt rows: GPU, `prompt_attention`; decode rows too if the policy says so, `decode_attention` and `decode_combine`) |
 //! | output projection, norm, router; rows are sorted by expert | GPU | `matmul`, `router_topk`, `expert_sort` |
 //! | pages of experts arrive in their slots, on a queue of their own | link | [`memory::pages`], [`memory::page_source`] |
 //! | gate, up, down; the weighted sum joins the residual row | GPU | `expert_gate_up`, `expert_down`, `expert_combine` |

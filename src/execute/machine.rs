@@ -17,6 +17,7 @@
 //! allocated on the device after [`Machine::open`].
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -24,8 +25,10 @@ use half::f16;
 
 use crate::checkpoint::{Dtype, Reader, Weights};
 use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
+use crate::kernels::decode_attention::{Parts, SPLIT_TOKENS, parts_of};
 use crate::kernels::half_rows::{HalfRows, padded};
 use crate::kernels::lm_head_sample::Sample;
+use crate::kernels::prompt_attention::Tile;
 use crate::kernels::{
     add_bias, cooperative, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up,
     expert_sort, half_rows, kv_quantise, layer_norm, lm_head_sample, matmul, paged_attention, prompt_attention,
@@ -58,9 +61,14 @@ pub struct Extents {
     pub rows: RowPath,
     /// Operands of products.
     pub precision: Precision,
+    /// Decode rows attend on the GPU.
+    pub gpu_decode: bool,
     /// How the host's KV cache keeps an element: its new rows come in that form.
     pub kv_dtype: KvDtype,
 }
+
+/// Most parts of decode rows whose sums are kept at a time, unless one row has more: so many keep any GPU busy.
+const MOST_PARTS: usize = 1024;
 
 /// A region of a group's buffers starts at a multiple of so many rows: then it starts aligned for a binding whatever a row holds.
 const REGION_ROWS: usize = 64;
@@ -88,6 +96,28 @@ impl Extents {
     /// The group of a micro-batch.
     pub fn group_of(&self, micro_batch: usize) -> usize {
         micro_batch / self.group_size()
+    }
+
+    /// Parts of decode rows in a micro-batch's list.
+    fn listed_parts(&self) -> usize {
+        if self.gpu_decode {
+            2 * self.rows_per_micro_batch + self.workspace_blocks * BLOCK_TOKENS / SPLIT_TOKENS as usize
+        } else {
+            0
+        }
+    }
+
+    /// Parts of decode rows whose sums are kept at a time.
+    fn kept_parts(&self) -> usize {
+        if self.gpu_decode { parts_of(self.max_positions).max(self.listed_parts().min(MOST_PARTS)) } else { 0 }
+    }
+
+    /// Bytes of what attention on the GPU needs beside rows and context: for each micro-batch, and once.
+    pub fn attention_bytes(&self, shape: &Shape) -> [u64; 2] {
+        let lists =
+            words(4 * self.rows_per_micro_batch) * (1 + self.gpu_decode as u64) + words(4 * self.listed_parts());
+        let scratch: u64 = decode_attention::scratch_bytes(shape.q_heads, shape.head_width).iter().sum();
+        [lists, self.kept_parts() as u64 * scratch]
     }
 
     fn region_start(&self, micro_batch: usize) -> usize {
@@ -196,8 +226,10 @@ struct MicroBatchBuffers {
     positions: Buffer,
     /// Workspace slot of each row's new key and value, or [`NO_SLOT`].
     kv_slots: Buffer,
-    attended_decode: Buffer,
-    attended_prompt: Buffer,
+    /// [`Parts`] of decode rows: the parts, and the rows that they are of.
+    decode_parts: Buffer,
+    decode_wholes: Buffer,
+    prompt_tiles: Buffer,
     block_table: Buffer,
     sampled: Buffer,
     /// [T, (H + 2 G) K]
@@ -213,6 +245,8 @@ struct MicroBatchBuffers {
     host_queries: HostBuffer,
     host_attention: HostBuffer,
     rows: DeviceRows,
+    parts: Parts,
+    tiles: Vec<Tile>,
     /// Rows whose queries the host wants.
     n_host_queries: usize,
 }
@@ -288,6 +322,9 @@ pub struct Machine {
     /// In the f16 class.
     halves: Option<HalfBuffers>,
     tiles: Tiles,
+    /// Of parts of decode rows.
+    attention_states: Buffer,
+    attention_sums: Buffer,
     /// `[E]` of gate, and of up in its slabs.
     places: Buffer,
     down_places: Buffer,
@@ -405,8 +442,10 @@ impl Machine {
                     ids: gpu.buffer("token ids", words(rows))?,
                     positions: gpu.buffer("positions", words(rows))?,
                     kv_slots: gpu.buffer("kv slots", words(rows))?,
-                    attended_decode: gpu.buffer("attended decode rows", words(4 * rows))?,
-                    attended_prompt: gpu.buffer("attended prompt rows", words(4 * rows))?,
+                    decode_parts: gpu.buffer("parts of decode rows", words(4 * extents.listed_parts()))?,
+                    decode_wholes: gpu
+                        .buffer("attended decode rows", if extents.gpu_decode { words(4 * rows) } else { 0 })?,
+                    prompt_tiles: gpu.buffer("attended prompt rows", words(4 * rows))?,
                     block_table: gpu.buffer("block table", words(extents.workspace_blocks))?,
                     sampled: gpu.buffer("sampled rows", words(rows))?,
                     qkv: gpu.shared_buffer("projected rows", words(rows * shape.qkv_width()))?,
@@ -420,6 +459,8 @@ impl Machine {
                     host_queries: gpu.host_buffer("queries", words(rows * shape.qkv_width()))?,
                     host_attention: gpu.host_buffer("attention output", words(rows * shape.q_width()))?,
                     rows: DeviceRows::default(),
+                    parts: Parts::default(),
+                    tiles: Vec::new(),
                     n_host_queries: 0,
                 })
             })
@@ -449,6 +490,8 @@ impl Machine {
                 hidden_scales: gpu.buffer("scales of expert hidden rows", words(hidden_rows))?,
             }),
         };
+        let [state_bytes, sum_bytes] = decode_attention::scratch_bytes(shape.q_heads, shape.head_width);
+        let n_parts = extents.kept_parts() as u64;
         let mut machine = Machine {
             config,
             extents,
@@ -478,6 +521,8 @@ impl Machine {
             host_heads: gpu.host_buffer("ids and logits", words(extents.head_rows * (4 + shape.vocab)))?,
             halves,
             tiles,
+            attention_states: gpu.buffer("states of parts of decode rows", n_parts * state_bytes)?,
+            attention_sums: gpu.buffer("sums of parts of decode rows", n_parts * sum_bytes)?,
             plan,
             pipelines,
         };
@@ -507,11 +552,14 @@ impl Machine {
             let tensor = weights.tensor(&reader, role)?;
             match joined_place(&dense, role, gpu.max_binding_bytes()) {
                 Some((joined, at, total)) => {
-                    if !self.dense.contains_key(&joined) {
-                        let buffer = gpu.buffer(&format!("{joined:?}"), total)?;
-                        self.dense.insert(joined, Dense { buffer, dtype });
-                    }
-                    gpu.write(&self.dense[&joined].buffer, at, &tensor);
+                    let whole = match self.dense.entry(joined) {
+                        Entry::Occupied(entry) => entry.into_mut(),
+                        Entry::Vacant(entry) => {
+                            let buffer = gpu.buffer(&format!("{joined:?}"), total)?;
+                            entry.insert(Dense { buffer, dtype })
+                        }
+                    };
+                    gpu.write(&whole.buffer, at, &tensor);
                 }
                 None => {
                     let dense = self.upload(role, dtype, &tensor)?;
@@ -610,8 +658,20 @@ impl Machine {
     /// Takes a micro-batch's rows for one pass; the first `n_host_queries` of them attend on the host.
     pub fn begin(&mut self, micro_batch: usize, rows: DeviceRows, n_host_queries: usize) {
         assert!(rows.ids.len() <= self.extents.rows_per_micro_batch, "the batcher keeps to the row limit");
+        let attended = |rows: &[Attended]| -> Vec<paged_attention::Row> {
+            let row = |a: &Attended| paged_attention::Row {
+                row: a.row as u32,
+                position: a.position as u32,
+                first_block: a.blocks_at as u32,
+            };
+            rows.iter().map(row).collect()
+        };
+        let widest_window = self.config.widest_window().unwrap_or(0) as u32;
+        let parts = Parts::new(&attended(&rows.decode), widest_window, self.extents.kept_parts());
+        let tile_tokens = prompt_attention::tile_tokens(&self.attention_shape(0));
+        let tiles = prompt_attention::tiles(&attended(&rows.prompt), tile_tokens);
         let buffers = &mut self.micro_batches[micro_batch];
-        buffers.rows = rows;
+        (buffers.rows, buffers.parts, buffers.tiles) = (rows, parts, tiles);
         buffers.n_host_queries = n_host_queries;
     }
 
@@ -647,14 +707,12 @@ impl Machine {
         let table = self.dense(Role::Embedding);
         let mut recorder = Recorder::timed(&self.pipelines);
         let r = &mut recorder;
-        let attended = |rows: &[Attended]| -> Vec<[u32; 4]> {
-            rows.iter().map(|a| [a.row as u32, a.position as u32, a.blocks_at as u32, 0]).collect()
-        };
         r.upload(&buffers.ids, 0, bytemuck::cast_slice(&rows.ids))?;
         r.upload(&buffers.positions, 0, bytemuck::cast_slice(&rows.positions))?;
         r.upload(&buffers.kv_slots, 0, bytemuck::cast_slice(&rows.kv_slots))?;
-        r.upload(&buffers.attended_decode, 0, bytemuck::cast_slice(&attended(&rows.decode)))?;
-        r.upload(&buffers.attended_prompt, 0, bytemuck::cast_slice(&attended(&rows.prompt)))?;
+        r.upload(&buffers.decode_parts, 0, bytemuck::cast_slice(&buffers.parts.parts))?;
+        r.upload(&buffers.decode_wholes, 0, bytemuck::cast_slice(&buffers.parts.wholes))?;
+        r.upload(&buffers.prompt_tiles, 0, bytemuck::cast_slice(&buffers.tiles))?;
         r.upload(&buffers.block_table, 0, bytemuck::cast_slice(&rows.block_table))?;
         r.upload(&buffers.sampled, 0, bytemuck::cast_slice(&rows.sampled))?;
         let params = embed::Params { n_rows: rows.ids.len() as u32, d_model: d_model as u32 };
@@ -953,35 +1011,38 @@ impl Machine {
         unsafe { buffers.host_attention.slice_mut(0..bytes) }
     }
 
-    /// Prompt rows, and decode rows where [`DeviceRows::decode`] named any, attend over the workspace.
-    pub fn gpu_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
+    fn attention_shape(&self, layer: usize) -> paged_attention::Shape {
         let shape = &self.config.shape;
-        let buffers = &self.micro_batches[micro_batch];
-        let mut recorder = Recorder::timed(&self.pipelines);
-        let params = |n_rows: usize| paged_attention::Params {
-            n_rows: n_rows as u32,
+        paged_attention::Shape {
             q_heads: shape.q_heads as u32,
             kv_heads: shape.kv_heads as u32,
             head_width: shape.head_width as u32,
             q_stride: shape.qkv_width() as u32,
             window: self.config.window(layer).unwrap_or(0) as u32,
             scale: attention_scale(&self.config),
-            has_sinks: self.config.forward.sinks as u32,
-        };
-        let bindings = |rows| paged_attention::Bindings {
+            has_sinks: self.config.forward.sinks,
+        }
+    }
+
+    /// Prompt rows, and decode rows where [`DeviceRows::decode`] named any, attend over the workspace.
+    pub fn gpu_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
+        let buffers = &self.micro_batches[micro_batch];
+        let mut recorder = Recorder::timed(&self.pipelines);
+        let r = &mut recorder;
+        let shape = self.attention_shape(layer);
+        let bindings = paged_attention::Bindings {
             qkv: buffers.qkv.whole(),
-            rows,
             block_table: buffers.block_table.whole(),
             kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
             out: buffers.attention.whole(),
             sinks: self.where_there(self.config.forward.sinks, Role::Sinks { layer }),
         };
-        // Nothing of an attention kernel depends on a weight type.
-        let (r, variant) = (&mut recorder, Variant::new(Dtype::F32));
-        let decode = params(buffers.rows.decode.len());
-        decode_attention::record(r, &variant, decode, bindings(buffers.attended_decode.whole()))?;
-        let prompt = params(buffers.rows.prompt.len());
-        prompt_attention::record(r, &variant, prompt, bindings(buffers.attended_prompt.whole()))?;
+        let scratch =
+            decode_attention::Scratch { states: self.attention_states.whole(), sums: self.attention_sums.whole() };
+        let lists = [buffers.decode_parts.whole(), buffers.decode_wholes.whole()];
+        decode_attention::record(r, &shape, &buffers.parts.batches, lists, scratch, bindings)?;
+        let tiles = (buffers.prompt_tiles.whole(), buffers.tiles.len());
+        prompt_attention::record(r, &shape, tiles, bindings)?;
         recorder.submit_after(after)
     }
 

@@ -17,7 +17,7 @@ params! {
 }
 
 /// Elements of a row that one workgroup takes.
-const COLUMNS_PER_WORKGROUP: u32 = 64;
+const COLUMNS_PER_WORKGROUP: u32 = 256;
 
 pub static ADD_BIAS: Kernel = Kernel {
     name: "add_bias",

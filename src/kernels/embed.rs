@@ -12,7 +12,7 @@ params! {
 }
 
 /// Elements of a row that one workgroup copies.
-const COLUMNS_PER_WORKGROUP: u32 = 64;
+const COLUMNS_PER_WORKGROUP: u32 = 256;
 
 pub static EMBED: Kernel = Kernel {
     name: "embed",

@@ -16,7 +16,7 @@ params! {
 }
 
 /// Elements of a row that one workgroup takes.
-const COLUMNS_PER_WORKGROUP: u32 = 64;
+const COLUMNS_PER_WORKGROUP: u32 = 256;
 
 pub static EXPERT_COMBINE: Kernel = Kernel {
     name: "expert_combine",

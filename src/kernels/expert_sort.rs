@@ -34,5 +34,5 @@ pub fn record(
 ) -> Result<(), GpuError> {
     let n_experts = params.n_experts;
     assert!(n_experts <= MAX_EXPERTS, "expert_sort: {n_experts} experts, at most {MAX_EXPERTS}");
-    recorder.dispatch(&EXPERT_SORT, &Variant::new(Dtype::F32), &params, &[ids, offsets, permutation], [1, 1, 1])
+    recorder.dispatch(&EXPERT_SORT, &Variant::new(Dtype::F32), &params, &[ids, offsets, permutation], [n_experts, 1, 1])
 }

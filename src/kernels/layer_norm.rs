@@ -17,6 +17,7 @@ pub static LAYER_NORM: Kernel = Kernel {
     parts: &[
         Part::Weight,
         Part::Text(include_str!("../../shaders/shared/reduce.wgsl")),
+        Part::Text(include_str!("../../shaders/shared/row_quads.wgsl")),
         Part::Text(include_str!("../../shaders/layer_norm.wgsl")),
     ],
     bindings: &[Read, Read, ReadWrite],

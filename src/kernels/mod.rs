@@ -12,6 +12,7 @@ pub mod add_bias;
 pub mod cooperative;
 pub mod copy_rows;
 pub mod decode_attention;
+pub mod decode_combine;
 pub mod embed;
 pub mod expert_combine;
 pub mod expert_down;
@@ -44,6 +45,7 @@ pub static ALL: &[&Kernel] = &[
     &add_bias::ADD_BIAS,
     &copy_rows::COPY_ROWS,
     &decode_attention::DECODE_ATTENTION,
+    &decode_combine::DECODE_COMBINE,
     &embed::EMBED,
     &expert_combine::EXPERT_COMBINE,
     &expert_down::EXPERT_DOWN,

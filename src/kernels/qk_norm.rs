@@ -20,13 +20,11 @@ params! {
     }
 }
 
+const SEGMENTS_PER_WORKGROUP: u32 = 4;
+
 pub static QK_NORM: Kernel = Kernel {
     name: "qk_norm",
-    parts: &[
-        Part::Weight,
-        Part::Text(include_str!("../../shaders/shared/reduce.wgsl")),
-        Part::Text(include_str!("../../shaders/qk_norm.wgsl")),
-    ],
+    parts: &[Part::Weight, Part::Text(include_str!("../../shaders/qk_norm.wgsl"))],
     bindings: &[Read, ReadWrite],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
@@ -41,6 +39,6 @@ pub fn record(
     gain: Slice<'_>,
     x: Slice<'_>,
 ) -> Result<(), GpuError> {
-    let workgroups = [params.n_rows, params.n_segments, 1];
+    let workgroups = [params.n_rows, params.n_segments.div_ceil(SEGMENTS_PER_WORKGROUP), 1];
     recorder.dispatch(&QK_NORM, &Variant::new(weights), &params, &[gain, x], workgroups)
 }

@@ -17,6 +17,7 @@ pub static RMS_NORM: Kernel = Kernel {
     parts: &[
         Part::Weight,
         Part::Text(include_str!("../../shaders/shared/reduce.wgsl")),
+        Part::Text(include_str!("../../shaders/shared/row_quads.wgsl")),
         Part::Text(include_str!("../../shaders/rms_norm.wgsl")),
     ],
     bindings: &[Read, Read, ReadWrite],

@@ -23,7 +23,7 @@ params! {
 pub const NO_SLOT: u32 = u32::MAX;
 
 /// Pairs of elements that one workgroup turns or rounds.
-const PAIRS_PER_WORKGROUP: u32 = 64;
+const PAIRS_PER_WORKGROUP: u32 = 256;
 
 pub static ROTARY: Kernel = Kernel {
     name: "rotary",

@@ -23,7 +23,10 @@ pub const MAX_CHOSEN: u32 = 16;
 
 pub static ROUTER_TOPK: Kernel = Kernel {
     name: "router_topk",
-    parts: &[Part::Text(include_str!("../../shaders/router_topk.wgsl"))],
+    parts: &[
+        Part::Text(include_str!("../../shaders/shared/reduce.wgsl")),
+        Part::Text(include_str!("../../shaders/router_topk.wgsl")),
+    ],
     bindings: &[Read, ReadWrite, ReadWrite],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,

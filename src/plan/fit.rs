@@ -158,6 +158,7 @@ pub fn extents(policy: &Policy) -> Extents {
         head_rows: policy.head_rows,
         rows: policy.rows,
         precision: policy.precision,
+        gpu_decode: policy.attention == AttentionPlace::Gpu,
         kv_dtype: policy.kv_dtype,
     }
 }
@@ -462,6 +463,7 @@ fn fit_with_pool(
         head_rows,
     };
     let extents = extents(&policy);
+    let [attention_lists, attention_scratch] = extents.attention_bytes(shape);
     let group_rows = extents.group_rows();
     let assignments = group_rows * shape.experts_per_token;
     let per_group = 2 * words(group_rows * shape.d_model) // residual, normed
@@ -469,13 +471,14 @@ fn fit_with_pool(
         + words(shape.experts + 1)
         + words(assignments * shape.d_model); // expert outputs
     let per_micro_batch = words(rows_per_micro_batch) * 4 // ids, positions, KV slots, sampled rows
-        + 2 * words(4 * rows_per_micro_batch) // attended rows, decode and prompt
+        + attention_lists
         + words(workspace_blocks)
         + words(rows_per_micro_batch * (shape.qkv_width() + shape.kv_width() + shape.q_width()))
         + (rows_per_micro_batch * quantised_row_bytes(&layout)) as u64;
     let shared = words(rows_per_micro_batch * shape.experts)
         + words(assignments * shape.expert_width)
         + words(4 * shape.experts)
+        + attention_scratch
         + HalfExtents::of(shape, precision).bytes(&extents);
     let kv_workspace = (workspaces * workspace_blocks) as u64 * layer_block_bytes;
     let mut memory = MemoryUse {

@@ -4,6 +4,7 @@ pub mod add_bias;
 pub mod attention;
 pub mod copy_rows;
 pub mod decode_attention;
+pub mod decode_combine;
 pub mod embed;
 pub mod expert_combine;
 pub mod expert_down;

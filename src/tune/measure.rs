@@ -105,7 +105,7 @@ fn floats(gpu: &Gpu, slices: &[Slice<'_>], dtype: Dtype) -> Result<Vec<Vec<f32>>
 }
 
 /// Indices spread over `0..n` without a pattern that tiles could have.
-fn spread(i: usize, n: usize) -> usize {
+pub(super) fn spread(i: usize, n: usize) -> usize {
     if i == 0 { n - 1 } else { i.wrapping_mul(0x9e37_79b9).wrapping_add(0x7f4a_7c15) % 0x7fff_ffff % n }
 }
 

@@ -62,7 +62,7 @@ const fn fault(
 }
 
 const FAULTS: &[Fault] = &[
-    fault("dbrx", "layer_norm", "the mean left in", "(x[base + j] - mean) * scale", "x[base + j] * scale"),
+    fault("dbrx", "layer_norm", "the mean left in", "(quad - mean) * scale * gain", "quad * scale * gain"),
     fault("dbrx", "rotary", "no clip", "params.clip == 0.0", "params.clip >= 0.0"),
     fault(
         "dbrx",
@@ -74,10 +74,10 @@ const FAULTS: &[Fault] = &[
     fault("qwen3_moe", "qk_norm", "heads unscaled", "* scale *", "*"),
     fault("olmoe", "router_topk", "weights renormalised", "params.renormalise != 0u", "params.renormalise == 0u"),
     fault("gpt_oss", "add_bias", "no biases", "+= bias[column]", "+= 0.0 * bias[column]"),
-    fault("gpt_oss", "prompt_attention", "no sinks", "total = vec4(1.0);", "total = vec4(0.0);"),
+    fault("gpt_oss", "prompt_attention", "no sinks", "params.has_sinks != 0u", "params.has_sinks == 2u"),
     Fault {
         attention: Gpu,
-        ..fault("gpt_oss", "decode_attention", "no sinks", "total = vec4(1.0);", "total = vec4(0.0);")
+        ..fault("gpt_oss", "decode_combine", "no sinks", "params.has_sinks != 0u", "params.has_sinks == 2u")
     },
     fault("gpt_oss", "expert_gate_up", "no biases", "params.biased != 0u", "params.biased == 2u"),
     fault("gpt_oss", "expert_gate_up", "no limit", "params.limit == 0.0", "params.limit >= 0.0"),

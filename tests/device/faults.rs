@@ -46,17 +46,18 @@ const FAULTS: &[Fault] = &[
     Fault {
         kernel: "prompt_attention",
         what: "heads off by one",
-        from: "block_table[row.z + block] * params.kv_heads + kv_head)",
-        to: "block_table[row.z + block] * params.kv_heads + (kv_head + 1u) % params.kv_heads)",
+        from: "block_table[tile.z + block] * params.kv_heads + kv_head)",
+        to: "block_table[tile.z + block] * params.kv_heads + (kv_head + 1u) % params.kv_heads)",
         attention: Cpu,
     },
     Fault {
         kernel: "decode_attention",
         what: "values off by one row",
-        from: "values + token * words + word",
-        to: "values + (max(token, 1u) - 1u) * words + word",
+        from: "1u, token, begin, end, octet)",
+        to: "1u, max(token, 1u) - 1u, begin, end, octet)",
         attention: Gpu,
     },
+    Fault { kernel: "decode_combine", what: "sums undivided", from: "sum / total", to: "sum", attention: Gpu },
     Fault {
         kernel: "router_topk",
         what: "experts off by one",
@@ -67,8 +68,8 @@ const FAULTS: &[Fault] = &[
     Fault {
         kernel: "expert_sort",
         what: "rows off by one",
-        from: "permutation[next[id] + before] = a;",
-        to: "permutation[next[id] + before] = (a + 2u) % params.n_assignments;",
+        from: "permutation[next] = a;",
+        to: "permutation[next] = (a + 2u) % params.n_assignments;",
         attention: Cpu,
     },
     Fault {

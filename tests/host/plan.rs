@@ -80,12 +80,16 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
         ]);
     }
     let rows = policy.rows_per_micro_batch;
+    // A part has up to 256 tokens of a decode row's context; a row more than its blocks fill has two at most.
+    let gpu_decode = policy.attention == AttentionPlace::Gpu;
+    let listed_parts = if gpu_decode { 2 * rows + policy.workspace_blocks * BLOCK_TOKENS / 256 } else { 0 };
     for _ in 0..policy.micro_batches {
         buffers.extend([
             ("token ids", words(rows)),
             ("positions", words(rows)),
             ("kv slots", words(rows)),
-            ("attended decode rows", words(4 * rows)),
+            ("attended decode rows", if gpu_decode { words(4 * rows) } else { 0 }),
+            ("parts of decode rows", words(4 * listed_parts)),
             ("attended prompt rows", words(4 * rows)),
             ("block table", words(policy.workspace_blocks)),
             ("sampled rows", words(rows)),
@@ -112,6 +116,13 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
         ("normed sampled rows", words(policy.head_rows * shape.d_model)),
         ("logits", words(policy.head_rows * shape.vocab)),
         ("greedy ids", words(4 * policy.head_rows)),
+    ]);
+    // Of each part, a greatest score and a sum of weights for every head, and weighted values.
+    let longest = policy.max_model_len.div_ceil(256);
+    let kept_parts = if gpu_decode { longest.max(listed_parts.min(1024)) } else { 0 };
+    buffers.extend([
+        ("states of parts of decode rows", words(kept_parts * 2 * shape.q_heads)),
+        ("sums of parts of decode rows", words(kept_parts * shape.q_width())),
     ]);
     if policy.precision == Precision::F16 {
         // A row of f16 is padded to 256, and has a scale.

@@ -1,8 +1,8 @@
-//! `fulmen bench kernels`: matrix products against what the adapter can do at most.
+//! `fulmen bench kernels`: matrix products and attention against what the adapter can do at most.
 //!
 //! First the ceilings, measured in this run: streaming reads, a copy, multiply-adds in registers. Then every product of a Mixtral-shaped
-//! layer at several numbers of rows: sampled elements are checked against plain sums, then it is timed by the device's clock. Last a
-//! layer's time kernel by kernel. Where the adapter has cooperative matrices their tiles are tried once ([`tune`]) and the choice is kept;
+//! layer at several numbers of rows: sampled elements are checked against plain sums, then it is timed by the device's clock. Then a
+//! layer's time kernel by kernel, and attention. Where the adapter has cooperative matrices their tiles are tried once ([`tune`]) and the choice is kept;
 //! `--retune` tries again.
 //!
 //! [`tune`]: crate::tune
@@ -14,6 +14,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::super::{OK, print_line};
+use super::attention_cases;
 use crate::checkpoint::{Dtype, synthetic};
 use crate::gpu::{DeviceChoice, Gpu, Pipelines};
 use crate::kernels::cooperative::Tile;
@@ -121,14 +122,16 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     }
     let layer_rows = 256;
     let shares = layer::shares(&pipelines, shape, layer_rows, &loads, tiles)?;
+    let attention = attention_cases::readings(&pipelines, shape, sizes.workgroups < 100)?;
     if arguments.json {
         let object = json!({
             "adapter": adapter, "driver": driver, "sizes": sizes.note, "ceilings": ceilings,
-            "tuning": kept, "readings": readings, "layer_rows": layer_rows, "layer": shares,
+            "tuning": kept, "readings": readings, "layer_rows": layer_rows, "layer": shares, "attention": attention,
         });
         print_line(object)?;
     } else {
         print_layer(&shares, layer_rows)?;
+        attention_cases::print(&ceilings, &attention)?;
     }
     Ok(OK)
 }

@@ -1,5 +1,6 @@
 //! `fulmen bench`: how fast this machine is, held against what it could do.
 
+mod attention_cases;
 mod kernels;
 mod pipeline;
 mod predict;
@@ -18,7 +19,7 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Matrix products against what the adapter can do at most, and a layer's time kernel by kernel.
+    /// Matrix products and attention against what the adapter can do at most, and a layer's time kernel by kernel.
     Kernels(kernels::Arguments),
     /// Decode in steady state under one schedule after the other: same model, same pages, same sequences.
     Pipeline(pipeline::Arguments),

@@ -6,6 +6,7 @@ mod attention;
 mod cooperative;
 mod copy_rows;
 mod decode_attention;
+mod decode_combine;
 mod embed;
 mod expert_combine;
 mod expert_down;
@@ -32,6 +33,7 @@ pub fn trials() -> Vec<Trial> {
     trials.extend(cooperative::trials());
     trials.extend(copy_rows::trials());
     trials.extend(decode_attention::trials());
+    trials.extend(decode_combine::trials());
     trials.extend(embed::trials());
     trials.extend(expert_combine::trials());
     trials.extend(expert_down::trials());
