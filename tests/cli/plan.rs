@@ -107,7 +107,7 @@ fn own_mode_as_a_table() -> Result<(), Failed> {
         " GiB  experts that stream",
         "link-bound: ",
         "1 GiB more of host memory: +",
-        "1 GB/s more over the link: +8.1 %",
+        "1 GB/s more over the link: +",
         "flags     --schedule grouped --max-num-seqs ",
         "assumed of them: 50 % of the GPU's FLOP/s",
         "behind    0.",

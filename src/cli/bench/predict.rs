@@ -211,7 +211,10 @@ impl Bench<'_> {
     fn decoding(&self, n: usize, splits: (usize, usize), attention: AttentionPlace) -> Wishes {
         let shape = &self.config.shape;
         let layout = KvLayout::new(shape, KvDtype::F16);
-        let blocks = n * KvLayout::blocks_for(self.longest());
+        let Arguments { prompt_len, gen_len, passes, warm_up, .. } = self.arguments;
+        // What these very sequences fill.
+        let end = |number: usize| prompt_len + number * 7919 % n * gen_len / n + passes + warm_up + 2;
+        let blocks: usize = (0..n).map(|number| KvLayout::blocks_for(end(number))).sum();
         Wishes {
             max_sequences: Some(n),
             micro_batches: Some(splits.0),
