@@ -23,7 +23,8 @@ const TOLERANCE: f32 = 2e-6;
 fn main() {
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<usize>().ok());
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let passes = number("FULMEN_PASSES").unwrap_or(5);
+    let passes = number("FULMEN_PASSES").unwrap_or(3);
+    let mut n_threads = number("FULMEN_THREADS");
     let mut tokens_per_s = Vec::new();
     for dtype in KvDtype::ALL {
         let all = pool(cores);
@@ -36,7 +37,8 @@ fn main() {
         let by_threads: Vec<String> = rates.iter().map(|(n, rate)| format!("{n}: {:.1}", rate / 1e9)).collect();
         println!("plain read, GB/s by threads: {}", by_threads.join(", "));
         let best = rates.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("at least one thread").0;
-        let n_threads = number("FULMEN_THREADS").unwrap_or(best);
+        // The same for both dtypes, which are compared.
+        let n_threads = *n_threads.get_or_insert(best);
 
         // Little work on many threads: what a call costs whatever its rows.
         let small =

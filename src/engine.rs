@@ -277,7 +277,7 @@ impl EngineBuilder {
     ) -> Result<(Plan, Option<Arc<Found>>), EngineError> {
         let bytes = ModelBytes::of(weights.inventory());
         if let Some(policy) = &self.policy {
-            let wishes = self.wishes.or(Wishes::of(policy, weights.config()));
+            let wishes = self.wishes.or_of(policy, weights.config());
             return Ok((fit(weights.config(), &bytes, limits, &wishes)?, None));
         }
         if let (Some(profile), Some(workload)) = (profile, self.workload) {
@@ -898,7 +898,8 @@ impl Engine {
         let seconds = begun.elapsed().as_secs_f64();
 
         summary.passes += 1;
-        if let Some(rows) = pass_rows.filter(|_| summary.passes <= ALL_COMPARED || summary.passes % SOME_COMPARED == 0)
+        if let Some(rows) =
+            pass_rows.filter(|_| summary.passes <= ALL_COMPARED || summary.passes.is_multiple_of(SOME_COMPARED))
         {
             self.compare(&rows, &schedule, Side { seconds, timeline: &timeline }, summary);
         }

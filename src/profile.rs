@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Inventory;
-use crate::policy::{Precision, SourceKind};
+use crate::policy::{KvDtype, Precision, SourceKind};
 
 /// Format of the file. A profile of another version is measured again.
 pub const VERSION: u32 = 1;
@@ -318,8 +318,10 @@ pub struct Gpu {
 /// Attention on the CPU.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Cpu {
-    /// Bytes of keys and values per second over tokens of context, for several numbers of threads (ascending).
+    /// Bytes of keys and values per second over tokens of context, for several numbers of threads (ascending); those kept in f16, and
+    /// those in 8 bits.
     pub attention: Vec<ThreadCurve>,
+    pub attention_int8: Vec<ThreadCurve>,
     /// A task over hardly anything: waking the threads and coming back.
     pub task_seconds: f64,
     /// Seconds in which a layer's new keys and values are stored, over rows.
@@ -337,14 +339,18 @@ pub struct ThreadCurve {
 
 impl Cpu {
     /// Bytes per second that `threads` attend at over contexts of `tokens`. Flat at both ends: a rate does not grow for ever.
-    pub fn attention_rate(&self, threads: usize, tokens: f64) -> f64 {
+    pub fn attention_rate(&self, kv: KvDtype, threads: usize, tokens: f64) -> f64 {
+        let measured = match kv {
+            KvDtype::F16 => &self.attention,
+            KvDtype::Int8 => &self.attention_int8,
+        };
         let rate = |curve: &Curve| {
             let points = curve.points();
             let (first, last) = (points[0].0, points[points.len() - 1].0);
             curve.at(tokens.clamp(first, last))
         };
-        let above = self.attention.partition_point(|of| of.threads < threads);
-        match (above.checked_sub(1).map(|below| &self.attention[below]), self.attention.get(above)) {
+        let above = measured.partition_point(|of| of.threads < threads);
+        match (above.checked_sub(1).map(|below| &measured[below]), measured.get(above)) {
             (None, Some(high)) => rate(&high.bytes_per_s) * threads as f64 / high.threads as f64,
             (Some(low), Some(high)) => {
                 let share = (threads - low.threads) as f64 / (high.threads - low.threads) as f64;
@@ -463,9 +469,12 @@ impl Profile {
 
     /// The same machine with so many bytes per second more in attention on the CPU, at its best number of threads.
     pub fn with_faster_attention(&self, more: f64) -> Profile {
-        let rate = self.cpu.attention_rate(self.cpu.best_threads(), 1024.0);
+        let rate = self.cpu.attention_rate(KvDtype::F16, self.cpu.best_threads(), 1024.0);
         let mut profile = self.clone();
-        profile.cpu.attention.iter_mut().for_each(|of| of.bytes_per_s = of.bytes_per_s.scaled((rate + more) / rate));
+        let cpu = &mut profile.cpu;
+        for of in cpu.attention.iter_mut().chain(&mut cpu.attention_int8) {
+            of.bytes_per_s = of.bytes_per_s.scaled((rate + more) / rate);
+        }
         profile
     }
 

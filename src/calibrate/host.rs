@@ -12,7 +12,7 @@ use crate::execute::machine::attention_scale;
 use crate::memory::kv_cache::{BlockTable, KvCache, KvError, KvLayout, RowPlace};
 use crate::model::{AttentionShape, ModelConfig};
 use crate::policy::{KvDtype, RowPath, ScheduleKind, SpreadLayers};
-use crate::profile::{Cpu, Curve, Host, ThreadCurve};
+use crate::profile::{Curve, Host, ThreadCurve};
 use crate::schedule::{ChunkShape, MicroBatchShape, PassShape, build, check};
 
 /// Contexts that attention is measured with.
@@ -25,8 +25,8 @@ pub struct Attention {
     isa: crate::cpu::isa::Isa,
 }
 
-fn layout(config: &ModelConfig) -> KvLayout {
-    KvLayout { layers: 1, ..KvLayout::new(&config.shape, KvDtype::F16) }
+fn layout(config: &ModelConfig, kv: KvDtype) -> KvLayout {
+    KvLayout { layers: 1, ..KvLayout::new(&config.shape, kv) }
 }
 
 /// Numbers of threads: powers of two, three quarters, all.
@@ -40,9 +40,10 @@ fn thread_grid(all: usize) -> Vec<usize> {
 }
 
 impl Attention {
-    pub fn open(request: &Request<'_>) -> Result<Attention, CalibrateError> {
+    /// Keys and values kept so.
+    pub fn open(request: &Request<'_>, kv: KvDtype) -> Result<Attention, CalibrateError> {
         let config = request.config;
-        let layout = layout(config);
+        let layout = layout(config, kv);
         let most: u64 = if request.software() { 32 << 20 } else { 2 << 30 };
         let blocks = (most.min(request.host_bytes / 8) as usize / layout.bytes_per_block()).max(CONTEXTS[2] / 32 + 1);
         let shape = AttentionShape {
@@ -91,11 +92,11 @@ impl Attention {
         }
     }
 
-    pub fn measure(&mut self, request: &Request<'_>, all: usize) -> Result<Cpu, CalibrateError> {
+    /// Rates over context by threads, up to `all` of them; and a task over hardly anything.
+    pub fn rates(&mut self, request: &Request<'_>, all: usize) -> Result<(Vec<ThreadCurve>, f64), CalibrateError> {
         let token_bytes = self.cache.layout().bytes_per_token() as f64;
         let everyone = pool(all)?;
-        let pools =
-            thread_grid(all).into_iter().map(|n| Ok((n, pool(n)?))).collect::<Result<Vec<_>, CalibrateError>>()?;
+        let pools = pools(all)?;
         let mut attention: Vec<(usize, Vec<(f64, f64)>)> = pools.iter().map(|(n, _)| (*n, Vec::new())).collect();
         let mut task_seconds = 0.0;
         for context in CONTEXTS {
@@ -111,19 +112,17 @@ impl Attention {
             }
             self.release(tables);
         }
-        let attention = attention
-            .into_iter()
-            .map(|(threads, points)| {
-                let bytes_per_s = Curve::try_from(points)
-                    .map_err(|cause| CalibrateError::Curve { what: "attention on the CPU", cause })?;
-                Ok(ThreadCurve { threads, bytes_per_s })
-            })
-            .collect::<Result<Vec<_>, CalibrateError>>()?;
-        Ok(Cpu { attention, task_seconds, store: self.store(request, &everyone)?, dram_read: reads(request, &pools)? })
+        let curves = attention.into_iter().map(|(threads, points)| {
+            let bytes_per_s = Curve::try_from(points)
+                .map_err(|cause| CalibrateError::Curve { what: "attention on the CPU", cause })?;
+            Ok(ThreadCurve { threads, bytes_per_s })
+        });
+        Ok((curves.collect::<Result<_, CalibrateError>>()?, task_seconds))
     }
 
     /// Seconds in which new keys and values are stored, over rows of as many sequences.
-    fn store(&mut self, request: &Request<'_>, threads: &rayon::ThreadPool) -> Result<Curve, CalibrateError> {
+    pub fn store(&mut self, request: &Request<'_>, all: usize) -> Result<Curve, CalibrateError> {
+        let threads = &pool(all)?;
         let tables = self.sequences(64, threads)?;
         let layout = self.cache.layout();
         let row = layout.new_row(&vec![f16::from_f32(0.5); layout.row_elements()]);
@@ -166,12 +165,18 @@ impl Attention {
     }
 }
 
+/// A pool for each number of threads that is tried.
+fn pools(all: usize) -> Result<Vec<(usize, rayon::ThreadPool)>, CalibrateError> {
+    thread_grid(all).into_iter().map(|n| Ok((n, pool(n)?))).collect()
+}
+
 /// Bytes that plain loads read per second, over threads.
-fn reads(request: &Request<'_>, pools: &[(usize, rayon::ThreadPool)]) -> Result<Curve, CalibrateError> {
+pub fn reads(request: &Request<'_>, all: usize) -> Result<Curve, CalibrateError> {
+    let pools = pools(all)?;
     let most: u64 = if request.software() { 64 << 20 } else { 2 << 30 };
     let words = vec![1u64; (most.min(request.host_bytes / 8) / 8) as usize];
     let mut points = Vec::new();
-    for (threads, pool) in pools {
+    for (threads, pool) in &pools {
         let part = &words[..(words.len() * threads).div_ceil(pools.last().map_or(1, |last| last.0))];
         let portion = part.len().div_ceil(8 * threads).max(1);
         let read = steady(request.point(), |n| {

@@ -28,8 +28,8 @@ use crate::memory::kv_cache::KvError;
 use crate::memory::page_source::PageError;
 use crate::model::ModelConfig;
 use crate::plan::PlanError;
-use crate::policy::Precision;
-use crate::profile::{Contention, CurveError, MachineKey, Memory, ModelKey, Profile, VERSION};
+use crate::policy::{KvDtype, Precision};
+use crate::profile::{Contention, Cpu, CurveError, MachineKey, Memory, ModelKey, Profile, VERSION};
 
 /// Why a machine could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -147,8 +147,13 @@ pub fn calibrate(request: &Request<'_>, progress: &mut dyn FnMut(&str)) -> Resul
     let (gpu_times, beside) = stages.measure(request, &mut copies, progress)?;
     drop(stages);
     progress("attention on the CPU");
-    let mut attention = host::Attention::open(request)?;
-    let cpu = attention.measure(request, machine.threads)?;
+    let all = machine.threads;
+    let mut attention = host::Attention::open(request, KvDtype::F16)?;
+    let (in_f16, task_seconds) = attention.rates(request, all)?;
+    let store = attention.store(request, all)?;
+    let attention_int8 = host::Attention::open(request, KvDtype::Int8)?.rates(request, all)?.0;
+    let dram_read = host::reads(request, all)?;
+    let cpu = Cpu { attention: in_f16, attention_int8, task_seconds, store, dram_read };
     progress("the CPU's reads beside copies");
     let (attention_beside_pages, pages_beside_attention) = attention.beside(request, cpu.best_threads(), &copies)?;
     let contention = Contention { attention_beside_pages, pages_beside_attention, ..beside };

@@ -11,7 +11,7 @@ use super::open::{MachineArguments, model_config};
 use super::print_line;
 use crate::calibrate::{Request, calibrate};
 use crate::engine::default_precision;
-use crate::policy::Precision;
+use crate::policy::{KvDtype, Precision};
 use crate::profile::Profile;
 use crate::units::human_bytes;
 
@@ -86,7 +86,7 @@ fn summary(profile: &Profile) -> String {
     format!(
         "link    {} GB/s to the device, {:.1} to the host; small copies {:.0} us\n\
          gpu     {:.0} GB/s in copies; experts over {rows:.0} rows {:.2} ms ({:.2} TFLOP/s); a submission {:.0} us, its wait {:.0} us\n\
-         cpu     attention {:.1} GB/s with {threads} threads, plain reads {:.1} GB/s; a task {:.0} us\n\
+         cpu     attention {:.1} GB/s with {threads} threads ({:.1} where keys and values are int8), plain reads {:.1} GB/s; a task {:.0} us\n\
          beside  pages slow down by {:.2} beside attention, {:.2} beside kernels; attention by {:.2}, kernels by {:.2} and rows by {:.2} beside pages\n\
          host    a schedule of {:.0} tasks {:.2} ms, a hand-over {:.0} us; {} of host memory and {} of device memory free",
         sources.join(", "),
@@ -97,7 +97,8 @@ fn summary(profile: &Profile) -> String {
         flops / seconds / 1e12,
         gpu.submit_seconds * 1e6,
         gpu.wait_seconds * 1e6,
-        cpu.attention_rate(threads, 1024.0) / 1e9,
+        cpu.attention_rate(KvDtype::F16, threads, 1024.0) / 1e9,
+        cpu.attention_rate(KvDtype::Int8, threads, 1024.0) / 1e9,
         read / 1e9,
         cpu.task_seconds * 1e6,
         contention.pages_beside_attention,

@@ -17,6 +17,7 @@
 //! allocated on the device after [`Machine::open`].
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -551,11 +552,14 @@ impl Machine {
             let tensor = weights.tensor(&reader, role)?;
             match joined_place(&dense, role, gpu.max_binding_bytes()) {
                 Some((joined, at, total)) => {
-                    if !self.dense.contains_key(&joined) {
-                        let buffer = gpu.buffer(&format!("{joined:?}"), total)?;
-                        self.dense.insert(joined, Dense { buffer, dtype });
-                    }
-                    gpu.write(&self.dense[&joined].buffer, at, &tensor);
+                    let whole = match self.dense.entry(joined) {
+                        Entry::Occupied(entry) => entry.into_mut(),
+                        Entry::Vacant(entry) => {
+                            let buffer = gpu.buffer(&format!("{joined:?}"), total)?;
+                            entry.insert(Dense { buffer, dtype })
+                        }
+                    };
+                    gpu.write(&whole.buffer, at, &tensor);
                 }
                 None => {
                     let dense = self.upload(role, dtype, &tensor)?;

@@ -335,7 +335,7 @@ impl<'a> Predictor<'a> {
             return 0.0;
         }
         let context = of.context / of.decode as f64;
-        bytes / self.profile.cpu.attention_rate(self.policy.threads, context)
+        bytes / self.profile.cpu.attention_rate(self.policy.kv_dtype, self.policy.threads, context)
     }
 
     /// The same over all layers, which differ by their window alone.

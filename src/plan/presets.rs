@@ -186,6 +186,8 @@ pub struct Assumed {
     pub device_memory: f64,
     /// Of the host memory's rate, in attention.
     pub host_memory: f64,
+    /// Of that, over keys and values of 8 bits.
+    pub int8_attention: f64,
     /// Bytes per second from disk, where weights do not fit the host's memory.
     pub disk_bytes_per_s: f64,
     /// Between two submissions; from handing over a task until the host knows that it has run; a small copy; a task of the CPU's threads.
@@ -201,6 +203,7 @@ pub const ASSUMED: Assumed = Assumed {
     device_flops: 0.5,
     device_memory: 0.8,
     host_memory: 0.7,
+    int8_attention: 0.75,
     disk_bytes_per_s: 2.0 * GB,
     submit_seconds: 35e-6,
     wait_seconds: 35e-6,
@@ -296,6 +299,10 @@ impl HardwarePreset {
             },
             cpu: profile::Cpu {
                 attention: vec![ThreadCurve { threads: 1, bytes_per_s: Curve::flat(attend) }],
+                attention_int8: vec![ThreadCurve {
+                    threads: 1,
+                    bytes_per_s: Curve::flat(ASSUMED.int8_attention * attend),
+                }],
                 task_seconds: ASSUMED.cpu_task_seconds,
                 store: Curve::linear(0.0, attend / (4.0 * kv)),
                 dram_read: Curve::flat(self.host.bytes_per_s),

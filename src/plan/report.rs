@@ -54,7 +54,7 @@ pub fn hierarchy(profile: &Profile) -> Hierarchy {
     let best = |points: &[(f64, f64)], of: &dyn Fn(f64) -> f64| {
         points.iter().map(|(x, seconds)| of(*x) / seconds.max(1e-12)).fold(1.0, f64::max)
     };
-    let attention = profile.cpu.attention_rate(profile.cpu.best_threads(), 1024.0);
+    let attention = profile.cpu.attention_rate(KvDtype::F16, profile.cpu.best_threads(), 1024.0);
     let pages = profile.link.to_device.first();
     let intensity = model.q_heads as f64 / model.kv_heads as f64;
     Hierarchy {

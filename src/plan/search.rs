@@ -167,8 +167,24 @@ impl Wishes {
 }
 
 impl Wishes {
+    /// These, and where they say nothing those of a policy; but what follows from other sequences, rows or micro-batches than the
+    /// policy's is chosen anew.
+    pub fn or_of(self, policy: &Policy, config: &ModelConfig) -> Wishes {
+        let mut of = Wishes::of(policy, config);
+        if self.max_sequences.or(self.micro_batches).or(self.pass_rows).is_some() {
+            of.prompt_chunk = None;
+            of.expert_groups = of.expert_groups.filter(|_| self.micro_batches.is_none());
+            of.micro_batches = of.micro_batches.map(|n| n.min(self.max_sequences.unwrap_or(n)));
+            of.max_sequences =
+                of.max_sequences.map(|n| n.min(self.pass_rows.unwrap_or(n)).max(self.micro_batches.unwrap_or(1)));
+            let least = self.max_sequences.or(of.max_sequences).unwrap_or(1);
+            of.pass_rows = of.pass_rows.map(|rows| rows.max(least));
+        }
+        self.or(of)
+    }
+
     /// These, and where they say nothing the others.
-    pub fn or(self, other: Wishes) -> Wishes {
+    fn or(self, other: Wishes) -> Wishes {
         Wishes {
             schedule: self.schedule.or(other.schedule),
             max_sequences: self.max_sequences.or(other.max_sequences),

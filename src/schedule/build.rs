@@ -388,11 +388,11 @@ fn grouped(shape: &PassShape) -> Schedule {
         for (group, members) in shape.groups.iter().enumerate() {
             members.clone().for_each(|micro_batch| b.post_attention(layer, micro_batch));
             if layer_fits {
-                for chunk in 0..shape.chunks.len() {
-                    b.experts(layer, group, chunk);
-                    b.send_until(usize::MAX);
-                }
+                (0..shape.chunks.len()).for_each(|chunk| b.experts(layer, group, chunk));
+                // In front of the pages for the slots that are free now: behind them, the context of a prompt that goes on would
+                // wait for a whole layer of pages, and the GPU with it.
                 begin_next(&mut b, layer, group);
+                b.send_until(usize::MAX);
             }
         }
         if !layer_fits {

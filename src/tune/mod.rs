@@ -65,6 +65,11 @@ impl Tiles {
         self.tiles[operation as usize][class(rows)]
     }
 
+    /// By class.
+    pub fn all(&self, operation: Operation) -> [Tile; ROW_CLASSES.len() + 1] {
+        self.tiles[operation as usize]
+    }
+
     pub fn set(&mut self, operation: Operation, rows: u32, tile: Tile) {
         self.tiles[operation as usize][class(rows)] = tile;
     }
@@ -73,6 +78,14 @@ impl Tiles {
     pub fn forced(gate_up: Tile, other: Tile) -> Self {
         let of = |operation| if operation == Operation::GateUp { gate_up } else { other };
         Self { tiles: Operation::ALL.map(|operation| [of(operation); ROW_CLASSES.len() + 1]) }
+    }
+
+    /// Kernels can run them all.
+    fn are_possible(&self) -> bool {
+        Operation::ALL.iter().all(|operation| {
+            let matrices = if *operation == Operation::GateUp { 2 } else { 1 };
+            self.tiles[*operation as usize].iter().all(|tile| tile.is_possible(matrices))
+        })
     }
 
     /// Of a dense matrix with `n_out` outputs.
@@ -181,7 +194,7 @@ impl Kept {
         Ok(folder.join("tiles").join(format!("{word}.json")))
     }
 
-    /// None where nothing was kept for this adapter, driver and version.
+    /// None where nothing (or nothing that could run) was kept for this adapter, driver and version.
     pub fn read(summary: &AdapterSummary) -> Result<Option<Self>, KeptError> {
         let Ok(path) = Self::path(summary) else { return Ok(None) };
         let text = match std::fs::read_to_string(&path) {
@@ -192,7 +205,7 @@ impl Kept {
         let kept: Kept = serde_json::from_str(&text).map_err(|cause| KeptError::Json { path, cause })?;
         let same = (kept.adapter.as_str(), kept.driver.as_str(), kept.version.as_str())
             == (summary.name.as_str(), summary.driver.as_str(), env!("CARGO_PKG_VERSION"));
-        Ok(same.then_some(kept))
+        Ok((same && kept.tiles.are_possible()).then_some(kept))
     }
 
     /// Returns where.

@@ -12,7 +12,7 @@ use fulmen::gpu::Gpu;
 use fulmen::model::presets::mixtral_tiny;
 use fulmen::plan::Wishes;
 use fulmen::plan::workload::Workload;
-use fulmen::policy::{AttentionPlace, Precision};
+use fulmen::policy::{AttentionPlace, KvDtype, Precision};
 use fulmen::profile::Profile;
 use fulmen::request::{Request, SamplingParams};
 use libtest_mimic::{Failed, Trial};
@@ -64,7 +64,7 @@ fn a_machine_is_measured() -> Result<(), Failed> {
         // Far more of anything takes longer.
         assert!(curve.at(last.0 * 100.0) > 10.0 * first.1, "{what}: {points:?}");
     }
-    assert!(back.cpu.attention_rate(1, 512.0) > 1e6 && back.cpu.best_threads() >= 1);
+    assert!(back.cpu.attention_rate(KvDtype::Int8, 1, 512.0) > 1e6 && back.cpu.best_threads() >= 1);
     let factors = &back.contention;
     for factor in [factors.pages_beside_attention, factors.attention_beside_pages, factors.kernels_beside_pages] {
         assert!(factor >= 1.0 && factor.is_finite(), "{factors:?}");

@@ -107,7 +107,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     }
     let config = model_config(None, Some(&arguments.synthetic), arguments.layers)?;
     let builder = arguments.engine.apply(Engine::synthetic(config.clone()))?;
-    let prepared = builder.clone().prepare()?;
+    // The least there can be: only what the machine is and may give is asked for.
+    let least = Wishes { max_sequences: Some(1), pass_rows: Some(1), micro_batches: Some(1), ..Wishes::default() };
+    let prepared = builder.clone().wishes(least).prepare()?;
     let Some(profile) = prepared.profile().cloned() else {
         bail!(
             "nothing was measured on this machine for this model: run `fulmen calibrate --synthetic {}`",
@@ -136,6 +138,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     for case in cases {
         match fit(&config, &bytes, &limits, &case.wishes) {
             Ok(plan) if !bench.attends(&plan) => say!("{}: its contexts do not fit a workspace on the GPU", case.label),
+            Ok(plan) if plan.memory.host_weights == 0 && plan.streamed_bytes_per_pass > 0 => {
+                say!("{}: beside its keys and values the host has no memory for experts", case.label);
+            }
             Ok(plan) => planned.push((case, plan)),
             Err(error) => say!("{}: {error}", case.label),
         }

@@ -323,9 +323,12 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let passes = arguments.warm_up + arguments.passes;
     let longest = workloads.iter().map(Workload::longest).max().expect("one workload") + passes + 2;
     let total_host = host_memory::total_bytes().context("this system does not say how much memory it has")?;
+    // The pool leaves 5 % of the host's memory alone; what rivals need beside the same pool comes out of those.
+    let mut left_alone = 0;
     if arguments.engine.host_memory().is_none() {
-        let free = host_memory::available_bytes().unwrap_or(total_host);
-        builder = builder.host_memory(Some((total_host / 100 * 95).min(free / 100 * 98)));
+        let free = host_memory::available_bytes().unwrap_or(total_host) / 100 * 98;
+        left_alone = free.saturating_sub(total_host / 100 * 95);
+        builder = builder.host_memory(Some(free));
     }
     wishes.max_model_len = wishes.max_model_len.or(Some(longest.min(config.max_positions)));
 
@@ -353,7 +356,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let mut blocks =
         prepared.plan_for(&everything).map(|plan| plan.policy.kv_blocks).unwrap_or(prepared.plan().policy.kv_blocks);
     for _ in 0..3 {
-        prepared.replan(widest(blocks))?;
+        let plan = prepared.plan_for(&widest(blocks))?;
+        let kept = if wishes.kv_bytes.is_some() { 0 } else { left_alone };
+        let pool = plan.memory.kv_pool.saturating_sub(kept).max(plan.memory.kv_pool / plan.policy.kv_blocks as u64);
+        prepared.replan(Wishes { kv_bytes: Some(pool), ..widest(blocks) })?;
         blocks = prepared.plan().policy.kv_blocks;
     }
     say_prepared(&prepared);

@@ -48,6 +48,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::f16;
+use rayon::prelude::*;
 
 use super::isa::{Isa, Level};
 use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache};
@@ -147,12 +148,9 @@ pub fn attend(
             now.run(&form, next, &mut scratch, &mut total, &shared);
         }
     };
-    // Any thread may take up these; one that comes late, because other work held it, finds nothing left to do.
-    threads.scope(|scope| {
-        for _ in 0..n_threads.min(tasks.len()) {
-            scope.spawn(|_| work());
-        }
-    });
+    // Split in two again and again, so that threads that sleep are woken by several at a time. Any thread may take up any of
+    // these; one that comes late, because other work held it, finds nothing left to do.
+    threads.install(|| (0..n_threads.min(tasks.len())).into_par_iter().with_max_len(1).for_each(|_| work()));
 }
 
 /// What all tasks of a call have in common.
@@ -238,9 +236,10 @@ impl Task<'_> {
 }
 
 fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch) {
-    // SAFETY: `attend` makes the scratch, and the form has the cache's dtype.
     match form.dtype {
+        // SAFETY: `attend` makes the scratch, and the form has the cache's dtype.
         KvDtype::F16 => unsafe { attend_on::<f16>(form.isa, group, scratch) },
+        // SAFETY: as above.
         KvDtype::Int8 => unsafe { attend_on::<i8>(form.isa, group, scratch) },
     }
 }

@@ -18,6 +18,9 @@ use crate::gpu::{Kernel, Variant};
 /// Every kernel there is on cooperative matrices. Tests walk this list.
 pub static ALL: &[&Kernel] = &[&matmul::MATMUL, &expert_gate_up::EXPERT_GATE_UP, &expert_down::EXPERT_DOWN];
 
+/// Workgroup memory of the devices that have cooperative matrices.
+const WORKGROUP_BYTES: u32 = 48 << 10;
+
 /// How a kernel's work is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Tile {
@@ -59,6 +62,20 @@ impl Tile {
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
         let least_subgroups = 4;
         Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, pad: 2, prefetch: true, buffers: 1 }
+    }
+
+    /// Can be run by a kernel that multiplies with so many matrices: whole fragments everywhere, and no more workgroup memory than there is.
+    /// NVIDIA's driver 580 takes a pipeline with more than that and hangs when it runs.
+    pub fn is_possible(&self, matrices: u32) -> bool {
+        let Self { rows, cols, depth, subgroup_rows, subgroup_cols, pad, buffers, .. } = *self;
+        let whole = [subgroup_rows, subgroup_cols, depth].iter().all(|n| *n > 0 && n.is_multiple_of(16))
+            && rows.is_multiple_of(subgroup_rows.max(1))
+            && cols.is_multiple_of(subgroup_cols.max(1))
+            && 256 % depth.max(1) == 0
+            && pad.is_multiple_of(2) // rows of a tile start at multiples of 16 bytes
+            && [rows, cols, buffers].iter().all(|n| (1..=1024).contains(n));
+        let tiles = || 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad);
+        whole && (1..=32).contains(&self.subgroups()) && tiles() + template::SUMS_BYTES + 32 <= WORKGROUP_BYTES
     }
 
     fn of(kernel: &Kernel, variant: &Variant) -> Self {

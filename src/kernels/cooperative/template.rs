@@ -17,6 +17,9 @@ use crate::kernels::slabs::{self, N_SLABS};
 
 use super::Tile;
 
+/// Most workgroup memory that sums on their way out take.
+pub(super) const SUMS_BYTES: u32 = 4 << 10;
+
 /// Where a kernel's weights are.
 pub(super) enum Weights {
     /// One matrix, at this binding.
@@ -118,7 +121,7 @@ impl Writer<'_> {
         let matrices = self.operation.matrices() as u32;
         let divisor = |of: u32, most: u32| (1..=most.max(1)).rev().find(|n| of.is_multiple_of(*n)).expect("1 divides");
         let fragments = divisor(self.tile.subgroup_cols / 16, 2 / matrices);
-        (divisor(self.tile.computing(), 4 / (fragments * matrices)), fragments)
+        (divisor(self.tile.computing(), SUMS_BYTES / (fragments * matrices * 1024)), fragments)
     }
 
     /// A unit of weights in registers.
