@@ -193,8 +193,7 @@ impl<'p> Sequences<'p> {
         let allowed = 2f32.powi(-12);
         for (got, wanted) in got.iter().zip(&wanted) {
             let error = (got - wanted).abs();
-            // NaN is no number below.
-            if !(error <= allowed) {
+            if error.is_nan() || error > allowed {
                 let what = format!("{kernel} attention, row {}, head {head}", row.row);
                 let (got, wanted, error) = (*got as f64, *wanted as f64, (error / allowed) as f64);
                 return Err(MeasureError::Wrong { what, got, wanted, error });
