@@ -427,7 +427,7 @@ fn fit_with_pool(
     };
     let most_used = kv_blocks + rows_per_micro_batch;
     let workspace_blocks = workspace_wanted.min(most_used).min(workspace_binds);
-    let head_width = shape.vocab.max(shape.d_model);
+    let head_width = shape.vocab.max(shape.d_model).max(HalfExtents::of(shape, precision).widest_words());
     let head_rows_that_bind = (machine.binding_bytes / words(head_width)) as usize;
     // A multiple of 64 rows keeps every portion's start aligned for a binding.
     let head_rows = rows_per_micro_batch.next_multiple_of(64).min(256).min(head_rows_that_bind / 64 * 64);

@@ -178,11 +178,11 @@ fn integers_agree_with_the_reference_over_what_the_cache_holds() {
                 // Elements are at most 1, so off by 9/16 · 1/127 = 0.0044 at most, and values by as much; scores by
                 // sqrt(K) 0.0044 |q| / 2 in the mean if all errors had one sign, which takes weights by that relative error.
                 let of_f16 = Case::new(shape, &contexts, seed);
-                for i in 0..contexts.len() {
+                for (i, context) in contexts.iter().enumerate() {
                     let [ours, theirs] = [&case, &of_f16].map(|case| case.attend(isa, 1, &[i]).remove(0));
                     let off = largest_difference(&ours, &theirs);
                     let allowed = 0.0045 + 0.0045 * (head_width as f32).sqrt();
-                    assert!(off > 0.0 && off < allowed, "{isa}, K {head_width}, context {}: off by {off}", contexts[i]);
+                    assert!(off > 0.0 && off < allowed, "{isa}, K {head_width}, context {context}: off by {off}");
                 }
             }
         }
