@@ -50,7 +50,10 @@ var<workgroup> key_tile: array<vec4<f16>, max(KEYS * KEY_PITCH, ROWS * Q_PITCH)>
 var<workgroup> value_tile: array<vec4<f16>, 16u * FRAGS * VALUE_PITCH>;            // [K][KEYS]
 var<workgroup> score_tile: array<f32, ROWS * SCORE_PITCH>;
 var<workgroup> weight_tile: array<vec4<f16>, ROWS * WEIGHT_PITCH>;
-var<workgroup> totals: array<f32, LANES>;
+var<workgroup> totals: array<vec4<f32>, LANES / 4u>;
+// All workgroup memory is of multiples of 16 bytes: matrices are loaded from such addresses, and where a lone word came first the H100 read
+// others without a word (28 November 2026).
+var<workgroup> mend_words: array<vec4<u32>, 1>;
 var<workgroup> mends: atomic<u32>; // what a step's sums need before they go on: RESCALE, NOT_FINITE
 
 // Where a block's K of this KV head starts in kv_blocks. V follows.
@@ -256,9 +259,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         } // n
     }
 
-    totals[lane] = (total.x + total.y) + (total.z + total.w);
+    totals[lane / 4u][lane % 4u] = (total.x + total.y) + (total.z + total.w);
     workgroupBarrier();
-    var whole = totals[2u * row] + totals[2u * row + 1u];
+    var whole = totals[2u * row / 4u][2u * row % 4u] + totals[(2u * row + 1u) / 4u][(2u * row + 1u) % 4u];
     if params.has_sinks != 0u {
         // As if one more token had the sink for a score, and zeros for a value.
         whole += exp2(fma(sinks[min(head, params.q_heads - 1u)], LOG2_E, -reference));
