@@ -4,13 +4,17 @@
 CARGO ?= cargo
 DEMO_OUT ?= target/demo
 
-.PHONY: demo test test-validation soak lint bench build
+.PHONY: demo test test-everything test-validation soak lint bench build
 
 demo: build
 	@scripts/demo $(DEMO_OUT)
 
 test: build
 	$(CARGO) test --release --no-fail-fast
+
+# Likewise, with every golden from every page source under every schedule through both rings.
+test-everything: build
+	FULMEN_EVERYTHING=1 $(CARGO) test --release --no-fail-fast
 
 # The transfers and the pipeline once more under the Vulkan validation layer, which must say nothing.
 test-validation: build
