@@ -114,10 +114,12 @@ impl Extents {
 
     /// Bytes of what attention on the GPU needs beside rows and context: for each micro-batch, and once.
     pub fn attention_bytes(&self, shape: &Shape) -> [u64; 2] {
-        let lists =
-            words(4 * self.rows_per_micro_batch) * (1 + self.gpu_decode as u64) + words(4 * self.listed_parts());
-        let scratch: u64 = decode_attention::scratch_bytes(shape.q_heads, shape.head_width).iter().sum();
-        [lists, self.kept_parts() as u64 * scratch]
+        // A buffer of nothing takes a word.
+        let some = |bytes: u64| bytes.max(4);
+        let tiles = words(4 * self.rows_per_micro_batch);
+        let lists = tiles + some(tiles * self.gpu_decode as u64) + some(words(4 * self.listed_parts()));
+        let scratch = decode_attention::scratch_bytes(shape.q_heads, shape.head_width);
+        [lists, scratch.iter().map(|bytes| some(self.kept_parts() as u64 * bytes)).sum()]
     }
 
     fn region_start(&self, micro_batch: usize) -> usize {

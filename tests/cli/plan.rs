@@ -110,7 +110,7 @@ fn own_mode_as_a_table() -> Result<(), Failed> {
         "1 GB/s more over the link: +",
         "flags     --schedule grouped --max-num-seqs ",
         "assumed of them: 50 % of the GPU's FLOP/s",
-        "behind    0.",
+        "behind    ",
         "its h2d works ",
     ]);
     Ok(())

@@ -88,8 +88,8 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
             ("token ids", words(rows)),
             ("positions", words(rows)),
             ("kv slots", words(rows)),
-            ("attended decode rows", if gpu_decode { words(4 * rows) } else { 0 }),
-            ("parts of decode rows", words(4 * listed_parts)),
+            ("attended decode rows", if gpu_decode { words(4 * rows) } else { 4 }),
+            ("parts of decode rows", words(4 * listed_parts).max(4)),
             ("attended prompt rows", words(4 * rows)),
             ("block table", words(policy.workspace_blocks)),
             ("sampled rows", words(rows)),
@@ -121,8 +121,8 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
     let longest = policy.max_model_len.div_ceil(256);
     let kept_parts = if gpu_decode { longest.max(listed_parts.min(1024)) } else { 0 };
     buffers.extend([
-        ("states of parts of decode rows", words(kept_parts * 2 * shape.q_heads)),
-        ("sums of parts of decode rows", words(kept_parts * shape.q_width())),
+        ("states of parts of decode rows", words(kept_parts * 2 * shape.q_heads).max(4)),
+        ("sums of parts of decode rows", words(kept_parts * shape.q_width()).max(4)),
     ]);
     if policy.precision == Precision::F16 {
         // A row of f16 is padded to 256, and has a scale.
