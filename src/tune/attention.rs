@@ -54,7 +54,7 @@ impl<'p> Sequences<'p> {
         // A step that shares no factor with the number of blocks: none is followed by its neighbour.
         let step = (n_blocks / 3..).find(|step| gcd(*step, n_blocks) == 1).expect("1 more than a multiple shares none");
         let table: Vec<u32> = (0..n_blocks).map(|block| (block * step % n_blocks) as u32).collect();
-        let elements = n_blocks * BLOCK_TOKENS * shape.kv_width();
+        let elements = n_blocks * BLOCK_TOKENS * 2 * shape.kv_width();
         let attention = Attention {
             q_heads: shape.q_heads as u32,
             kv_heads: shape.kv_heads as u32,

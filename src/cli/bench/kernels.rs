@@ -99,7 +99,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     for ([n_out, n_in], most) in [
         ([shape.qkv_width(), shape.d_model], most),
         ([shape.d_model, shape.q_width()], most),
-        ([shape.kv_width() / 2, shape.d_model], most),
+        ([shape.kv_width(), shape.d_model], most),
         ([shape.experts, shape.d_model], most),
         ([shape.vocab, shape.d_model], head_rows),
     ] {
