@@ -74,7 +74,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 4)]
     rival_passes: usize,
     /// A machine to imitate: t4 has 16 GB, a link paced to 12 GB/s and 8 threads. Kernels stay as fast as this adapter is
-    #[arg(long, value_enum, value_name = "MACHINE")]
+    #[arg(long, value_enum, value_name = "MACHINE", conflicts_with = "gpu_memory")]
     emulate: Option<Emulation>,
     /// One JSON object instead of tables
     #[arg(long)]
