@@ -7,10 +7,12 @@
 //! weight once for up to 64 rows and are bound by memory; large ones share weights and rows between many products.
 
 mod template;
+mod unroll;
 
 pub mod expert_down;
 pub mod expert_gate_up;
 pub mod matmul;
+pub mod prompt_attention;
 
 use crate::checkpoint::Dtype;
 use crate::gpu::{Kernel, Variant};
