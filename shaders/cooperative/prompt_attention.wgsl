@@ -17,24 +17,24 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       qkv: array<vec4<f32>>;       // [T, q_stride], each row's H query heads of K first
 @group(0) @binding(1) var<storage, read>       tiles: array<vec4<u32>>;     // first row t, its position, first entry of block_table, tokens
 @group(0) @binding(2) var<storage, read>       block_table: array<u32>;     // block of context tokens 32 i .. 32 i + 32
-@group(0) @binding(3) var<storage, read>       kv_blocks: array<vec4<u32>>; // [blocks, G, 2, BLOCK_TOKENS, K] f16, eight to a vec4
+@group(0) @binding(3) var<storage, read>       kv_blocks: array<vec4<f16>>; // [blocks, G, 2, BLOCK_TOKENS, K]
 @group(0) @binding(4) var<storage, read_write> out: array<vec4<f32>>;       // [T, H, K]
 @group(0) @binding(5) var<storage, read>       sinks: array<f32>;           // [H] scores without a value, where has_sinks
 
 const BLOCK_TOKENS: u32 = 32u;
 const LANES: u32 = 32u * SUBGROUPS;
 const ROWS: u32 = 16u * SUBGROUPS;
-const UNITS: u32 = WIDTH / 8u;           // units of eight elements across a head
+const UNITS: u32 = WIDTH / 4u;           // vec4 across a head
 const FRAGS: u32 = (WIDTH + 15u) / 16u;  // matrices across a head
 const KEY_FRAGS: u32 = KEYS / 16u;
 const LOADS: u32 = (KEYS * UNITS + LANES - 1u) / LANES;
-// One unit more than a row has: rows next to each other then meet different banks.
-const PITCH: u32 = 2u * FRAGS + 1u;
+// 16 bytes more than a row has: rows next to each other then meet different banks.
+const PITCH: u32 = 4u * FRAGS + 2u;
 const SCORE_PITCH: u32 = KEYS / 4u + 1u;
-const WEIGHT_PITCH: u32 = KEYS / 8u + 1u;
+const WEIGHT_PITCH: u32 = KEYS / 4u + 2u;
 // Queries come through the memory of K, Q_FRAGS matrices of each row at a time.
 const Q_FRAGS: u32 = FRAGS / Q_CHUNKS;
-const Q_PITCH: u32 = 2u * Q_FRAGS + 1u;
+const Q_PITCH: u32 = 4u * Q_FRAGS + 2u;
 // Below every score: the finite one, since an infinite one minus itself is no number.
 const LOWEST: f32 = -3.4028234e38;
 // Weights stay below 2^SLACK, far inside f16.
@@ -45,10 +45,10 @@ const NOT_FINITE: u32 = 2u;
 
 // All workgroup memory is of multiples of 16 bytes: matrices are loaded from such addresses, and where a lone word came first the H100 read
 // others without a word (28 November 2026).
-var<workgroup> key_tile: array<vec4<u32>, max(KEYS * PITCH, ROWS * Q_PITCH)>; // [KEYS][K] f16
-var<workgroup> value_tile: array<vec4<u32>, KEYS * PITCH>;                     // [KEYS][K] f16
+var<workgroup> key_tile: array<vec4<f16>, max(KEYS * PITCH, ROWS * Q_PITCH)>; // [KEYS][K]
+var<workgroup> value_tile: array<vec4<f16>, KEYS * PITCH>;                     // [KEYS][K]
 var<workgroup> score_tile: array<vec4<f32>, ROWS * SCORE_PITCH>;               // [ROWS][KEYS]
-var<workgroup> weight_tile: array<vec4<u32>, ROWS * WEIGHT_PITCH>;             // [ROWS][KEYS] f16
+var<workgroup> weight_tile: array<vec4<f16>, ROWS * WEIGHT_PITCH>;             // [ROWS][KEYS]
 var<workgroup> totals: array<vec4<f32>, LANES / 4u>;
 
 var<workgroup> mends: array<atomic<u32>, 4>; // [0]: what a step's sums need before they go on: RESCALE, NOT_FINITE
@@ -58,10 +58,7 @@ fn block_at(entry: u32, kv_head: u32) -> u32 {
     return (block_table[entry] * params.kv_heads + kv_head) * 2u * BLOCK_TOKENS * UNITS;
 }
 
-// Halves of two f16s whose exponent is all ones, in the sign bits.
-fn not_finite(words: vec4<u32>) -> vec4<u32> {
-    return ((words & vec4(0x7c007c00u)) + vec4(0x04000400u)) & vec4(0x80008000u);
-}
+fn is_finite(v: vec4<f16>) -> vec4<bool> { return abs(v) <= vec4<f16>(65504.0h); }
 
 // Visible tokens among the four from `token` on.
 fn visible(token: u32, begin: u32, end: u32) -> vec4<bool> {
@@ -75,38 +72,33 @@ fn not_finite_terms(row: u32, quad: u32, first_entry: u32, kv_head: u32, first_t
     var sum = vec4(0.0);
     for (var i = 0u; i < KEYS; i++) {
         let token = first_token + i;
-        if token >= begin && token < end && quad < 2u * UNITS {
+        if token >= begin && token < end && quad < UNITS {
             let at = block_at(first_entry + token / BLOCK_TOKENS, kv_head);
-            let unit = kv_blocks[at + (BLOCK_TOKENS + token % BLOCK_TOKENS) * UNITS + quad / 2u];
-            let words = select(unit.xy, unit.zw, quad % 2u == 1u);
-            let v = vec4(unpack2x16float(words.x), unpack2x16float(words.y));
-            let weight = unpack2x16float(weight_tile[row * WEIGHT_PITCH + i / 8u][i / 2u % 4u])[i % 2u];
-            let odd = vec4((words & vec2(0x7c00u)) == vec2(0x7c00u), (words & vec2(0x7c000000u)) == vec2(0x7c000000u)).xzyw;
-            sum += select(vec4(0.0), weight * v, odd);
+            let v = kv_blocks[at + (BLOCK_TOKENS + token % BLOCK_TOKENS) * UNITS + quad];
+            let weight = f32(weight_tile[row * WEIGHT_PITCH + i / 4u][i % 4u]);
+            sum += select(weight * vec4<f32>(v), vec4(0.0), is_finite(v));
         }
     }
     return sum;
 }
 
-// Number `i` of the units of K or V that a step needs, of which the blocks' parts begin at `from`: zeros where no row of the tile sees
-// the token, which may hold anything.
-fn stage(from: u32, first_token: u32, first: u32, last: u32, i: u32) -> vec4<u32> {
+// Number `i` of the vec4 of K or V that a step needs, of which the block's part begins at `at`: zeros where no row of the tile sees the
+// token, which may hold anything.
+fn stage(at: u32, first_token: u32, first: u32, last: u32, i: u32) -> vec4<f16> {
     let token = first_token + i / UNITS;
-    if i >= KEYS * UNITS || token < first || token >= last { return vec4(0u); }
-    return kv_blocks[from + i];
+    if (KEYS * UNITS % LANES != 0u && i >= KEYS * UNITS) || token < first || token >= last { return vec4<f16>(); }
+    return kv_blocks[at + i];
 }
 
-fn put_key(i: u32, unit: vec4<u32>) {
-    if KEYS * UNITS % LANES == 0u || i < KEYS * UNITS { key_tile[i / UNITS * PITCH + i % UNITS] = unit; }
+fn put_key(i: u32, key: vec4<f16>) {
+    if KEYS * UNITS % LANES == 0u || i < KEYS * UNITS { key_tile[i / UNITS * PITCH + i % UNITS] = key; }
 }
 
-fn put_value(i: u32, unit: vec4<u32>) {
+fn put_value(i: u32, value: vec4<f16>) {
     if KEYS * UNITS % LANES != 0u && i >= KEYS * UNITS { return; }
-    var v = unit;
-    let odd = not_finite(unit);
-    if any(odd != vec4(0u)) {
-        // Every half whose sign bit is set is cleared.
-        v &= ~((odd >> vec4(15u)) * vec4(0xffffu));
+    var v = value;
+    if !all(is_finite(v)) {
+        v = select(vec4<f16>(), v, is_finite(v));
         atomicOr(&mends[0], NOT_FINITE);
     }
     value_tile[i / UNITS * PITCH + i % UNITS] = v;
@@ -135,7 +127,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let q_at = ((tile.x + token_of_tile) * params.q_stride + head * WIDTH) / 4u;
     var greatest_q = 0.0;
     if there {
-        for (var c = 0u; c < 2u * UNITS; c++) {
+        for (var c = 0u; c < UNITS; c++) {
             let q = abs(qkv[q_at + c]);
             greatest_q = max(greatest_q, max(max(q.x, q.y), max(q.z, q.w)));
         }
@@ -146,29 +138,25 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 
     // Columns beyond the head's width stay zero.
     if WIDTH % 16u != 0u {
-        for (var i = lane; i < KEYS * PITCH; i += LANES) { value_tile[i] = vec4(0u); }
+        for (var i = lane; i < KEYS * PITCH; i += LANES) { value_tile[i] = vec4<f16>(); }
     }
     var query: array<coop_mat16x16<f16, A>, FRAGS>;
     for (var chunk = 0u; chunk < Q_CHUNKS; chunk++) { // unrolled
         workgroupBarrier();
-        for (var i = 0u; i < Q_FRAGS; i++) {
-            let c = 2u * (chunk * 2u * Q_FRAGS + 2u * i + side);
-            var low = vec4<f16>();
-            var high = vec4<f16>();
-            if there && c < 2u * UNITS {
-                low = vec4<f16>(qkv[q_at + c] * shrink);
-                high = vec4<f16>(qkv[q_at + c + 1u] * shrink);
-            }
-            key_tile[row * Q_PITCH + 2u * i + side] = vec4(bitcast<vec2<u32>>(low), bitcast<vec2<u32>>(high));
+        for (var i = 0u; i < 2u * Q_FRAGS; i++) {
+            let c = chunk * 4u * Q_FRAGS + 2u * i + side;
+            var q = vec4<f16>();
+            if there && c < UNITS { q = vec4<f16>(qkv[q_at + c] * shrink); }
+            key_tile[row * Q_PITCH + 2u * i + side] = q;
         }
         workgroupBarrier();
         for (var f = 0u; f < Q_FRAGS; f++) { // unrolled
-            query[chunk * Q_FRAGS + f] = coopLoadT<coop_mat16x16<f16, A>>(&key_tile[first_of_subgroup * Q_PITCH + f * 2u], Q_PITCH);
+            query[chunk * Q_FRAGS + f] = coopLoadT<coop_mat16x16<f16, A>>(&key_tile[first_of_subgroup * Q_PITCH + f * 4u], Q_PITCH);
         } // f
     } // chunk
     if WIDTH % 16u != 0u {
         workgroupBarrier();
-        for (var i = lane; i < KEYS * PITCH; i += LANES) { key_tile[i] = vec4(0u); }
+        for (var i = lane; i < KEYS * PITCH; i += LANES) { key_tile[i] = vec4<f16>(); }
     }
     if lane == 0u { atomicStore(&mends[0], 0u); }
 
@@ -179,25 +167,25 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var reference = LOWEST;
     var total = vec4(0.0);
     let first_step = first / KEYS;
-    var staged_keys: array<vec4<u32>, LOADS>;
-    var staged_values: array<vec4<u32>, LOADS>;
+    var staged_keys: array<vec4<f16>, LOADS>;
+    var staged_values: array<vec4<f16>, LOADS>;
     // The block of the step whose units are staged next.
-    var from = block_at(tile.z + first_step, kv_head);
+    var next_block = block_at(tile.z + first_step, kv_head);
     if PREFETCH {
         for (var i = 0u; i < LOADS; i++) { // unrolled
-            staged_keys[i] = stage(from, first_step * KEYS, first, last, i * LANES + lane);
-            staged_values[i] = stage(from + BLOCK_TOKENS * UNITS, first_step * KEYS, first, last, i * LANES + lane);
+            staged_keys[i] = stage(next_block, first_step * KEYS, first, last, i * LANES + lane);
+            staged_values[i] = stage(next_block + BLOCK_TOKENS * UNITS, first_step * KEYS, first, last, i * LANES + lane);
         } // i
-        if (first_step + 1u) * KEYS < last { from = block_at(tile.z + first_step + 1u, kv_head); }
+        if (first_step + 1u) * KEYS < last { next_block = block_at(tile.z + first_step + 1u, kv_head); }
     }
     for (var step = first_step; step * KEYS < last; step++) {
         let first_token = step * KEYS;
         if !PREFETCH {
             for (var i = 0u; i < LOADS; i++) { // unrolled
-                staged_keys[i] = stage(from, first_token, first, last, i * LANES + lane);
-                staged_values[i] = stage(from + BLOCK_TOKENS * UNITS, first_token, first, last, i * LANES + lane);
+                staged_keys[i] = stage(next_block, first_token, first, last, i * LANES + lane);
+                staged_values[i] = stage(next_block + BLOCK_TOKENS * UNITS, first_token, first, last, i * LANES + lane);
             } // i
-            if first_token + KEYS < last { from = block_at(tile.z + step + 1u, kv_head); }
+            if first_token + KEYS < last { next_block = block_at(tile.z + step + 1u, kv_head); }
         }
         workgroupBarrier();
         for (var i = 0u; i < LOADS; i++) { // unrolled
@@ -208,22 +196,22 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         if PREFETCH {
             // Beyond the last step no token is visible, and nothing is read.
             for (var i = 0u; i < LOADS; i++) { // unrolled
-                staged_keys[i] = stage(from, first_token + KEYS, first, last, i * LANES + lane);
-                staged_values[i] = stage(from + BLOCK_TOKENS * UNITS, first_token + KEYS, first, last, i * LANES + lane);
+                staged_keys[i] = stage(next_block, first_token + KEYS, first, last, i * LANES + lane);
+                staged_values[i] = stage(next_block + BLOCK_TOKENS * UNITS, first_token + KEYS, first, last, i * LANES + lane);
             } // i
-            if first_token + 2u * KEYS < last { from = block_at(tile.z + step + 2u, kv_head); }
+            if first_token + 2u * KEYS < last { next_block = block_at(tile.z + step + 2u, kv_head); }
         }
 
         for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
             var scores = coop_mat16x16<f32, C>();
             for (var f = 0u; f < FRAGS; f++) { // unrolled
-                scores = coopMultiplyAdd(query[f], coopLoad<coop_mat16x16<f16, B>>(&key_tile[n * 16u * PITCH + f * 2u], PITCH), scores);
+                scores = coopMultiplyAdd(query[f], coopLoad<coop_mat16x16<f16, B>>(&key_tile[n * 16u * PITCH + f * 4u], PITCH), scores);
             } // f
             coopStoreT(scores, &score_tile[first_of_subgroup * SCORE_PITCH + n * 4u], SCORE_PITCH);
         } // n
         workgroupBarrier();
 
-        // Both lanes of a row look at all its scores, and each makes weights of every second eight.
+        // Both lanes of a row look at all its scores, and each makes weights of every second four.
         let all_see = first_token >= last_begin && first_token + KEYS <= tile.y + 1u;
         var greatest = vec4(LOWEST);
         for (var c = 0u; c < KEYS / 4u; c++) { // unrolled
@@ -239,15 +227,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             if step != first_step { atomicOr(&mends[0], RESCALE); }
         }
         total *= rescale;
-        for (var i = 0u; i < KEYS / 16u; i++) { // unrolled
+        for (var i = 0u; i < KEYS / 8u; i++) { // unrolled
             let c = 2u * i + side;
-            let low = exp2(fma(score_tile[row * SCORE_PITCH + 2u * c], vec4(factor), vec4(-reference)));
-            let high = exp2(fma(score_tile[row * SCORE_PITCH + 2u * c + 1u], vec4(factor), vec4(-reference)));
-            let low_halves = vec4<f16>(select(vec4(0.0), low, vec4(all_see && there) | visible(first_token + 8u * c, begin, end)));
-            let high_halves = vec4<f16>(select(vec4(0.0), high, vec4(all_see && there) | visible(first_token + 8u * c + 4u, begin, end)));
-            total += vec4<f32>(low_halves);
-            total += vec4<f32>(high_halves);
-            weight_tile[row * WEIGHT_PITCH + c] = vec4(bitcast<vec2<u32>>(low_halves), bitcast<vec2<u32>>(high_halves));
+            let exps = exp2(fma(score_tile[row * SCORE_PITCH + c], vec4(factor), vec4(-reference)));
+            let sees = vec4(all_see && there) | visible(first_token + 4u * c, begin, end);
+            let weights = vec4<f16>(select(vec4(0.0), exps, sees));
+            // As they are multiplied, rounded.
+            total += vec4<f32>(weights);
+            weight_tile[row * WEIGHT_PITCH + c] = weights;
         } // i
 
         let mend = workgroupUniformLoad(&mends[0]);
@@ -270,9 +257,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             } // f
         }
         for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
-            let weights = coopLoadT<coop_mat16x16<f16, A>>(&weight_tile[first_of_subgroup * WEIGHT_PITCH + n * 2u], WEIGHT_PITCH);
+            let weights = coopLoadT<coop_mat16x16<f16, A>>(&weight_tile[first_of_subgroup * WEIGHT_PITCH + n * 4u], WEIGHT_PITCH);
             for (var f = 0u; f < FRAGS; f++) { // unrolled
-                sums[f] = coopMultiplyAdd(weights, coopLoadT<coop_mat16x16<f16, B>>(&value_tile[n * 16u * PITCH + f * 2u], PITCH), sums[f]);
+                sums[f] = coopMultiplyAdd(weights, coopLoadT<coop_mat16x16<f16, B>>(&value_tile[n * 16u * PITCH + f * 4u], PITCH), sums[f]);
             } // f
         } // n
     }
@@ -284,13 +271,13 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         // As if one more token had the sink for a score, and zeros for a value.
         whole += exp2(fma(sinks[min(head, params.q_heads - 1u)], LOG2_E, -reference));
     }
-    let out_at = ((tile.x + token_of_tile) * params.q_heads + head) * 2u * UNITS;
+    let out_at = ((tile.x + token_of_tile) * params.q_heads + head) * UNITS;
     for (var f = 0u; f < FRAGS; f++) { // unrolled
         coopStoreT(sums[f], &score_tile[first_of_subgroup * SCORE_PITCH + f % 2u * 4u], SCORE_PITCH);
         workgroupBarrier();
         for (var i = 0u; i < 2u; i++) {
             let c = 2u * i + side;
-            if there && f * 4u + c < 2u * UNITS {
+            if there && f * 4u + c < UNITS {
                 out[out_at + f * 4u + c] = score_tile[row * SCORE_PITCH + f % 2u * 4u + c] / whole;
             }
         }

@@ -1272,13 +1272,17 @@ impl Machine {
                 // Slots start at multiples of 256 bytes.
                 let weights = (self.expert_dtype, true);
                 let bindings =
-                    cooperative::expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                    expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 let tile = self.tiles.gate_up(n_assignments / n_experts);
                 cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
                 let hidden = self.halves.as_ref().expect("there are in this class").hidden();
-                half_rows::record(r, half_rows::Params::dense(n_assignments, expert_width), h, hidden)?;
+                // Of this chunk's experts: other chunks' rows have been there, or will be.
+                let experts = &self.plan.chunks()[chunk].experts;
+                let experts = [experts.start as u32, experts.end as u32];
+                let params = half_rows::Params::dense(n_assignments, expert_width);
+                half_rows::record_between(r, params, experts, offsets, h, hidden)?;
                 let (places, bias, h) = (down_places, down_bias, hidden);
-                let bindings = cooperative::expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
+                let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
                 let tile = self.tiles.down(n_assignments / n_experts);
                 cooperative::expert_down::record(r, weights, tile, down_params, bindings)?;
             }

@@ -45,7 +45,7 @@ pub(super) fn emulate(source: &str) -> String {
     text.push_str(TYPES);
     let variables: BTreeSet<_> = accesses.iter().map(|access| access.variable.clone()).collect();
     for variable in variables {
-        text.push_str(&element(&text, &variable));
+        text.push_str(&elements(&text, &variable));
     }
     for Access { function, variable } in accesses {
         text.push_str(&definition(function, &variable));
@@ -91,45 +91,67 @@ fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
 }
 ";
 
-/// `element_<variable>(i)` reads number `i` of what lies in a variable, f16 or f32; `units_<variable>` is how many lie in one of its elements.
-fn element(text: &str, variable: &str) -> String {
+/// What `text` declares the elements of a variable to be.
+fn kind<'a>(text: &'a str, variable: &str) -> &'a str {
     let declaration = text.find(&format!("> {variable}: array<")).expect("the variable is an array");
     let kind = text[declaration..].split_once("array<").expect("an array").1;
-    let kind = kind.split_once(|c| c == ',' || c == '>').expect("of elements").0;
-    let (units, read, write) = match kind {
-        "vec4<f16" => (4, format!("f32({variable}[i / 4u][i % 4u])"), None),
-        "vec4<u32" => (8, format!("unpack2x16float({variable}[i / 8u][i / 2u % 4u])[i % 2u]"), None),
-        "vec4<f32" => (4, format!("{variable}[i / 4u][i % 4u]"), Some(format!("{variable}[i / 4u][i % 4u] = x;"))),
-        "f32" => (1, format!("{variable}[i]"), Some(format!("{variable}[i] = x;"))),
-        _ => panic!("{variable} is of {kind}"),
+    let end = kind.find(">,").map(|end| end + 1).into_iter().chain(kind.find(',')).min().expect("of so many");
+    &kind[..end]
+}
+
+/// `half_<variable>(i)` reads number `i` of the f16 that lie in a variable, `float_<variable>(i)` of its f32, `put_<variable>` writes those.
+/// `halves_` and `floats_<variable>` are how many lie in one of its elements.
+fn elements(text: &str, variable: &str) -> String {
+    let half = |word: &str| format!("unpack2x16float({word})[i % 2u]");
+    let (halves, read_half, floats, float) = match kind(text, variable) {
+        "vec4<f16>" => (4, format!("f32({variable}[i / 4u][i % 4u])"), 0, None),
+        "vec4<u32>" => (8, half(&format!("{variable}[i / 8u][i / 2u % 4u]")), 0, None),
+        "vec4<f32>" => (
+            8,
+            half(&format!("bitcast<u32>({variable}[i / 8u][i / 2u % 4u])")),
+            4,
+            Some(format!("{variable}[i / 4u][i % 4u]")),
+        ),
+        "f32" => (2, half(&format!("bitcast<u32>({variable}[i / 2u])")), 1, Some(format!("{variable}[i]"))),
+        other => panic!("{variable} is of {other}"),
     };
-    let mut out = format!("const units_{variable}: u32 = {units}u;\nfn element_{variable}(i: u32) -> f32 {{ return {read}; }}\n");
-    if let Some(write) = write {
-        writeln!(out, "fn put_{variable}(i: u32, x: f32) {{ {write} }}").expect("writes to a string");
+    let mut out = format!(
+        "const halves_{variable}: u32 = {halves}u;\nfn half_{variable}(i: u32) -> f32 {{ return {read_half}; }}\n"
+    );
+    if let Some(float) = float {
+        write!(
+            out,
+            "const floats_{variable}: u32 = {floats}u;\nfn float_{variable}(i: u32) -> f32 {{ return {float}; }}\n\
+             fn put_{variable}(i: u32, x: f32) {{ {float} = x; }}\n"
+        )
+        .expect("writes to a string");
     }
     out
 }
 
 fn definition(function: &str, variable: &str) -> String {
+    let of_floats = matches!(function, "load_c" | "store_c");
+    let (units, element) = if of_floats { ("floats", "float") } else { ("halves", "half") };
     let start = format!(
-        "let from = at * units_{variable};\nlet stride = pitch * units_{variable};\nlet row = lane % 32u / 2u;\nlet column = lane % \
-         2u * 8u;\n"
+        "let origin = at * {units}_{variable};\nlet stride = pitch * {units}_{variable};\nlet row = lane % 32u / 2u;\nlet \
+         column = lane % 2u * 8u;\n"
     );
-    let read = |index: &str| format!("element_{variable}({index})");
+    let read = |index: &str| format!("{element}_{variable}({index})");
     let (signature, body) = match function {
         "load_a" => (
             "(lane: u32, at: u32, pitch: u32) -> MatrixA",
             format!(
                 "var m: MatrixA;\nfor (var k = 0u; k < 16u; k++) {{ m.row[k] = {}; }}\nreturn m;",
-                read("from + row * stride + k")
+                read("origin + row * stride + k")
             ),
         ),
         "load_b" | "load_b_rows" => {
-            let index = if function == "load_b" { "from + (column + i) * stride + k" } else { "from + k * stride + column + i" };
-            let quad = |first: u32| {
-                let one = |i: u32| read(&index.replace(" i", &format!(" {i}u")).replace("+ i", &format!("+ {i}u")));
-                (first..first + 4).map(one).collect::<Vec<_>>().join(", ")
+            let index = |i: u32| match function {
+                "load_b" => format!("origin + (column + {i}u) * stride + k"),
+                _ => format!("origin + k * stride + column + {i}u"),
             };
+            let quad =
+                |first: u32| (first..first + 4).map(|i| read(&index(i))).collect::<Vec<_>>().join(", ");
             (
                 "(lane: u32, at: u32, pitch: u32) -> MatrixB",
                 format!(
@@ -144,13 +166,13 @@ fn definition(function: &str, variable: &str) -> String {
             "(lane: u32, at: u32, pitch: u32) -> MatrixC",
             format!(
                 "var m: MatrixC;\nfor (var i = 0u; i < 8u; i++) {{ m.columns[i / 4u][i % 4u] = {}; }}\nreturn m;",
-                read("from + row * stride + column + i")
+                read("origin + row * stride + column + i")
             ),
         ),
         _ => (
             "(lane: u32, matrix: MatrixC, at: u32, pitch: u32)",
             format!(
-                "var m = matrix;\nfor (var i = 0u; i < 8u; i++) {{ put_{variable}(from + row * stride + column + i, \
+                "var m = matrix;\nfor (var i = 0u; i < 8u; i++) {{ put_{variable}(origin + row * stride + column + i, \
                  m.columns[i / 4u][i % 4u]); }}"
             ),
         ),

@@ -32,10 +32,10 @@ fn source(variant: &Variant) -> String {
         ("FRAGS", fragments),
         ("KEY_FRAGS", KEYS / 16),
         ("KEYS / 4u", KEYS / 4),
-        ("KEYS / 16u", KEYS / 16),
+        ("KEYS / 8u", KEYS / 8),
         ("Q_CHUNKS", fragments / query_fragments),
         ("Q_FRAGS", query_fragments),
-        ("LOADS", (KEYS * width / 8).div_ceil(32 * subgroups)),
+        ("LOADS", (KEYS * width / 4).div_ceil(32 * subgroups)),
     ];
     format!(
         "enable f16;\nenable wgpu_cooperative_matrix;\n\
@@ -63,7 +63,7 @@ impl Cut {
 
     /// The kernel has a text for this shape. Others take the portable kernel.
     pub fn fits(&self, shape: &Shape) -> bool {
-        shape.head_width.is_multiple_of(8)
+        shape.head_width.is_multiple_of(4)
             && shape.q_stride.is_multiple_of(4)
             && shape.head_width <= MAX_HEAD_WIDTH
             && self.tile_tokens(shape) > 0

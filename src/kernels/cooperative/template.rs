@@ -233,10 +233,12 @@ impl Writer<'_> {
             Weights::Whole(_) => "row",
             Weights::Slabs(_) => "x_row(row)",
         };
+        // As rows of f16 are padded.
+        self.line("let x_pitch = (n_terms + 255u) / 256u * 64u;");
         for (i, _) in rounds(self.x_units(), lanes) {
             let item = format!("(lane + {}u)", i * lanes);
             self.line(format!("var a{i} = 0u;\n{{ let row = min(first_row + {item} / {units}u, end_row - 1u);"));
-            self.line(format!("a{i} = {row_of} * params.x_units + {item} % {units}u; }}\nvar x{i}: vec4<f16>;"));
+            self.line(format!("a{i} = {row_of} * x_pitch + {item} % {units}u; }}\nvar x{i}: vec4<f16>;"));
         }
         let kind = self.staged();
         for name in self.matrix_names() {
