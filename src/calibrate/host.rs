@@ -200,13 +200,8 @@ pub fn reads(request: &Request<'_>, all: usize) -> Result<Curve, CalibrateError>
 
 /// Time in which a pass's schedule is built and checked, over its tasks.
 pub fn schedules(request: &Request<'_>) -> Host {
-    let rows = MicroBatchShape {
-        gpu_attention: false,
-        cpu_attention: true,
-        kv_to_device: false,
-        sampled: true,
-        workspace: 0,
-    };
+    let rows =
+        MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true, workspace: 0 };
     let mut points = Vec::new();
     for micro_batches in [1, 4, 16] {
         let shape = PassShape {

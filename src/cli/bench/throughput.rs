@@ -407,7 +407,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         for (index, rival) in arguments.rivals.iter().enumerate() {
             let (lengths, asked) = rival_batch(&engine, *rival, &ours.workload, &fixed, &wishes);
             if let Err(cause) = engine.plan_again(&asked) {
-                say!("{rival} cannot run beside the same pages: {cause}; more micro-batches (+mN) or fewer residents make room");
+                say!(
+                    "{rival} cannot run beside the same pages: {cause}; more micro-batches (+mN) or fewer residents make room"
+                );
                 continue;
             }
             engine = engine.reopen(asked)?;
@@ -661,7 +663,9 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
         let (n, seconds) = (o.bound_sequences, o.bound.pass_seconds);
         let (roof, tight) = (o.bound.binding().roof.name(), o.tight_bound.tokens_per_second);
         let share = percent(o.tokens_per_second() / tight);
-        format!("{n:.0} requests in passes of {seconds:.3} s, the {roof} binds; {tight:.1} tok/s if what stays on the GPU has no copy on the host ({share})")
+        format!(
+            "{n:.0} requests in passes of {seconds:.3} s, the {roof} binds; {tight:.1} tok/s if what stays on the GPU has no copy on the host ({share})"
+        )
     } else {
         "none, all experts would fit on the GPU".to_owned()
     };
