@@ -70,7 +70,7 @@ pub enum EngineError {
     Kv(#[from] KvError),
     #[error("{0} worker threads could not be started: {1}")]
     Threads(usize, String),
-    #[error("pages and KV pool stay where they are, so the same experts have to stream in the same pages")]
+    #[error("experts in host memory and the KV pool stay where they are, so no other experts can stream and the pool cannot change")]
     OtherPages,
     #[error("the schedule is wrong, which is a bug: {0}")]
     Schedule(#[from] ScheduleFault),
@@ -738,8 +738,8 @@ impl Engine {
         Ok(Some(measured))
     }
 
-    /// The same model under another policy: how schedules are compared. Pages and KV pool stay where they are, so neither
-    /// what streams nor how it is cut may change; weights that stay are brought to the GPU again.
+    /// The same model under another policy: how schedules are compared. Experts in host memory and the KV pool stay where they are, so
+    /// nothing else may stream than did, and the pool may not change; weights that stay are brought to the GPU again.
     pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
         let Engine { machine, opened, config, plan: before, batcher, kv_arenas, .. } = self;
         let bytes = ModelBytes::of(opened.weights.inventory());
@@ -748,7 +748,8 @@ impl Engine {
         let mut plan = fit(&config, &bytes, &opened.limits, &asked)?;
         let pages = page_plan(&config, &opened.weights, &plan);
         let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
-        if pages != *machine.plan() || pool(&plan) != pool(&before) {
+        let streams = pages.streamed() > 0;
+        if streams && !machine.source().is_some_and(|source| source.serves(&pages)) || pool(&plan) != pool(&before) {
             return Err(EngineError::OtherPages);
         }
         plan.policy.source = wishes.source;
@@ -757,7 +758,8 @@ impl Engine {
         opened.gpu.flush()?;
         opened.gpu.wait()?;
         opened.gpu.flush()?;
-        let source = match (source, wishes.source) {
+        opened.gpu.take_peak_bytes(); // of the policy before
+        let source = match (source.filter(|_| streams), wishes.source) {
             (Some(source), Some(wish)) => Some(source.used_as(wish)?),
             (source, _) => source,
         };

@@ -17,8 +17,8 @@ use crate::execute::machine::workspace_block_bytes;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::{Page, PagePlan};
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
-use crate::profile::{Curve, Profile, RowTimes};
+use crate::policy::{AttentionPlace, KvDtype, Policy, RowPath, ScheduleKind, SourceKind};
+use crate::profile::{CONTENTION_TOKENS, Curve, Profile, RowTimes};
 use crate::schedule::{
     ChunkShape, Cost, Lane, MicroBatchShape, OnItsWay, PassShape, SimulatedPass, Timeline, Work, build, simulate_pass,
 };
@@ -227,14 +227,26 @@ impl Cut {
     pub fn new(plan: &Plan, pages: PagePlan, profile: &Profile) -> Result<Cut, CostError> {
         let source = Cut::source(plan);
         let relay = source == Some(SourceKind::Relay);
-        // A relayed page crosses the link as a pinned one.
-        let looked_for = if relay { Some(SourceKind::Pinned) } else { source };
+        let no_times = || CostError::NoPages(source.unwrap_or(SourceKind::Pinned));
+        let looked_for = match source {
+            // They cross the link as pinned ones.
+            Some(SourceKind::Relay | SourceKind::Staged) => Some(SourceKind::Pinned),
+            other => other,
+        };
+        // While some pages are read others cross the link: the slower of the two is what a page takes.
+        let disk = match source {
+            Some(SourceKind::Staged) => Some(&profile.disk.as_ref().ok_or_else(no_times)?.page_seconds),
+            _ => None,
+        };
         let all: Vec<&Page> = pages.chunks().iter().flat_map(|chunk| &chunk.pages).collect();
         let mut page_seconds = Vec::with_capacity(all.len());
         if !all.is_empty() {
             let curve = profile.link.pages(looked_for);
-            let curve = &curve.ok_or(CostError::NoPages(source.unwrap_or(SourceKind::Pinned)))?.seconds;
-            page_seconds.extend(all.iter().map(|page| page_time(curve, &profile.link.pieces, page)));
+            let curve = &curve.ok_or_else(no_times)?.seconds;
+            page_seconds.extend(all.iter().map(|page| {
+                let read = disk.map_or(0.0, |disk| disk.at(page.bytes() as f64));
+                page_time(curve, &profile.link.pieces, page).max(read)
+            }));
         }
         let page_bytes: Vec<u64> = all.iter().map(|page| page.bytes()).collect();
         let first_page = pages
@@ -271,6 +283,7 @@ pub struct PassCosts<'a, 'p> {
     rows: &'a PassRows,
     /// What the work of a kind takes beside what else is in the pass, over what it takes alone.
     pages: f64,
+    copies_out: f64,
     kernels: f64,
     row_kernels: f64,
     attention: f64,
@@ -311,6 +324,26 @@ impl<'a> Predictor<'a> {
         self.cut.pass_bytes as f64
     }
 
+    /// Seconds in which those of a pass cross the link, nothing beside them.
+    pub fn page_seconds(&self) -> f64 {
+        self.cut.pass_seconds
+    }
+
+    /// What the decode rows of a pass would take in either place, whatever the policy's is: seconds of attention on the CPU, of attention
+    /// on the GPU, and in which their contexts cross the link to it.
+    pub fn decode_attention(&self, rows: &PassRows) -> [f64; 3] {
+        let layers = self.config.shape.layers as f64;
+        let (mut on_cpu, mut on_gpu, mut contexts) = (0.0, 0.0, 0.0);
+        for of in rows.micro_batches.iter().filter(|of| of.decode > 0) {
+            let context = of.context / of.decode as f64;
+            on_cpu += self.kinds.iter().map(|(layer, n)| layer.map_or(0.0, |layer| n * self.attends(of, layer))).sum::<f64>();
+            on_gpu += layers * self.profile.gpu.decode_attention.at(of.decode as f64, context);
+            let blocks = of.decode as f64 * (context / BLOCK_TOKENS as f64).ceil();
+            contexts += layers * blocks * self.profile.link.pieces.at(workspace_block_bytes(self.config) as f64);
+        }
+        [on_cpu, on_gpu, contexts]
+    }
+
     /// Bytes of keys and values that a layer's attention of a micro-batch reads.
     fn attended_bytes(&self, of: &RowsOf, layer: usize) -> f64 {
         let shape = &self.config.shape;
@@ -330,8 +363,13 @@ impl<'a> Predictor<'a> {
 
     /// Seconds of attention on the CPU alone.
     fn cpu_attention(&self, of: &RowsOf, layer: usize) -> f64 {
+        if self.policy.attention == AttentionPlace::Gpu { 0.0 } else { self.attends(of, layer) }
+    }
+
+    /// The same if the CPU attends.
+    fn attends(&self, of: &RowsOf, layer: usize) -> f64 {
         let bytes = self.attended_bytes(of, layer);
-        if bytes == 0.0 || self.policy.attention == AttentionPlace::Gpu {
+        if bytes == 0.0 {
             return 0.0;
         }
         let context = of.context / of.decode as f64;
@@ -444,7 +482,12 @@ impl<'a> Predictor<'a> {
         let kernels = (lanes.gpu - row_kernels).max(0.0);
         let c = &self.profile.contention;
         let over = |seconds: f64, alone: f64| if alone > 0.0 { seconds / alone } else { 1.0 };
-        let beside_attention = beside(pages, attention, c.pages_beside_attention, c.attention_beside_pages);
+        // Short contexts, and those of 8 bits, ask less of the host's memory than what this was measured with.
+        let (threads, tokens) = (self.policy.threads, CONTENTION_TOKENS as f64);
+        let most = self.profile.cpu.attention_rate(KvDtype::F16, threads, tokens);
+        let share = self.attended_on_cpu(rows) / attention.max(1e-12) / most;
+        let (pages_factor, attention_factor) = c.of_attention(share);
+        let beside_attention = beside(pages, attention, pages_factor, attention_factor);
         let beside_kernels = beside(pages, kernels, c.pages_beside_kernels, c.kernels_beside_pages);
         // What rows take of the link is not there for pages: kernels are on it for that long.
         let link = self.profile.link.to_host.at(1e8) / 1e8;
@@ -452,13 +495,19 @@ impl<'a> Predictor<'a> {
             RowPath::Copies => 0.0,
             RowPath::Kernels => self.row_bytes_to_device(rows) * link,
         };
+        let (out, l) = (lanes.to_host, &self.profile.link);
+        let beside_copies = beside(pages, out, l.to_device_beside_to_host, l.to_host_beside_to_device);
         PassCosts {
             predictor: self,
             rows,
-            pages: over(beside_attention, pages) * over(beside_kernels, pages) * over(pages + crossing, pages),
+            pages: over(beside_attention, pages)
+                * over(beside_kernels, pages)
+                * over(beside_copies, pages)
+                * over(pages + crossing, pages),
+            copies_out: over(beside(out, pages, l.to_host_beside_to_device, l.to_device_beside_to_host), out),
             kernels: over(beside(kernels, pages, c.kernels_beside_pages, c.pages_beside_kernels), kernels),
             row_kernels: over(beside(row_kernels, pages, c.rows_beside_pages, 1.0), row_kernels),
-            attention: over(beside(attention, pages, c.attention_beside_pages, c.pages_beside_attention), attention),
+            attention: over(beside(attention, pages, attention_factor, pages_factor), attention),
         }
     }
 
@@ -521,12 +570,12 @@ impl<'a> Predictor<'a> {
     fn steady_pass(&self, rows: &PassRows, few: usize, layers: usize) -> Option<f64> {
         let first = self.simulate(rows, &self.shape(rows, few, false), &[]).0;
         let mut way = first.on_their_way;
-        let shape = self.shape(rows, few, true);
-        let (mut pass, mut tasks) = (SimulatedPass::default(), 0);
+        let (costs, schedule) = (self.costs(rows), build(self.policy.schedule, &self.shape(rows, few, true)));
+        let (mut pass, mut tasks) = (SimulatedPass::default(), schedule.tasks.len());
         // What one pass leaves on its way the next one leaves too, after one or two.
         for _ in 0..4 {
             let before = std::mem::take(&mut way);
-            (pass, tasks) = self.simulate(rows, &shape, &before);
+            pass = simulate_pass(&schedule, few, |work| costs.of(work), &before);
             way = std::mem::take(&mut pass.on_their_way);
             if same(&before, &way) {
                 break;
@@ -605,7 +654,10 @@ impl PassCosts<'_, '_> {
             Work::GpuAttention { micro_batch, .. } => {
                 kernel(predictor.gpu_attention(of(micro_batch)), of(micro_batch).rows())
             }
-            Work::RowsToHost { micro_batch, .. } => crossing(predictor.rows_to_host(of(micro_batch)), micro_batch),
+            Work::RowsToHost { micro_batch, .. } => {
+                let copies = if policy.rows == RowPath::Copies { self.copies_out } else { 1.0 };
+                crossing(copies * predictor.rows_to_host(of(micro_batch)), micro_batch)
+            }
             Work::RowsToDevice { micro_batch, .. } => crossing(predictor.rows_to_device(of(micro_batch)), micro_batch),
             Work::CpuAttention { layer, micro_batch } => {
                 let of = of(micro_batch);

@@ -270,7 +270,6 @@ impl HardwarePreset {
                 to_device: vec![
                     page(SourceKind::Imported, link),
                     page(SourceKind::Pinned, link),
-                    page(SourceKind::Staged, link.min(ASSUMED.disk_bytes_per_s)),
                 ],
                 to_host: Curve::linear(0.0, link),
                 pieces: Curve::linear(1e-6, link),
@@ -278,6 +277,11 @@ impl HardwarePreset {
                 to_device_beside_to_host: 1.0,
                 to_host_beside_to_device: 1.0,
             },
+            disk: Some(profile::Disk {
+                what: "none: assumed".to_owned(),
+                direct: true,
+                page_seconds: Curve::linear(0.0, ASSUMED.disk_bytes_per_s),
+            }),
             gpu: profile::Gpu {
                 copy_bytes_per_s: memory,
                 submit_seconds: ASSUMED.submit_seconds,

@@ -116,7 +116,7 @@ const PLACEMENTS: [Placement; 7] = [
     Placement::OneSlot,
 ];
 /// Page sizes that are tried.
-const PAGES: [u64; 3] = [32 << 20, 128 << 20, 8 << 20];
+pub const PAGES: [u64; 4] = [64 << 20, 32 << 20, 128 << 20, 8 << 20];
 /// Prompt rows of a pass that are tried: what the workload brings in steady state, times these. Decode rows come on top.
 const PROMPT_ROOM: [f64; 3] = [1.0, 2.0, 4.0];
 /// Sequences over a mean load of the pool that have to have room: they are not all of mean length at a time.

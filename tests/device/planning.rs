@@ -32,6 +32,7 @@ fn profile() -> Arc<Profile> {
             precision: Precision::F32,
             device_bytes: limits.device_bytes,
             host_bytes: limits.host_bytes,
+            disk: &std::env::temp_dir(),
             budget: Duration::from_secs(2),
         };
         let mut said = Vec::new();

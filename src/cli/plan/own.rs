@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::super::lengths;
 use super::super::open::{Text, model_config};
-use super::super::{OK, Usage, print_line};
+use super::super::{OK, Usage, has_weights, print_line};
 use super::{Arguments, Lines};
 use crate::checkpoint::{Checkpoint, Inventory, Synthetic};
 use crate::plan::cost::{LaneSeconds, Predictor};
@@ -115,10 +115,6 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 /// The model's name and tensors: of its checkpoint, or as its config.json alone promises them.
 fn model(arguments: &Arguments) -> Result<(String, Inventory)> {
     let (name, _) = arguments.shape()?;
-    let has_weights = |folder: &Path| {
-        let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        names.into_iter().any(|path| path.extension().is_some_and(|ending| ending == "safetensors"))
-    };
     let inventory = match &arguments.model {
         Some(folder) if has_weights(folder) => Checkpoint::open(folder)?.inventory().clone(),
         folder => {
