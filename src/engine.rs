@@ -34,7 +34,7 @@ use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::plan::compare::{Comparison, Phase, Side};
 use crate::plan::cost::{Cut, PassRows, Predictor};
-use crate::plan::search::{Found, Problem, SearchError};
+use crate::plan::search::{Choice, Found, Problem, SearchError};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
 use crate::policy::{AttentionPlace, Policy, Precision};
@@ -70,7 +70,9 @@ pub enum EngineError {
     Kv(#[from] KvError),
     #[error("{0} worker threads could not be started: {1}")]
     Threads(usize, String),
-    #[error("experts in host memory and the KV pool stay where they are, so no other experts can stream and the pool cannot change")]
+    #[error(
+        "experts in host memory and the KV pool stay where they are, so no other experts can stream and the pool cannot change"
+    )]
     OtherPages,
     #[error("the schedule is wrong, which is a bug: {0}")]
     Schedule(#[from] ScheduleFault),
@@ -676,6 +678,22 @@ impl Engine {
 
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What is predicted for requests like those of `workload` without an end under this engine's policy, also one that nobody searched for:
+    /// tokens per second, and a pass in the middle, prompt and decode rows together. None where there is no profile, or none of these
+    /// pages.
+    pub fn predict(&self, workload: Workload) -> Option<Choice> {
+        let problem = Problem {
+            config: &self.config,
+            bytes: ModelBytes::of(self.opened.weights.inventory()),
+            profile: self.opened.profile.as_deref()?,
+            limits: self.opened.limits,
+            margin: 0.0,
+            wishes: Wishes::of(&self.plan.policy, &self.config),
+            workload: Workload { requests: None, ..workload },
+        };
+        problem.predict(&self.plan).ok()
     }
 
     /// Bytes of all experts, those that stay among them.

@@ -165,7 +165,8 @@ impl Attention {
         for _ in 0..BESIDE_ROUNDS {
             let alone = self.attend(&tables, CONTENTION_TOKENS, &threads, most);
             let page = copies.page_alone()?;
-            let (beside, page_beside) = copies.beside(|| Ok(self.attend(&tables, CONTENTION_TOKENS, &threads, most)))?;
+            let (beside, page_beside) =
+                copies.beside(|| Ok(self.attend(&tables, CONTENTION_TOKENS, &threads, most)))?;
             let pages = page_beside.map_or(1.0, |beside| (beside / page).max(1.0));
             rounds.push([(beside / alone).max(1.0), pages, bytes / alone, copies.page_bytes() / page]);
         }

@@ -74,7 +74,13 @@ impl Weights {
     }
 
     /// As [`read`](Self::read), by many threads: one alone is slower than disks are.
-    pub fn read_by_all(&self, reader: &Reader, role: Role, range: Range<u64>, into: &mut [u8]) -> Result<(), ReadError> {
+    pub fn read_by_all(
+        &self,
+        reader: &Reader,
+        role: Role,
+        range: Range<u64>,
+        into: &mut [u8],
+    ) -> Result<(), ReadError> {
         into.par_chunks_mut(BOUNCE_BYTES).enumerate().try_for_each(|(number, into)| {
             let start = range.start + (number * BOUNCE_BYTES) as u64;
             self.read(reader, role, start..start + into.len() as u64, into)

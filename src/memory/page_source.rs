@@ -117,7 +117,8 @@ impl Places {
     /// Whatever `plan` streams is here.
     fn cover(&self, plan: &PagePlan) -> bool {
         let layers = self.at.len() / self.experts;
-        let here = |layer: usize, expert: usize| plan.stays(layer, expert) || self.at[layer * self.experts + expert].is_some();
+        let here =
+            |layer: usize, expert: usize| plan.stays(layer, expert) || self.at[layer * self.experts + expert].is_some();
         plan.shape().experts == self.experts
             && plan.shape().layers == layers
             && (0..layers).all(|layer| (0..self.experts).all(|expert| here(layer, expert)))

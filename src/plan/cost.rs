@@ -277,6 +277,21 @@ pub struct Predictor<'a> {
     kinds: [(Option<usize>, f64); 2],
 }
 
+/// Seconds of work of a kind in a pass, alone.
+#[derive(Debug, Clone, Copy, Default)]
+struct PassWork {
+    pages: f64,
+    uploads: f64,
+    kernels: f64,
+    /// Rows that cross the link: by kernels, or by copies either way.
+    row_kernels: f64,
+    copies_in: f64,
+    copies_out: f64,
+    attention: f64,
+    /// What the host's lane does beside attending.
+    cpu_beside: f64,
+}
+
 /// The costs of one pass's tasks.
 pub struct PassCosts<'a, 'p> {
     predictor: &'a Predictor<'p>,
@@ -336,7 +351,8 @@ impl<'a> Predictor<'a> {
         let (mut on_cpu, mut on_gpu, mut contexts) = (0.0, 0.0, 0.0);
         for of in rows.micro_batches.iter().filter(|of| of.decode > 0) {
             let context = of.context / of.decode as f64;
-            on_cpu += self.kinds.iter().map(|(layer, n)| layer.map_or(0.0, |layer| n * self.attends(of, layer))).sum::<f64>();
+            on_cpu +=
+                self.kinds.iter().map(|(layer, n)| layer.map_or(0.0, |layer| n * self.attends(of, layer))).sum::<f64>();
             on_gpu += layers * self.profile.gpu.decode_attention.at(of.decode as f64, context);
             let blocks = of.decode as f64 * (context / BLOCK_TOKENS as f64).ceil();
             contexts += layers * blocks * self.profile.link.pieces.at(workspace_block_bytes(self.config) as f64);
@@ -431,55 +447,65 @@ impl<'a> Predictor<'a> {
         all * share + gpu.experts_part.at(rows as f64)
     }
 
-    /// What each lane has to do in a pass, alone.
-    pub fn lanes(&self, rows: &PassRows) -> LaneSeconds {
-        let (mut kernels, mut row_kernels, mut attention, mut cpu_beside) = (0.0, 0.0, 0.0, 0.0);
-        let (mut rows_in, mut rows_out, mut uploads) = (0.0, 0.0, 0.0);
+    /// What a pass has to do, by kind of work, alone.
+    fn work(&self, rows: &PassRows) -> PassWork {
         let layers = self.config.shape.layers as f64;
         let gpu = &self.profile.gpu;
+        let on_cpu = self.policy.attention == AttentionPlace::Cpu;
+        let mut work = PassWork { pages: self.cut.pass_seconds, ..PassWork::default() };
+        let (mut rows_in, mut rows_out) = (0.0, 0.0);
         for of in &rows.micro_batches {
             let n = of.rows() as f64;
-            kernels += gpu.embed.at(n) + gpu.head.at(of.sampled as f64);
-            let stages = gpu.pre_attention.at(n) + gpu.post_attention.at(n) + self.gpu_attention(of);
-            kernels += layers * stages;
+            work.kernels += gpu.embed.at(n) + gpu.head.at(of.sampled as f64);
+            work.kernels += layers * (gpu.pre_attention.at(n) + gpu.post_attention.at(n) + self.gpu_attention(of));
             rows_out += layers * self.rows_to_host(of);
-            rows_in +=
-                layers * if self.policy.attention == AttentionPlace::Cpu { self.rows_to_device(of) } else { 0.0 };
-            uploads += layers * self.upload(of);
-            attention += self.cpu_attention_of_all(of);
-            cpu_beside += layers * self.cpu_beside(of);
+            rows_in += layers * if on_cpu { self.rows_to_device(of) } else { 0.0 };
+            work.uploads += layers * self.upload(of);
+            work.attention += self.cpu_attention_of_all(of);
+            work.cpu_beside += layers * self.cpu_beside(of);
         }
         for group in 0..rows.groups.len() {
             let n = Self::group_rows(rows, group);
-            kernels += layers * (0..self.cut.pages.chunks().len()).map(|chunk| self.experts(n, chunk)).sum::<f64>();
+            work.kernels +=
+                layers * (0..self.cut.pages.chunks().len()).map(|chunk| self.experts(n, chunk)).sum::<f64>();
         }
-        let pages = self.cut.pass_seconds;
-        if self.policy.rows == RowPath::Kernels {
-            row_kernels += rows_in + rows_out;
-            (rows_in, rows_out) = (0.0, 0.0);
+        match self.policy.rows {
+            RowPath::Kernels => work.row_kernels = rows_in + rows_out,
+            RowPath::Copies => (work.copies_in, work.copies_out) = (rows_in, rows_out),
         }
+        work
+    }
+
+    /// What each lane has to do in a pass, alone.
+    pub fn lanes(&self, rows: &PassRows) -> LaneSeconds {
+        let work = self.work(rows);
         LaneSeconds {
-            gpu: kernels + row_kernels,
-            to_device: pages + rows_in + uploads,
-            to_host: rows_out,
-            cpu: attention + cpu_beside,
+            gpu: work.kernels + work.row_kernels,
+            to_device: work.pages + work.copies_in + work.uploads,
+            to_host: work.copies_out,
+            cpu: work.attention + work.cpu_beside,
+        }
+    }
+
+    /// The same beside what else is in the pass: no schedule of it is faster than the longest.
+    pub fn lanes_beside(&self, rows: &PassRows) -> LaneSeconds {
+        let work = self.work(rows);
+        let costs = self.costs_of(rows, &work);
+        LaneSeconds {
+            gpu: costs.kernels * work.kernels + costs.row_kernels * work.row_kernels,
+            to_device: costs.pages * (work.pages + work.uploads) + work.copies_in,
+            to_host: costs.copies_out * work.copies_out,
+            cpu: costs.attention * work.attention + work.cpu_beside,
         }
     }
 
     /// The costs of a pass's tasks, what lanes share divided among them.
     pub fn costs<'b>(&'b self, rows: &'b PassRows) -> PassCosts<'b, 'a> {
-        let layers = self.config.shape.layers as f64;
-        let lanes = self.lanes(rows);
-        let pages = self.cut.pass_seconds;
-        let attention: f64 = rows.micro_batches.iter().map(|of| self.cpu_attention_of_all(of)).sum();
-        let row_kernels = match self.policy.rows {
-            RowPath::Copies => 0.0,
-            RowPath::Kernels => {
-                let both = |of: &RowsOf| self.rows_to_host(of) + self.rows_to_device(of);
-                layers * rows.micro_batches.iter().map(both).sum::<f64>()
-            }
-        };
-        let kernels = (lanes.gpu - row_kernels).max(0.0);
+        self.costs_of(rows, &self.work(rows))
+    }
+
+    fn costs_of<'b>(&'b self, rows: &'b PassRows, work: &PassWork) -> PassCosts<'b, 'a> {
+        let PassWork { pages, attention, kernels, row_kernels, copies_out, .. } = *work;
         let c = &self.profile.contention;
         let over = |seconds: f64, alone: f64| if alone > 0.0 { seconds / alone } else { 1.0 };
         // Short contexts, and those of 8 bits, ask less of the host's memory than what this was measured with.
@@ -489,14 +515,14 @@ impl<'a> Predictor<'a> {
         let (pages_factor, attention_factor) = c.of_attention(share);
         let beside_attention = beside(pages, attention, pages_factor, attention_factor);
         let beside_kernels = beside(pages, kernels, c.pages_beside_kernels, c.kernels_beside_pages);
+        let link = &self.profile.link;
+        let beside_copies = beside(pages, copies_out, link.to_device_beside_to_host, link.to_host_beside_to_device);
         // What rows take of the link is not there for pages: kernels are on it for that long.
-        let link = self.profile.link.to_host.at(1e8) / 1e8;
         let crossing = match self.policy.rows {
             RowPath::Copies => 0.0,
-            RowPath::Kernels => self.row_bytes_to_device(rows) * link,
+            RowPath::Kernels => self.row_bytes_to_device(rows) * link.to_host.at(1e8) / 1e8,
         };
-        let (out, l) = (lanes.to_host, &self.profile.link);
-        let beside_copies = beside(pages, out, l.to_device_beside_to_host, l.to_host_beside_to_device);
+        let beside_pages = |mine: f64, factor: f64, theirs: f64| over(beside(mine, pages, factor, theirs), mine);
         PassCosts {
             predictor: self,
             rows,
@@ -504,10 +530,10 @@ impl<'a> Predictor<'a> {
                 * over(beside_kernels, pages)
                 * over(beside_copies, pages)
                 * over(pages + crossing, pages),
-            copies_out: over(beside(out, pages, l.to_host_beside_to_device, l.to_device_beside_to_host), out),
-            kernels: over(beside(kernels, pages, c.kernels_beside_pages, c.pages_beside_kernels), kernels),
-            row_kernels: over(beside(row_kernels, pages, c.rows_beside_pages, 1.0), row_kernels),
-            attention: over(beside(attention, pages, attention_factor, pages_factor), attention),
+            copies_out: beside_pages(copies_out, link.to_host_beside_to_device, link.to_device_beside_to_host),
+            kernels: beside_pages(kernels, c.kernels_beside_pages, c.pages_beside_kernels),
+            row_kernels: beside_pages(row_kernels, c.rows_beside_pages, 1.0),
+            attention: beside_pages(attention, attention_factor, pages_factor),
         }
     }
 

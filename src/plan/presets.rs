@@ -267,10 +267,7 @@ impl HardwarePreset {
                 kernels_reach_host: true,
             },
             link: Link {
-                to_device: vec![
-                    page(SourceKind::Imported, link),
-                    page(SourceKind::Pinned, link),
-                ],
+                to_device: vec![page(SourceKind::Imported, link), page(SourceKind::Pinned, link)],
                 to_host: Curve::linear(0.0, link),
                 pieces: Curve::linear(1e-6, link),
                 small_seconds: ASSUMED.small_copy_seconds,

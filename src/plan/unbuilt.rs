@@ -68,7 +68,10 @@ pub fn unbuilt(problem: &Problem<'_>, choice: &Choice) -> Result<Vec<Unbuilt>, S
     let split = |on_the_gpu: f64| {
         let kept = match policy.attention {
             AttentionPlace::Cpu => {
-                policy.workspaces as f64 * (sequences / policy.micro_batches as f64 * on_the_gpu).ceil() * blocks * block_bytes
+                policy.workspaces as f64
+                    * (sequences / policy.micro_batches as f64 * on_the_gpu).ceil()
+                    * blocks
+                    * block_bytes
             }
             AttentionPlace::Gpu => 0.0, // its workspaces have room for all
         };
@@ -95,7 +98,8 @@ pub fn unbuilt(problem: &Problem<'_>, choice: &Choice) -> Result<Vec<Unbuilt>, S
         let lanes = LaneSeconds {
             cpu: choice.lanes.cpu + (bytes / reads).max(flops / machine.host.flops_per_s),
             gpu: (choice.lanes.gpu - of_all * experts).max(0.0),
-            to_device: choice.lanes.to_device - bytes * byte_seconds + profile.link.pages(None).map_or(0.0, |pages| pages.seconds.at(crossing)),
+            to_device: choice.lanes.to_device - bytes * byte_seconds
+                + profile.link.pages(None).map_or(0.0, |pages| pages.seconds.at(crossing)),
             to_host: choice.lanes.to_host + profile.link.to_host.at(crossing),
         };
         Some((lanes, 1.0))

@@ -151,7 +151,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let builder = builder.wishes(Wishes { kv_bytes: pool.kv_bytes, ..all });
     let prepared = builder.prepare()?;
     if prepared.plan().memory.host_weights == 0 {
-        bail!("beside {} of keys and values the host's memory has no room for the experts (--host-memory, --most-sequences)", human_bytes(pool.kv_bytes.unwrap_or(0)));
+        bail!(
+            "beside {} of keys and values the host's memory has no room for the experts (--host-memory, --most-sequences)",
+            human_bytes(pool.kv_bytes.unwrap_or(0))
+        );
     }
     let mut engine = load(prepared)?;
     let source = engine.page_source().map(|source| source.kind());
@@ -179,7 +182,12 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         print_line(serde_json::to_string_pretty(&json!({ "seed": arguments.seed, "policies": rows }))?)?;
     }
     if let Some(o) = outcomes.iter().find(|o| o.peak > o.plan.memory.device()) {
-        bail!("{}: {} of device memory were taken, {} planned", o.label, human_bytes(o.peak), human_bytes(o.plan.memory.device()));
+        bail!(
+            "{}: {} of device memory were taken, {} planned",
+            o.label,
+            human_bytes(o.peak),
+            human_bytes(o.plan.memory.device())
+        );
     }
     Ok(OK)
 }
