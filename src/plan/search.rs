@@ -117,10 +117,15 @@ const PLACEMENTS: [Placement; 7] = [
 ];
 /// Page sizes that are tried.
 pub const PAGES: [u64; 4] = [64 << 20, 32 << 20, 128 << 20, 8 << 20];
-/// Prompt rows of a pass that are tried: what the workload brings in steady state, times these. Decode rows come on top.
-const PROMPT_ROOM: [f64; 3] = [1.0, 2.0, 4.0];
-/// Sequences over a mean load of the pool that have to have room: they are not all of mean length at a time.
-const FLUCTUATION: f64 = 1.06;
+/// Prompt rows of a pass that are tried: what the workload brings in steady state, times these. Decode rows come on top. Not as many as it
+/// brings on average: prompts come as sequences happen to end, and where they have to wait for room the places of those stay empty.
+const PROMPT_ROOM: [f64; 2] = [1.5, 3.0];
+
+/// Blocks over the mean load of the pool that have to be there: sequences are not all of mean length at a time, but the more there
+/// are the nearer they come to it together.
+fn fluctuation(sequences: usize) -> f64 {
+    1.0 + (1.0 / (sequences.max(1) as f64).sqrt()).min(0.06)
+}
 
 /// Steps of the grid of sequences in an octave.
 const STEPS: u32 = 16;
@@ -417,7 +422,9 @@ impl Problem<'_> {
         // The last block of a sequence is half full.
         let tokens = self.workload.context_tokens + BLOCK_TOKENS as f64 / 2.0;
         let sequences = policy.max_sequences.min(self.most_sequences());
-        let blocks = |sequences: usize| (sequences as f64 * tokens / BLOCK_TOKENS as f64 * FLUCTUATION).ceil() as usize;
+        let blocks = |sequences: usize| {
+            (sequences as f64 * tokens / BLOCK_TOKENS as f64 * fluctuation(sequences)).ceil() as usize
+        };
         let longest = self.workload.longest.div_ceil(BLOCK_TOKENS);
         let needed = blocks(sequences).max(longest);
         if needed > policy.kv_blocks {

@@ -23,7 +23,7 @@ use crate::plan::cost::{PassRows, Predictor};
 use crate::plan::search::{PAGES, Problem, SPLITS, sequence_grid};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, Wishes, fit};
-use crate::policy::{AttentionPlace, KvDtype};
+use crate::policy::{AttentionPlace, KvDtype, Policy};
 use crate::profile::Profile;
 use crate::schedule::Lane;
 use crate::units::human_bytes;
@@ -419,6 +419,25 @@ fn row(o: &Outcome) -> serde_json::Value {
     })
 }
 
+/// How far policies differ.
+fn ranges(of: &[&Outcome]) -> String {
+    let range = |what: fn(&Policy) -> u64| {
+        let values = of.iter().map(|o| what(&o.plan.policy));
+        (values.clone().min().unwrap_or(0), values.max().unwrap_or(0))
+    };
+    let (fewest, most) = range(|policy| policy.max_sequences as u64);
+    let (micro_batch, largest) = range(|policy| policy.max_sequences.div_ceil(policy.micro_batches) as u64);
+    let (group, groups) = range(|policy| policy.expert_groups as u64);
+    let (page, pages) = range(|policy| policy.page_bytes);
+    let on_cpu = of.iter().filter(|o| o.plan.policy.attention == AttentionPlace::Cpu).count();
+    format!(
+        "{fewest} to {most} sequences in micro-batches of {micro_batch} to {largest} and {group} to {groups} groups, pages of {} to {}, {on_cpu} \
+         attend on the CPU",
+        human_bytes(page),
+        human_bytes(pages),
+    )
+}
+
 /// The worst prediction, and how far the choice is from the best of its sweep.
 fn conclude(outcomes: &[Outcome]) {
     let off = |o: &&Outcome| (o.predicted / o.measured - 1.0).abs();
@@ -427,8 +446,9 @@ fn conclude(outcomes: &[Outcome]) {
         if let Some(worst) = of.iter().max_by(|a, b| off(a).total_cmp(&off(b))) {
             let mean = of.iter().map(off).sum::<f64>() / of.len() as f64;
             say!(
-                "{} {what}: predictions are off by {:.1} % on average, at most by {:.1} % ({})",
+                "{} {what} ({}): predictions are off by {:.1} % on average, at most by {:.1} % ({})",
                 of.len(),
+                ranges(&of),
                 100.0 * mean,
                 100.0 * off(worst),
                 worst.label
