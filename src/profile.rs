@@ -550,14 +550,9 @@ impl Profile {
         Ok(())
     }
 
-    /// Where the profile of a machine and a kind of layers is kept: `$FULMEN_CACHE_DIR`, else `$XDG_CACHE_HOME/fulmen`, else
-    /// `~/.cache/fulmen`, below that `profiles`.
+    /// Where the profile of a machine and a kind of layers is kept: in `profiles` below the folder for caches.
     pub fn cache_path(machine: &MachineKey, model: &ModelKey) -> Result<PathBuf, ProfileError> {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let folder = variable("FULMEN_CACHE_DIR")
-            .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("fulmen")))
-            .or_else(|| variable("HOME").map(|folder| folder.join(".cache").join("fulmen")))
-            .ok_or(ProfileError::NoCacheFolder)?;
+        let folder = cache_folder().ok_or(ProfileError::NoCacheFolder)?;
         let word: String = machine.adapter.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let key = serde_json::to_string(&(machine, model)).expect("plain data");
         let word: String = word.to_ascii_lowercase().chars().take(40).collect();
@@ -574,6 +569,14 @@ impl Profile {
         profile.check(machine, model)?;
         Ok(Some(profile))
     }
+}
+
+/// Where what was measured is kept: `$FULMEN_CACHE_DIR`, else `$XDG_CACHE_HOME/fulmen`, else `~/.cache/fulmen`.
+pub(crate) fn cache_folder() -> Option<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    variable("FULMEN_CACHE_DIR")
+        .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("fulmen")))
+        .or_else(|| variable("HOME").map(|folder| folder.join(".cache").join("fulmen")))
 }
 
 /// FNV-1a: a name for a file, not a secret.

@@ -66,8 +66,8 @@ pub struct Arguments {
     /// Passes in front of them that do not
     #[arg(long, value_name = "N", default_value_t = 3)]
     warm_up: usize,
-    /// Other ways to run it: a schedule's name as in `bench pipeline`, with +mN for N micro-batches, +relay for pages through fresh pinned
-    /// memory, +padded for prompts of equal length
+    /// Other ways to run it: a schedule's name as in `bench pipeline`, with +mN for N micro-batches, +relay for pages that are pinned one
+    /// by one, +padded for prompts of equal length
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     rivals: Vec<Rival>,
     /// Passes of each rival that count
@@ -275,6 +275,11 @@ impl Outcome {
     fn tokens_per_second(&self) -> f64 {
         self.per_second(self.generated)
     }
+
+    /// Without experts that must cross the link for want of room, the link bounds nothing.
+    fn is_bounded(&self) -> bool {
+        self.bound.tokens_per_second.is_finite()
+    }
 }
 
 /// What a rival's batch takes.
@@ -397,11 +402,17 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         let ours = outcomes.last().expect("one workload");
         let gpu_seconds_per_row = gpu_seconds_per_prompt_row(&mut engine, &ours.workload)?;
         for (index, rival) in arguments.rivals.iter().enumerate() {
-            let measured;
-            (engine, measured) =
-                run_rival(engine, *rival, &ours.workload, &fixed, &wishes, gpu_seconds_per_row, link_rate, &arguments)?;
+            let (lengths, asked) = rival_batch(&engine, *rival, &ours.workload, &fixed, &wishes);
+            if let Err(cause) = engine.plan_again(&asked) {
+                say!(
+                    "{rival} cannot run beside the same pages: {cause}; more micro-batches (+mN) or fewer residents make room"
+                );
+                continue;
+            }
+            engine = engine.reopen(asked)?;
+            let measured = run_rival(&mut engine, *rival, &lengths, gpu_seconds_per_row, link_rate, &arguments)?;
             if !arguments.json {
-                print_rival(&measured, ours, index == 0)?;
+                print_rival(&measured, rivals.last(), ours, index == 0)?;
             }
             rivals.push(measured);
         }
@@ -509,38 +520,30 @@ fn gpu_seconds_per_prompt_row(engine: &mut Engine, workload: &Workload) -> Resul
     Ok(busy.as_secs_f64() / rows as f64)
 }
 
-/// One batch by another way: its decode passes at half of their completion.
-#[allow(clippy::too_many_arguments, reason = "what is the same for all rivals, once")]
-fn run_rival(
-    engine: Engine,
+/// A rival's batch, as the pool has room for it to the last token, and the policy that it runs under.
+fn rival_batch(
+    engine: &Engine,
     rival: Rival,
     workload: &Workload,
     fixed: &dyn Fn(Wishes) -> Wishes,
     wishes: &Wishes,
-    gpu_seconds_per_row: f64,
-    link_rate: f64,
-    arguments: &Arguments,
-) -> Result<(Engine, RivalOutcome)> {
+) -> (Vec<Length>, Wishes) {
     let kv_blocks = engine.plan().policy.kv_blocks;
-    let prompt = |length: &Length| if rival.padded { workload.longest_prompt() } else { length.prompt };
-    let reserved = |length: &Length| KvLayout::blocks_for(prompt(length) + length.generated);
-    // The batch that the pool has room for, to the last token.
+    let longest_prompt = workload.longest_prompt();
     let mut taken = 0;
     let lengths: Vec<Length> = workload
         .lengths
         .iter()
         .cycle()
+        .map(|length| Length { prompt: if rival.padded { longest_prompt } else { length.prompt }, ..*length })
         .take_while(|length| {
-            taken += reserved(length);
+            taken += KvLayout::blocks_for(length.prompt + length.generated);
             taken <= kv_blocks
         })
-        .copied()
+        .take(wishes.max_sequences.unwrap_or(usize::MAX))
         .collect();
-    let most = wishes.max_sequences.unwrap_or(usize::MAX);
-    let lengths = &lengths[..lengths.len().min(most)];
     let entry = rival.entry;
     let micro_batches = entry.micro_batches.or(wishes.micro_batches).unwrap_or(4).min(lengths.len().max(1));
-    let passes = 1 + arguments.rival_passes;
     let mut asked = fixed(Wishes {
         schedule: Some(entry.kind),
         rows: entry.rows.or(wishes.rows),
@@ -556,12 +559,24 @@ fn run_rival(
         (false, SourceKind::Relay) => SourceKind::Imported,
         (false, kind) => kind,
     });
-    let mut engine = engine.reopen(asked)?;
+    (lengths, asked)
+}
+
+/// One batch by another way: its decode passes at half of their completion.
+fn run_rival(
+    engine: &mut Engine,
+    rival: Rival,
+    lengths: &[Length],
+    gpu_seconds_per_row: f64,
+    link_rate: f64,
+    arguments: &Arguments,
+) -> Result<RivalOutcome> {
+    let passes = 1 + arguments.rival_passes;
     let sequences: Vec<WarmSequence> = lengths
         .iter()
         .map(|length| {
             let age = (length.generated / 2).max(1);
-            WarmSequence { prompt: prompt(length), generated: age, left: passes + 1 }
+            WarmSequence { prompt: length.prompt, generated: age, left: passes + 1 }
         })
         .collect();
     let mut bar = progress::PassProgress::new(&rival.to_string(), passes);
@@ -580,31 +595,28 @@ fn run_rival(
     steps.sort_unstable();
     let step = steps[steps.len() / 2];
     let all = Timeline { spans: timelines.iter().flat_map(|timeline| timeline.spans.iter().copied()).collect() };
-    let prompt_rows: usize = lengths.iter().map(prompt).sum();
+    let prompt_rows: usize = lengths.iter().map(|length| length.prompt).sum();
     let generated: usize = lengths.iter().map(|length| length.generated).sum();
     // A batch is done when its longest answer is; all its rows stay to the end.
     let decode_passes = lengths.iter().map(|length| length.generated).max().unwrap_or(1) - 1;
     let prefill = Duration::from_secs_f64(prompt_rows as f64 * gpu_seconds_per_row);
     // One trip of the weights over the link at least. A relay takes as long for it as in a pass of decode rows.
-    let trip = if entry.relay {
+    let trip = if rival.entry.relay {
         step
     } else {
         Duration::from_secs_f64(engine.plan().streamed_bytes_per_pass as f64 / link_rate)
     };
     let prefill = prefill.max(trip);
-    Ok((
-        engine,
-        RivalOutcome {
-            rival,
-            sequences: lengths.len(),
-            micro_batches,
-            step,
-            prefill,
-            total: prefill + step * decode_passes as u32,
-            generated,
-            busy: Lane::ALL.map(|lane| (lane, all.busy(lane).as_secs_f64() / wall.as_secs_f64())).to_vec(),
-        },
-    ))
+    Ok(RivalOutcome {
+        rival,
+        sequences: lengths.len(),
+        micro_batches: engine.plan().policy.micro_batches,
+        step,
+        prefill,
+        total: prefill + step * decode_passes as u32,
+        generated,
+        busy: Lane::ALL.map(|lane| (lane, all.busy(lane).as_secs_f64() / wall.as_secs_f64())).to_vec(),
+    })
 }
 
 fn percent(share: f64) -> String {
@@ -624,7 +636,7 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
     let each = |n: usize| format!("{:.0} a pass", n as f64 / o.passes as f64);
     let pages = o.page_bytes as f64 / o.wall.as_secs_f64();
     print_line(format!(
-        "{:<16}{:>8}{:>16}{:>13}{:>11}{:>11.1}{:>14.1}{:>14.1}{:>10}{:>13.1}{:>9}",
+        "{:<16}{:>8}{:>16}{:>13}{:>11}{:>11.1}{:>14.1}{:>14}{:>10}{:>13.1}{:>9}",
         o.workload.name,
         o.sequences,
         each(o.prompt_rows),
@@ -632,8 +644,8 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
         format!("{:.3} s", o.wall.as_secs_f64() / o.passes as f64),
         o.tokens_per_second(),
         o.per_second(o.prompt_rows),
-        o.bound.tokens_per_second,
-        percent(o.tokens_per_second() / o.bound.tokens_per_second),
+        if o.is_bounded() { format!("{:.1}", o.bound.tokens_per_second) } else { "none".to_owned() },
+        if o.is_bounded() { percent(o.tokens_per_second() / o.bound.tokens_per_second) } else { String::new() },
         pages / 1e9,
         percent(pages / link_rate),
     ))?;
@@ -642,11 +654,14 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
     }
     let wall = o.wall.as_secs_f64();
     let share = |idle: Duration| percent(idle.as_secs_f64() / wall);
+    let bound = if o.is_bounded() {
+        let (n, seconds) = (o.bound_sequences, o.bound.pass_seconds);
+        format!("{n:.0} requests in passes of {seconds:.3} s, the {} binds", o.bound.binding().roof.name())
+    } else {
+        "none, all experts would fit on the GPU".to_owned()
+    };
     print_line(format!(
-        "    bound: {:.0} requests in passes of {:.3} s, the {} binds; busy: {}; no lane {}; preemptions {}",
-        o.bound_sequences,
-        o.bound.pass_seconds,
-        o.bound.binding().roof.name(),
+        "    bound: {bound}; busy: {}; no lane {}; preemptions {}",
         lanes(&o.busy),
         percent(1.0 - o.busy_any),
         o.preemptions,
@@ -659,15 +674,16 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
     ))
 }
 
-fn print_rival(r: &RivalOutcome, ours: &Outcome, first: bool) -> Result<()> {
+/// Listed from the slowest to the fastest, each line's ratio to the one above is what one more change gives.
+fn print_rival(r: &RivalOutcome, above: Option<&RivalOutcome>, ours: &Outcome, first: bool) -> Result<()> {
     if first {
         print_line(format!("\nrivals on {}, one batch each", ours.workload.name))?;
         print_line(
-            "way                        sequences  micro-b.   decode pass   prefill     batch      tok/s   ours is",
+            "way                        sequences  micro-b.   decode pass   prefill     batch      tok/s  above x   ours is",
         )?;
     }
     print_line(format!(
-        "{:<27}{:>9}{:>10}{:>14}{:>10}{:>10}{:>11.1}{:>10}   {}",
+        "{:<27}{:>9}{:>10}{:>14}{:>10}{:>10}{:>11.1}{:>9}{:>10}   {}",
         r.rival.to_string(),
         r.sequences,
         r.micro_batches,
@@ -675,6 +691,7 @@ fn print_rival(r: &RivalOutcome, ours: &Outcome, first: bool) -> Result<()> {
         format!("{:.1} s", r.prefill.as_secs_f64()),
         format!("{:.0} s", r.total.as_secs_f64()),
         r.tokens_per_second(),
+        above.map_or_else(String::new, |above| format!("{:.2}", r.tokens_per_second() / above.tokens_per_second())),
         format!("{:.2} x", ours.tokens_per_second() / r.tokens_per_second()),
         lanes(&r.busy),
     ))
