@@ -595,7 +595,7 @@ impl Machine {
                 for source in weights.inventory().slot_sources(layer, expert, matrix, 0..n_bytes) {
                     let length = (source.range.end - source.range.start) as usize;
                     let into = &mut bytes[source.at as usize..][..length];
-                    weights.read(&reader, source.role, source.range, into)?;
+                    weights.read_by_all(&reader, source.role, source.range, into)?;
                 }
                 let piece = Piece { expert, matrix, bytes: 0..n_bytes };
                 let slot = self.plan.slot(0, layer, expert);
