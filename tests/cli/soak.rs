@@ -15,7 +15,7 @@ use crate::common::*;
 
 const FEW_REQUESTS: usize = 1500;
 /// Blocks of 32 tokens for fewer sequences than there could be.
-const KV_MEMORY: &str = "2MiB";
+const KV_MEMORY: &str = "1MiB";
 /// One line in so many is no request.
 const BAD_LINE_EVERY: usize = 97;
 
@@ -93,6 +93,7 @@ fn batch(n: usize) -> String {
 /// Passes wide enough to spread what a pass costs whatever its rows.
 fn run(model: &Path, input: &Path, output: &Path) -> Call {
     fulmen(["run-batch", "--json-summary", "--max-model-len", "64", "--max-num-seqs", "1024"])
+        .words(["--max-num-batched-tokens", "2048"])
         .path("--model", model)
         .path("-i", input)
         .path("-o", output)
