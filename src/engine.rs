@@ -763,19 +763,25 @@ impl Engine {
         Ok(Some(measured))
     }
 
+    /// The plan that [`reopen`](Self::reopen) would open.
+    pub fn plan_again(&self, wishes: &Wishes) -> Result<Plan, EngineError> {
+        let bytes = ModelBytes::of(self.opened.weights.inventory());
+        let pool_bytes = Some(self.plan.memory.kv_pool);
+        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..*wishes };
+        let plan = fit(&self.config, &bytes, &self.opened.limits, &asked)?;
+        let pages = page_plan(&self.config, &self.opened.weights, &plan);
+        let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
+        if pages != *self.machine.plan() || pool(&plan) != pool(&self.plan) {
+            return Err(EngineError::OtherPages);
+        }
+        Ok(plan)
+    }
+
     /// The same model under another policy: how schedules are compared. Pages and KV pool stay where they are, so neither
     /// what streams nor how it is cut may change; weights that stay are brought to the GPU again.
     pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
-        let Engine { machine, opened, config, plan: before, batcher, kv_arenas, .. } = self;
-        let bytes = ModelBytes::of(opened.weights.inventory());
-        let pool_bytes = Some(before.memory.kv_pool);
-        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..wishes };
-        let mut plan = fit(&config, &bytes, &opened.limits, &asked)?;
-        let pages = page_plan(&config, &opened.weights, &plan);
-        let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
-        if pages != *machine.plan() || pool(&plan) != pool(&before) {
-            return Err(EngineError::OtherPages);
-        }
+        let mut plan = self.plan_again(&wishes)?;
+        let Engine { machine, opened, batcher, kv_arenas, .. } = self;
         plan.policy.source = wishes.source;
         let source = machine.into_source();
         // Memory of dropped buffers comes back when wgpu has looked.

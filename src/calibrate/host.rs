@@ -200,7 +200,8 @@ pub fn reads(request: &Request<'_>, all: usize) -> Result<Curve, CalibrateError>
 
 /// Time in which a pass's schedule is built and checked, over its tasks.
 pub fn schedules(request: &Request<'_>) -> Host {
-    let rows = MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true };
+    let rows =
+        MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true, workspace: 0 };
     let mut points = Vec::new();
     for micro_batches in [1, 4, 16] {
         let shape = PassShape {
@@ -215,7 +216,6 @@ pub fn schedules(request: &Request<'_>) -> Host {
             loaded_pages: 0,
             load_ahead: true,
             rows: RowPath::Kernels,
-            workspaces: 1,
             relay: false,
         };
         let tasks = build(ScheduleKind::Grouped, &shape).tasks.len();

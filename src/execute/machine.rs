@@ -98,6 +98,11 @@ impl Extents {
         micro_batch / self.group_size()
     }
 
+    /// The KV workspace of a micro-batch.
+    pub fn workspace_of(&self, micro_batch: usize) -> usize {
+        micro_batch % self.workspaces
+    }
+
     /// Parts of decode rows in a micro-batch's list.
     fn listed_parts(&self) -> usize {
         if self.gpu_decode {
@@ -258,7 +263,13 @@ struct Workspace {
     /// [blocks, G, 2, BLOCK_TOKENS, K] f16
     blocks: Buffer,
     /// Host memory from which blocks cross the link, where the pool itself cannot be lent to the driver.
-    staging: Option<HostBuffer>,
+    staging: Option<Staging>,
+}
+
+struct Staging {
+    bytes: HostBuffer,
+    /// The last copy out of them.
+    last: Mutex<Option<Ticket>>,
 }
 
 /// Marks a row whose key and value the workspace does not need.
@@ -474,7 +485,10 @@ impl Machine {
                     blocks: gpu.shared_buffer("KV workspace", workspace_bytes)?,
                     staging: match lend_kv {
                         true => None,
-                        false => Some(gpu.host_buffer("KV on its way to the GPU", workspace_bytes)?),
+                        false => Some(Staging {
+                            bytes: gpu.host_buffer("KV on its way to the GPU", workspace_bytes)?,
+                            last: Mutex::default(),
+                        }),
                     },
                 })
             })
@@ -736,7 +750,7 @@ impl Machine {
         after: &[Ticket],
     ) -> Result<Ticket, GpuError> {
         let bytes = workspace_block_bytes(&self.config);
-        let workspace = &self.workspaces[micro_batch % self.workspaces.len()];
+        let workspace = &self.workspaces[self.extents.workspace_of(micro_batch)];
         let Some(staging) = &workspace.staging else {
             let copies: Vec<CopyRange<'_>> = uploads
                 .iter()
@@ -750,22 +764,28 @@ impl Machine {
         };
         let (layout, head_width) = (self.kv_layout(), self.config.shape.head_width);
         let half_elements = BLOCK_TOKENS * head_width;
+        let mut last = staging.last.lock().expect("staging lock");
+        if let Some(ticket) = last.take() {
+            self.gpu().wait_for(ticket)?;
+        }
         let mut copies = Vec::with_capacity(uploads.len());
         for upload in uploads {
             let to = upload.to as u64 * bytes;
-            // SAFETY: the last upload of this workspace has been attended to, so its copy has run; only stored tokens of the
-            // pool are read, which the caller vouches for.
+            // SAFETY: the last copy out of these bytes has run, and the lock keeps others out; only stored tokens of the pool are
+            // read, which the caller vouches for.
             unsafe {
                 let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
-                let into = staging.slice_mut::<f16>(to..to + bytes);
+                let into = staging.bytes.slice_mut::<f16>(to..to + bytes);
                 for (half, into) in into.chunks_exact_mut(half_elements).enumerate() {
                     let from = from.add(half * layout.half_bytes());
                     layout.read_half_at(from, upload.tokens, &mut into[..upload.tokens * head_width]);
                 }
             }
-            copies.push(CopyRange::new(staging.at(to), workspace.blocks.at(to), bytes));
+            copies.push(CopyRange::new(staging.bytes.at(to), workspace.blocks.at(to), bytes));
         }
-        self.gpu().copy(Line::ToDevice, &copies, after)
+        let ticket = self.gpu().copy(Line::ToDevice, &copies, after)?;
+        *last = Some(ticket);
+        Ok(ticket)
     }
 
     fn norm(
@@ -934,7 +954,7 @@ impl Machine {
             rope_table: self.rope_table.whole(),
             kv_slots: buffers.kv_slots.whole(),
             kv_rows: buffers.kv_rows.whole(),
-            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
+            kv_blocks: self.workspaces[self.extents.workspace_of(micro_batch)].blocks.whole(),
         };
         rotary::record(r, params, bindings)?;
         if let Some(new_rows) = &buffers.quantised_rows {
@@ -1035,7 +1055,7 @@ impl Machine {
         let bindings = paged_attention::Bindings {
             qkv: buffers.qkv.whole(),
             block_table: buffers.block_table.whole(),
-            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
+            kv_blocks: self.workspaces[self.extents.workspace_of(micro_batch)].blocks.whole(),
             out: buffers.attention.whole(),
             sinks: self.where_there(self.config.forward.sinks, Role::Sinks { layer }),
         };
@@ -1144,7 +1164,7 @@ impl Machine {
         LoadRequest { gpu: self.gpu(), weights, plan: &self.plan, threads, layer, number }
     }
 
-    /// Relay: copies a page into fresh pinned memory.
+    /// Relay: copies a page into pinned memory.
     pub fn pin_page(
         &self,
         weights: &Weights,

@@ -6,7 +6,7 @@
 //! | pinned | memory of the driver, filled once | a load; the driver may allow only a part of the RAM |
 //! | mapped | the files' own mapping, lent to the driver | nothing, where the driver takes it (few do) |
 //! | staged | a few pinned buffers; each page is read from its file when it is due | a read per page and pass; needs no RAM |
-//! | relay | pageable memory, copied into fresh pinned memory for each page: what FlexGen does without pinned weights | for comparison only |
+//! | relay | pageable memory, each page copied into pinned memory by the thread that launches: what FlexGen does without pinned weights (PyTorch's allocator hands pinned memory out again, and so does this) | for comparison only |
 //!
 //! In: weights, a [`PagePlan`], a wish. Out: a [`PageSource`] that starts the copies of any page. Where nobody wished, the best
 //! that the machine grants is taken, and [`PageSource::why`] says why not a better one.
@@ -90,8 +90,18 @@ enum Bytes {
     Relay {
         arenas: Vec<HostBuffer>,
         at: Vec<At>,
-        fresh: Mutex<HashMap<usize, VecDeque<HostBuffer>>>,
+        relayed: Mutex<Relayed>,
     },
+}
+
+/// Pinned memory of pages on their way.
+#[derive(Default)]
+struct Relayed {
+    /// By page, those whose copies are still to be launched. A page of the next pass may be pinned before this pass's is loaded:
+    /// first in, first out.
+    pinned: HashMap<usize, VecDeque<HostBuffer>>,
+    /// Those whose copies were launched.
+    launched: VecDeque<(HostBuffer, Ticket)>,
 }
 
 /// Offset of each piece within its page, and the page's size.
@@ -250,7 +260,7 @@ impl PageSource {
                 let starts: Vec<Memory> = arenas.iter_mut().map(|arena| Memory(arena.as_mut_ptr())).collect();
                 Self::fill_arenas(request, &starts, &at, progress)?;
                 let arenas = arenas.into_iter().map(HostBuffer::of).collect();
-                Ok(Bytes::Relay { arenas, at, fresh: Mutex::default() })
+                Ok(Bytes::Relay { arenas, at, relayed: Mutex::default() })
             }
         }
     }
@@ -357,7 +367,7 @@ impl PageSource {
         use SourceKind::{Imported, Pinned, Relay};
         let bytes = match (self.bytes, kind) {
             (bytes, kind) if kind == self.kind => bytes,
-            (Bytes::Resident { arenas, at }, Relay) => Bytes::Relay { arenas, at, fresh: Mutex::default() },
+            (Bytes::Resident { arenas, at }, Relay) => Bytes::Relay { arenas, at, relayed: Mutex::default() },
             // What was never lent has no name for copies.
             (Bytes::Relay { arenas, at, .. }, Imported | Pinned)
                 if arenas.iter().all(HostBuffer::reached_by_copies) =>
@@ -441,32 +451,44 @@ impl PageSource {
                 *busy = Some(ticket);
                 Ok(ticket)
             }
-            Bytes::Relay { fresh, .. } => {
+            Bytes::Relay { relayed, .. } => {
                 let key = layer * pages.len() + number;
-                let mut fresh = fresh.lock().expect("relay lock");
-                // A page of the next pass may be pinned before this pass's is loaded: first in, first out.
-                let buffer =
-                    fresh.get_mut(&key).and_then(|pages| pages.pop_front()).expect("the schedule pins before it loads");
-                drop(fresh);
-                // The copy keeps the buffer's memory until it has run.
-                Ok(from_buffer(&buffer, 0)?)
+                let pinned = relayed.lock().expect("relay lock").pinned.get_mut(&key).and_then(VecDeque::pop_front);
+                let buffer = pinned.expect("the schedule pins before it loads");
+                let ticket = from_buffer(&buffer, 0)?;
+                relayed.lock().expect("relay lock").launched.push_back((buffer, ticket));
+                Ok(ticket)
             }
         }
     }
 
-    /// Relay: copies a page into fresh pinned memory, on the calling thread.
+    /// Relay: copies a page into pinned memory, on the calling thread.
     pub fn pin(&self, request: &LoadRequest<'_>) -> Result<(), PageError> {
-        let Bytes::Relay { arenas, at, fresh } = &self.bytes else { return Ok(()) };
+        let Bytes::Relay { arenas, at, relayed } = &self.bytes else { return Ok(()) };
         let pages = layer_pages(request.plan);
         let key = request.layer * pages.len() + request.number;
         let (_, bytes) = lay_out(pages[request.number]);
-        let buffer = request.gpu.pinned("a relayed page", bytes)?;
+        // Memory whose copy was launched a layer ago is used again. What was launched runs by itself, so waiting for it blocks nobody.
+        let used = {
+            let launched = &mut relayed.lock().expect("relay lock").launched;
+            if launched.len() > pages.len() { launched.pop_front() } else { None }
+        };
+        let buffer = match used {
+            Some((buffer, ticket)) => {
+                request.gpu.wait_for(ticket)?;
+                buffer
+            }
+            None => {
+                let largest = pages.iter().map(|page| lay_out(page).1).max().expect("there is a page");
+                request.gpu.pinned("a relayed page", largest)?
+            }
+        };
         let (arena, offset) = at[key];
-        // SAFETY: nobody else knows of this buffer yet, and nobody writes what was filled.
+        // SAFETY: the last copy out of this buffer has run and nobody else knows of it now; nobody writes what was filled.
         let (into, from) =
             unsafe { (buffer.slice_mut::<u8>(0..bytes), arenas[arena].slice::<u8>(offset..offset + bytes)) };
         into.copy_from_slice(from);
-        fresh.lock().expect("relay lock").entry(key).or_default().push_back(buffer);
+        relayed.lock().expect("relay lock").pinned.entry(key).or_default().push_back(buffer);
         Ok(())
     }
 }

@@ -44,13 +44,14 @@ impl RowsOf {
         self.decode + self.prompt
     }
 
-    fn shape(&self, attention: AttentionPlace) -> MicroBatchShape {
+    fn shape(&self, attention: AttentionPlace, workspace: usize) -> MicroBatchShape {
         let on_gpu = attention == AttentionPlace::Gpu;
         MicroBatchShape {
             gpu_attention: self.prompt > 0 || on_gpu && self.decode > 0,
             cpu_attention: !on_gpu && self.decode > 0,
             kv_to_device: self.uploaded_blocks > 0,
             sampled: self.sampled > 0,
+            workspace,
         }
     }
 }
@@ -149,7 +150,6 @@ pub fn pass_shape(
         loaded_pages: 0,
         load_ahead: policy.schedule != ScheduleKind::Serial,
         rows: policy.rows,
-        workspaces: policy.workspaces,
         relay,
     }
 }
@@ -473,7 +473,9 @@ impl<'a> Predictor<'a> {
 
     /// The shape of a pass, its first pages loaded by the one before as far as `loaded` says.
     pub fn shape(&self, rows: &PassRows, layers: usize, loaded: bool) -> PassShape {
-        let micro_batches = rows.micro_batches.iter().map(|of| of.shape(self.policy.attention)).collect();
+        let workspace = |number: usize| number % self.policy.workspaces;
+        let numbered = rows.micro_batches.iter().enumerate();
+        let micro_batches = numbered.map(|(number, of)| of.shape(self.policy.attention, workspace(number))).collect();
         let mut shape =
             pass_shape(self.config, &self.policy, &self.cut.pages, micro_batches, rows.groups.clone(), self.cut.relay);
         shape.layers = layers;

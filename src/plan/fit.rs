@@ -417,11 +417,15 @@ fn fit_with_pool(
     }
     let sequences_each = max_sequences.div_ceil(micro_batches);
     let one_sequence = blocks_for(max_model_len);
-    // One micro-batch's context comes while another attends.
-    let workspaces = 2.min(micro_batches);
+    // One micro-batch's context comes while another attends. Where only prompts attend on the GPU their contexts are few: where a
+    // workspace for each takes next to nothing, they come a layer ahead.
+    // Two prompts of full length side by side; and as many short ones as fill the rows of a pass: each takes a block.
+    let few = (2 * one_sequence).max(rows_per_micro_batch.div_ceil(SHORT_PROMPT_TOKENS));
+    let for_each = attention == AttentionPlace::Cpu
+        && (micro_batches * few) as u64 * layer_block_bytes <= machine.device_bytes / 64;
+    let workspaces = if for_each { micro_batches } else { 2.min(micro_batches) };
     let workspace_wanted = match attention {
-        // Two prompts of full length side by side; and as many short ones as fill the rows of a pass: each takes a block.
-        AttentionPlace::Cpu => (2 * one_sequence).max(rows_per_micro_batch.div_ceil(SHORT_PROMPT_TOKENS)),
+        AttentionPlace::Cpu => few,
         // All contexts of a micro-batch, in a quarter of the memory: the rest is for experts.
         AttentionPlace::Gpu => ((sequences_each + 1) * one_sequence)
             .min((machine.device_bytes / 4 / workspaces as u64 / layer_block_bytes) as usize)

@@ -15,10 +15,10 @@ use proptest::prelude::*;
 
 /// Decode rows that attend on the CPU.
 const DECODE: MicroBatchShape =
-    MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true };
+    MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true, workspace: 0 };
 /// Decode rows, and a later chunk of a prompt.
 const MIXED: MicroBatchShape =
-    MicroBatchShape { gpu_attention: true, cpu_attention: true, kv_to_device: true, sampled: true };
+    MicroBatchShape { gpu_attention: true, cpu_attention: true, kv_to_device: true, sampled: true, workspace: 0 };
 
 /// Experts `streamed` of a layer through a ring of `ring`, two pages for each chunk of half a ring; residents in front.
 fn chunks(residents: bool, streamed: usize, ring: usize) -> Vec<ChunkShape> {
@@ -38,6 +38,13 @@ fn chunks(residents: bool, streamed: usize, ring: usize) -> Vec<ChunkShape> {
     chunks
 }
 
+/// Micro-batches that share so many workspaces in turn.
+fn sharing(workspaces: usize, micro_batches: Vec<MicroBatchShape>) -> Vec<MicroBatchShape> {
+    let numbered = micro_batches.into_iter().enumerate();
+    numbered.map(|(number, rows)| MicroBatchShape { workspace: number % workspaces, ..rows }).collect()
+}
+
+/// Two workspaces.
 fn shape(
     layers: usize,
     micro_batches: Vec<MicroBatchShape>,
@@ -48,7 +55,7 @@ fn shape(
     let n = micro_batches.len();
     PassShape {
         layers,
-        micro_batches,
+        micro_batches: sharing(2, micro_batches),
         groups: (0..n).step_by(group_size).map(|first| first..(first + group_size).min(n)).collect(),
         chunks: chunks(true, streamed, ring),
         kept: SpreadLayers::default(),
@@ -58,7 +65,6 @@ fn shape(
         loaded_pages: 0,
         load_ahead: true,
         rows: RowPath::Kernels,
-        workspaces: 2.min(n),
         relay: false,
     }
 }
@@ -71,11 +77,12 @@ fn small() -> PassShape {
 fn pass_shapes() -> impl Strategy<Value = PassShape> {
     let micro_batch = any::<[bool; 4]>().prop_map(|[gpu_attention, cpu_attention, kv_to_device, sampled]| {
         // What lies in the host cache goes to the GPU only for somebody who attends there.
-        MicroBatchShape { gpu_attention, cpu_attention, kv_to_device: kv_to_device && gpu_attention, sampled }
+        let kv_to_device = kv_to_device && gpu_attention;
+        MicroBatchShape { gpu_attention, cpu_attention, kv_to_device, sampled, workspace: 0 }
     });
     let micro_batches = prop::collection::vec(micro_batch, 1..6);
     let experts = (any::<bool>(), 0usize..6, 1usize..13);
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 1usize..4, 0usize..5, 0usize..4);
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 1usize..6, 0usize..5, 0usize..4);
     (1usize..5, micro_batches, 1usize..4, experts, flags).prop_map(
         |(layers, micro_batches, group_size, (residents, streamed, ring), flags)| {
             let (copies, load_ahead, relay, workspaces, loaded_pages, kept) = flags;
@@ -90,7 +97,7 @@ fn pass_shapes() -> impl Strategy<Value = PassShape> {
             }
             shape.rows = if copies { RowPath::Copies } else { RowPath::Kernels };
             (shape.load_ahead, shape.relay) = (true, relay);
-            shape.workspaces = workspaces.min(shape.micro_batches.len());
+            shape.micro_batches = sharing(workspaces, shape.micro_batches);
             // No more was loaded ahead than fits the ring.
             shape.loaded_pages = loaded_pages.min(shape.pages_ahead());
             shape.load_ahead = load_ahead;
@@ -242,13 +249,13 @@ impl<'s> Model<'s> {
         match work {
             Work::Embed { micro_batch: b } => self.set("x", b, &[b as u64]),
             Work::KvToDevice { layer, micro_batch: b } => {
-                self.set("workspace", b % self.shape.workspaces, &[layer as u64, b as u64]);
+                self.set("workspace", self.shape.micro_batches[b].workspace, &[layer as u64, b as u64]);
             }
             Work::PreAttention { layer, micro_batch: b } => {
                 let x = self.get("x", b);
                 self.set("qkv", b, &[layer as u64, x]);
                 if self.shape.micro_batches[b].gpu_attention {
-                    let workspace = b % self.shape.workspaces;
+                    let workspace = self.shape.micro_batches[b].workspace;
                     // Without an upload the workspace begins anew.
                     let before =
                         if self.shape.micro_batches[b].kv_to_device { self.get("workspace", workspace) } else { 7 };
@@ -268,7 +275,8 @@ impl<'s> Model<'s> {
                 self.set("host attention", b, &[rows, cache]);
             }
             Work::GpuAttention { micro_batch: b, .. } => {
-                let (workspace, qkv) = (self.get("workspace", b % self.shape.workspaces), self.get("qkv", b));
+                let (workspace, qkv) =
+                    (self.get("workspace", self.shape.micro_batches[b].workspace), self.get("qkv", b));
                 self.set("gpu attention", b, &[workspace, qkv]);
             }
             Work::RowsToDevice { micro_batch: b, .. } => {
@@ -384,9 +392,8 @@ fn broken_schedules_are_refused_by_name() {
     case("ChunksOutOfOrder", broken);
 
     // A prompt without decode rows: nothing but the rule keeps its rows from being overwritten.
-    let prompt = MicroBatchShape { gpu_attention: true, cpu_attention: false, kv_to_device: true, sampled: true };
-    let mut prompts =
-        PassShape { micro_batches: vec![prompt; 2], rows: RowPath::Copies, workspaces: 2, ..shape.clone() };
+    let prompt = MicroBatchShape { cpu_attention: false, ..MIXED };
+    let mut prompts = PassShape { micro_batches: sharing(2, vec![prompt; 2]), rows: RowPath::Copies, ..shape.clone() };
     prompts.groups = vec![0..1, 1..2];
     let mut case = |name, schedule| cases.push((name, schedule, prompts.clone()));
     let (pre, out) = (Work::PreAttention { layer: 1, micro_batch: b0 }, Work::RowsToHost { layer: 0, micro_batch: b0 });
@@ -404,7 +411,7 @@ fn broken_schedules_are_refused_by_name() {
     broken.tasks[store.0].after.clear();
     broken.tasks[sample.0] = Task { work, lane: Lane::Cpu, after: Vec::new() };
     cases.push(("ResultNotThere", broken, prompts.clone()));
-    let one = PassShape { workspaces: 1, ..prompts.clone() };
+    let one = PassShape { micro_batches: vec![prompt; 2], ..prompts.clone() };
     let (upload, attends) =
         (Work::KvToDevice { layer: 0, micro_batch: b1 }, Work::GpuAttention { layer: 0, micro_batch: b0 });
     cases.push(("WorkspaceOverwritten", loosened(ScheduleKind::Grouped, &one, upload, attends), one.clone()));
@@ -449,8 +456,8 @@ fn schedules_print_like_this() {
     insta::assert_snapshot!("fastdecode", layer_1(ScheduleKind::FastDecode));
     insta::assert_snapshot!("flexgen_c", layer_1(ScheduleKind::FlexGenC));
     insta::assert_snapshot!("grouped", layer_1(ScheduleKind::Grouped));
-    let on_gpu = MicroBatchShape { gpu_attention: true, cpu_attention: false, kv_to_device: true, sampled: true };
-    let shape = PassShape { micro_batches: vec![on_gpu; 3], workspaces: 2, ..shape.clone() };
+    let on_gpu = MicroBatchShape { cpu_attention: false, ..MIXED };
+    let shape = PassShape { micro_batches: sharing(2, vec![on_gpu; 3]), ..shape.clone() };
     let text = build(ScheduleKind::FlexGen, &shape).to_string();
     let middle: Vec<&str> = text.lines().skip_while(|line| !line.contains("barrier 2")).skip(1).take(24).collect();
     insta::assert_snapshot!("flexgen", middle.iter().map(|line| &line[6..]).collect::<Vec<_>>().join("\n"));
