@@ -35,7 +35,7 @@ pub enum SourceKind {
     Mapped,
     /// Read from the files page by page.
     Staged,
-    /// Pageable memory copied into fresh pinned memory for each page: FlexGen's way, for comparison.
+    /// Pageable memory, each page copied into pinned memory first: FlexGen's way, for comparison.
     Relay,
 }
 

@@ -99,6 +99,11 @@ impl Extents {
         micro_batch / self.group_size()
     }
 
+    /// The KV workspace of a micro-batch.
+    pub fn workspace_of(&self, micro_batch: usize) -> usize {
+        micro_batch % self.workspaces
+    }
+
     /// Parts of decode rows in a micro-batch's list.
     fn listed_parts(&self) -> usize {
         if self.gpu_decode {
@@ -259,7 +264,13 @@ struct Workspace {
     /// [blocks, G, 2, BLOCK_TOKENS, K] f16
     blocks: Buffer,
     /// Host memory from which blocks cross the link, where the pool itself cannot be lent to the driver.
-    staging: Option<HostBuffer>,
+    staging: Option<Staging>,
+}
+
+struct Staging {
+    bytes: HostBuffer,
+    /// The last copy out of them.
+    last: Mutex<Option<Ticket>>,
 }
 
 /// Marks a row whose key and value the workspace does not need.
@@ -475,7 +486,10 @@ impl Machine {
                     blocks: gpu.shared_buffer("KV workspace", workspace_bytes)?,
                     staging: match lend_kv {
                         true => None,
-                        false => Some(gpu.host_buffer("KV on its way to the GPU", workspace_bytes)?),
+                        false => Some(Staging {
+                            bytes: gpu.host_buffer("KV on its way to the GPU", workspace_bytes)?,
+                            last: Mutex::default(),
+                        }),
                     },
                 })
             })
@@ -582,7 +596,7 @@ impl Machine {
                 for source in weights.inventory().slot_sources(layer, expert, matrix, 0..n_bytes) {
                     let length = (source.range.end - source.range.start) as usize;
                     let into = &mut bytes[source.at as usize..][..length];
-                    weights.read(&reader, source.role, source.range, into)?;
+                    weights.read_by_all(&reader, source.role, source.range, into)?;
                 }
                 let piece = Piece { expert, matrix, bytes: 0..n_bytes };
                 let slot = self.plan.slot(0, layer, expert);
@@ -740,7 +754,7 @@ impl Machine {
         after: &[Ticket],
     ) -> Result<Ticket, GpuError> {
         let bytes = workspace_block_bytes(&self.config);
-        let workspace = &self.workspaces[micro_batch % self.workspaces.len()];
+        let workspace = &self.workspaces[self.extents.workspace_of(micro_batch)];
         let Some(staging) = &workspace.staging else {
             let copies: Vec<CopyRange<'_>> = uploads
                 .iter()
@@ -754,22 +768,28 @@ impl Machine {
         };
         let (layout, head_width) = (self.kv_layout(), self.config.shape.head_width);
         let half_elements = BLOCK_TOKENS * head_width;
+        let mut last = staging.last.lock().expect("staging lock");
+        if let Some(ticket) = last.take() {
+            self.gpu().wait_for(ticket)?;
+        }
         let mut copies = Vec::with_capacity(uploads.len());
         for upload in uploads {
             let to = upload.to as u64 * bytes;
-            // SAFETY: the last upload of this workspace has been attended to, so its copy has run; only stored tokens of the
-            // pool are read, which the caller vouches for.
+            // SAFETY: the last copy out of these bytes has run, and the lock keeps others out; only stored tokens of the pool are
+            // read, which the caller vouches for.
             unsafe {
                 let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
-                let into = staging.slice_mut::<f16>(to..to + bytes);
+                let into = staging.bytes.slice_mut::<f16>(to..to + bytes);
                 for (half, into) in into.chunks_exact_mut(half_elements).enumerate() {
                     let from = from.add(half * layout.half_bytes());
                     layout.read_half_at(from, upload.tokens, &mut into[..upload.tokens * head_width]);
                 }
             }
-            copies.push(CopyRange::new(staging.at(to), workspace.blocks.at(to), bytes));
+            copies.push(CopyRange::new(staging.bytes.at(to), workspace.blocks.at(to), bytes));
         }
-        self.gpu().copy(Line::ToDevice, &copies, after)
+        let ticket = self.gpu().copy(Line::ToDevice, &copies, after)?;
+        *last = Some(ticket);
+        Ok(ticket)
     }
 
     fn norm(
@@ -938,7 +958,7 @@ impl Machine {
             rope_table: self.rope_table.whole(),
             kv_slots: buffers.kv_slots.whole(),
             kv_rows: buffers.kv_rows.whole(),
-            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
+            kv_blocks: self.workspaces[self.extents.workspace_of(micro_batch)].blocks.whole(),
         };
         rotary::record(r, params, bindings)?;
         if let Some(new_rows) = &buffers.quantised_rows {
@@ -1045,7 +1065,7 @@ impl Machine {
         let bindings = paged_attention::Bindings {
             qkv: buffers.qkv.whole(),
             block_table: buffers.block_table.whole(),
-            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
+            kv_blocks: self.workspaces[self.extents.workspace_of(micro_batch)].blocks.whole(),
             out: buffers.attention.whole(),
             sinks: self.where_there(self.config.forward.sinks, Role::Sinks { layer }),
         };
@@ -1157,7 +1177,7 @@ impl Machine {
         LoadRequest { gpu: self.gpu(), weights, plan: &self.plan, threads, layer, number }
     }
 
-    /// Relay: copies a page into fresh pinned memory.
+    /// Relay: copies a page into pinned memory.
     pub fn pin_page(
         &self,
         weights: &Weights,

@@ -16,6 +16,8 @@ pub struct MicroBatchShape {
     pub kv_to_device: bool,
     /// Some rows are sampled.
     pub sampled: bool,
+    /// The KV workspace on the GPU that its rows attend over; micro-batches may share one.
+    pub workspace: usize,
 }
 
 /// Experts that compute together, counted among those that stream, and the experts of each page that brings them. A chunk
@@ -47,8 +49,6 @@ pub struct PassShape {
     /// Load what fits of the next pass.
     pub load_ahead: bool,
     pub rows: RowPath,
-    /// KV workspaces on the GPU: micro-batch b uses number `b % workspaces`.
-    pub workspaces: usize,
     /// Pages are pinned one by one before they are loaded.
     pub relay: bool,
 }
@@ -100,6 +100,12 @@ impl PassShape {
     /// The expert group of a micro-batch.
     pub fn group_of(&self, micro_batch: usize) -> usize {
         self.groups.iter().position(|group| group.contains(&micro_batch)).expect("groups cover all micro-batches")
+    }
+
+    /// No other micro-batch attends over its workspace, so the next layer's context can come as soon as it has attended.
+    pub fn has_own_workspace(&self, micro_batch: usize) -> bool {
+        let workspace = self.micro_batches[micro_batch].workspace;
+        self.micro_batches.iter().filter(|rows| rows.gpu_attention && rows.workspace == workspace).count() == 1
     }
 
     pub fn pages_per_layer(&self) -> usize {
