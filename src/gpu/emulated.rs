@@ -150,8 +150,7 @@ fn definition(function: &str, variable: &str) -> String {
                 "load_b" => format!("origin + (column + {i}u) * stride + k"),
                 _ => format!("origin + k * stride + column + {i}u"),
             };
-            let quad =
-                |first: u32| (first..first + 4).map(|i| read(&index(i))).collect::<Vec<_>>().join(", ");
+            let quad = |first: u32| (first..first + 4).map(|i| read(&index(i))).collect::<Vec<_>>().join(", ");
             (
                 "(lane: u32, at: u32, pitch: u32) -> MatrixB",
                 format!(

@@ -3,9 +3,9 @@
 use super::measure::{MeasureError, filled, spread, timed};
 use crate::checkpoint::Dtype;
 use crate::gpu::{Buffer, GpuError, Pipelines, Recorder};
+use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::decode_attention::{self, Parts, Scratch, parts_of};
 use crate::kernels::paged_attention::{Bindings, Row, Shape as Attention};
-use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::{BLOCK_TOKENS, cooperative, prompt_attention};
 use crate::model::{AttentionShape, Shape};
 use crate::reference::attention::attention;

@@ -3,8 +3,11 @@
 use super::measure::{Dense, ExpertShape, Experts, MeasureError, Reading};
 use super::{NARROW, Operation, ROW_CLASSES, Tiles};
 use crate::checkpoint::Dtype;
+use rayon::iter::{ParallelBridge, ParallelIterator};
+
 use crate::gpu::Pipelines;
-use crate::kernels::cooperative::Tile;
+use crate::kernels::cooperative::{self, Tile};
+use crate::kernels::{expert_down, expert_gate_up};
 
 /// A candidate and what it took.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -87,6 +90,34 @@ pub fn all(operation: Operation) -> Vec<Tile> {
     tiles
 }
 
+/// Compiles what [`tune`] measures, on all cores: a driver takes about a second for a large tile. What does not compile is found out when it is
+/// measured.
+fn compile(pipelines: &Pipelines, shape: ExpertShape) {
+    let ExpertShape { experts, chosen, d_model, expert_width } = shape;
+    let [e, a, d, f] = [experts, chosen, d_model, expert_width].map(|n| n as u32);
+    let (gate_up, down) = (expert_gate_up::Params::plain(1, e, a, d, f), expert_down::Params::plain(1, e, d, f));
+    let variant_of = |operation, tile: Tile| match operation {
+        Operation::Matmul | Operation::NarrowMatmul => {
+            (&cooperative::matmul::MATMUL, cooperative::matmul::variant(Dtype::Bf16, tile, d))
+        }
+        Operation::GateUp => (
+            &cooperative::expert_gate_up::EXPERT_GATE_UP,
+            cooperative::expert_gate_up::variant(Dtype::Bf16, tile, &gate_up, true),
+        ),
+        Operation::Down => {
+            (&cooperative::expert_down::EXPERT_DOWN, cooperative::expert_down::variant(Dtype::Bf16, tile, &down, true))
+        }
+    };
+    Operation::ALL
+        .into_iter()
+        .flat_map(|operation| all(operation).into_iter().map(move |tile| (operation, tile)))
+        .par_bridge()
+        .for_each(|(operation, tile)| {
+            let (kernel, variant) = variant_of(operation, tile);
+            let _ = pipelines.prepare(kernel, &variant);
+        });
+}
+
 /// Tries every candidate on weights of bf16, at each class of rows, and returns the best ones and all that was tried. `progress` sees each.
 pub fn tune(
     pipelines: &Pipelines,
@@ -94,6 +125,7 @@ pub fn tune(
     loads: &[f64],
     progress: &mut dyn FnMut(&Tried),
 ) -> Result<(Tiles, Vec<Tried>), MeasureError> {
+    compile(pipelines, shape);
     let mut tiles = Tiles::default();
     let mut tried = Vec::new();
     let mut best_of = |operation: Operation,

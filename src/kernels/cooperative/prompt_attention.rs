@@ -26,7 +26,10 @@ fn source(variant: &Variant) -> String {
     let fragments = width.div_ceil(16);
     // What of the queries goes through the memory of K at a time: no more than K takes itself.
     let query_fragments = (1..=fragments)
-        .rfind(|n| fragments.is_multiple_of(*n) && 16 * subgroups * (2 * n + 1) <= (KEYS * (2 * fragments + 1)).max(48 * subgroups))
+        .rfind(|n| {
+            fragments.is_multiple_of(*n)
+                && 16 * subgroups * (2 * n + 1) <= (KEYS * (2 * fragments + 1)).max(48 * subgroups)
+        })
         .expect("1 divides everything");
     let counts = [
         ("FRAGS", fragments),

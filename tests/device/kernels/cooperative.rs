@@ -10,8 +10,8 @@ use libtest_mimic::Trial;
 use super::experts::{Form, Halves};
 use super::{expert_down, expert_gate_up};
 use crate::common::{
-    DTYPES, Random, assert_close, assert_untouched, bits, download, if_cooperative, poisoned, run, upload,
-    upload_weights,
+    DTYPES, Random, assert_close, assert_untouched, bits, download, has_matrices, if_cooperative, poisoned, run,
+    upload, upload_weights,
 };
 
 /// `[T, n_out]`, with `residual` to add to.
@@ -61,9 +61,15 @@ const PRODUCTS: [(usize, usize, usize); 10] = [
     (200, 70, 1000),
 ];
 
-/// A few of them, so that a trial ends in seconds: bits are compared between all at one size.
+/// A few of them, so that a trial ends in seconds: bits are compared between all at one size. Emulated matrices take the small ones, whose
+/// text a software driver compiles quickly.
 fn some_tiles(operation: Operation) -> Vec<Tile> {
-    candidates::all(operation).into_iter().step_by(5).collect()
+    let small = |tile: &Tile| has_matrices() || tile.subgroup_rows * tile.subgroup_cols <= 512;
+    candidates::all(operation).into_iter().filter(small).step_by(5).collect()
+}
+
+fn all_tiles(operation: Operation) -> Vec<Tile> {
+    if has_matrices() { candidates::all(operation) } else { some_tiles(operation) }
 }
 
 fn matmul_trials() -> Vec<Trial> {
@@ -77,8 +83,7 @@ fn matmul_trials() -> Vec<Trial> {
                 let (_, w) = upload_weights(dtype, &w);
                 let (want, allowed) = (reference_matmul(&x, &w, n_in), tolerances(&x, &w, n_in));
                 let mut first: Option<Vec<u32>> = None;
-                let tiles =
-                    if n_in == 256 { candidates::all(Operation::Matmul) } else { some_tiles(Operation::Matmul) };
+                let tiles = if n_in == 256 { all_tiles(Operation::Matmul) } else { some_tiles(Operation::Matmul) };
                 for tile in tiles {
                     let what = format!("{tile} {dtype:?} {n_rows}x{n_out}x{n_in}");
                     let got = product(tile, dtype, &x, &w, n_in, None);
@@ -94,10 +99,7 @@ fn matmul_trials() -> Vec<Trial> {
             let (n_rows, n_out, n_in) = (150, 75, 200);
             let mut random = Random::new(31);
             let (x, w) = (random.values(n_rows * n_in), random.values(n_out * n_in));
-            let large = candidates::all(Operation::Matmul)
-                .into_iter()
-                .find(|tile| tile.rows == 128)
-                .expect("there is a large one");
+            let large = all_tiles(Operation::Matmul).into_iter().max_by_key(|tile| tile.rows).expect("there are tiles");
             let small = candidates::all(Operation::Matmul)
                 .into_iter()
                 .find(|tile| tile.rows == 16)
@@ -188,7 +190,9 @@ fn matmul_trials() -> Vec<Trial> {
 /// Of an operation, with units of weights as they come and wherever they lie.
 fn forms(operation: Operation, weights: Dtype) -> Vec<Form> {
     let tiles = some_tiles(operation).into_iter();
-    tiles.flat_map(|tile| [false, true].map(|aligned_slots| Form::Cooperative { weights, tile, aligned_slots })).collect()
+    tiles
+        .flat_map(|tile| [false, true].map(|aligned_slots| Form::Cooperative { weights, tile, aligned_slots }))
+        .collect()
 }
 
 fn expert_trials() -> Vec<Trial> {

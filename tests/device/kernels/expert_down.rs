@@ -10,14 +10,7 @@ use super::experts::{Form, Halves, Matrices, ProductError, Routing, SHAPES, f32_
 use crate::common::{DTYPES, Random, assert_close, assert_untouched, download, poisoned, run, upload};
 
 /// `[T * A, D]` by assignment, as words. What lies behind it stayed untouched.
-fn down(
-    form: &Form,
-    h: &[f32],
-    expert_width: usize,
-    routing: &Routing,
-    places: &[Place],
-    down: &Matrices,
-) -> Vec<u32> {
+fn down(form: &Form, h: &[f32], expert_width: usize, routing: &Routing, places: &[Place], down: &Matrices) -> Vec<u32> {
     let d_model = down.values[0].len() / expert_width;
     let n_out = routing.n_assignments() * d_model;
     let (h, permutation, offsets) = (upload(h), upload(&routing.permutation), upload(&routing.offsets));

@@ -15,7 +15,11 @@ use crate::common::{Random, poisoned, run, upload, weight_bytes};
 pub enum Form {
     Portable(Variant),
     /// On cooperative matrices.
-    Cooperative { weights: Dtype, tile: Tile, aligned_slots: bool },
+    Cooperative {
+        weights: Dtype,
+        tile: Tile,
+        aligned_slots: bool,
+    },
 }
 
 impl Form {

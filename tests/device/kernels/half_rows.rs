@@ -70,7 +70,11 @@ pub fn trials() -> Vec<Trial> {
                     let words = row * n_padded / 2..(row + 1) * n_padded / 2;
                     if taken.contains(&row) {
                         let want = &want[row * n_padded..][..n_padded];
-                        assert_eq!(rows[words], bytemuck::pod_collect_to_vec::<f16, u32>(want), "row {row} of {taken:?}");
+                        assert_eq!(
+                            rows[words],
+                            bytemuck::pod_collect_to_vec::<f16, u32>(want),
+                            "row {row} of {taken:?}"
+                        );
                         assert_eq!(scales[row], want_scales[row].to_bits(), "scale of row {row} of {taken:?}");
                     } else {
                         words.for_each(|i| assert_untouched("half_rows", &rows, i));
