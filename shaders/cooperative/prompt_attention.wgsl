@@ -202,21 +202,35 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             if first_token + 2u * KEYS < last { next_block = block_at(tile.z + step + 2u, kv_head); }
         }
 
+        var scores: array<coop_mat16x16<f32, C>, KEY_FRAGS>;
         for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
-            var scores = coop_mat16x16<f32, C>();
-            for (var f = 0u; f < FRAGS; f++) { // unrolled
-                scores = coopMultiplyAdd(query[f], coopLoad<coop_mat16x16<f16, B>>(&key_tile[n * 16u * PITCH + f * 4u], PITCH), scores);
-            } // f
-            coopStoreT(scores, &score_tile[first_of_subgroup * SCORE_PITCH + n * 4u], SCORE_PITCH);
+            scores[n] = coop_mat16x16<f32, C>();
+        } // n
+        for (var f = 0u; f < FRAGS; f++) { // unrolled
+            for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
+                scores[n] = coopMultiplyAdd(query[f], coopLoad<coop_mat16x16<f16, B>>(&key_tile[n * 16u * PITCH + f * 4u], PITCH), scores[n]);
+            } // n
+        } // f
+        for (var n = 0u; n < KEY_FRAGS; n++) { // unrolled
+            coopStoreT(scores[n], &score_tile[first_of_subgroup * SCORE_PITCH + n * 4u], SCORE_PITCH);
         } // n
         workgroupBarrier();
 
-        // Both lanes of a row look at all its scores, and each makes weights of every second four.
+        // Both lanes of a row look at all its scores, and each makes weights of every second four. Rows that are not there have all sums of
+        // zeros, which nobody reads.
         let all_see = first_token >= last_begin && first_token + KEYS <= tile.y + 1u;
+        var of_row: array<vec4<f32>, KEYS / 4u>;
+        for (var c = 0u; c < KEYS / 4u; c++) { // unrolled
+            of_row[c] = score_tile[row * SCORE_PITCH + c];
+        } // c
+        if !all_see {
+            for (var c = 0u; c < KEYS / 4u; c++) { // unrolled
+                of_row[c] = select(vec4(LOWEST), of_row[c], visible(first_token + 4u * c, begin, end));
+            } // c
+        }
         var greatest = vec4(LOWEST);
         for (var c = 0u; c < KEYS / 4u; c++) { // unrolled
-            let score = score_tile[row * SCORE_PITCH + c];
-            greatest = max(greatest, select(vec4(LOWEST), score, vec4(all_see) | visible(first_token + 4u * c, begin, end)));
+            greatest = max(greatest, of_row[c]);
         } // c
         let passing = max(max(greatest.x, greatest.y), max(greatest.z, greatest.w)) * factor;
         var rescale = 1.0;
@@ -228,10 +242,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
         total *= rescale;
         for (var i = 0u; i < KEYS / 8u; i++) { // unrolled
+            let score = select(of_row[2u * i], of_row[2u * i + 1u], side == 1u);
             let c = 2u * i + side;
-            let exps = exp2(fma(score_tile[row * SCORE_PITCH + c], vec4(factor), vec4(-reference)));
-            let sees = vec4(all_see && there) | visible(first_token + 4u * c, begin, end);
-            let weights = vec4<f16>(select(vec4(0.0), exps, sees));
+            var exps = exp2(fma(score, vec4(factor), vec4(-reference)));
+            if !all_see { exps = select(vec4(0.0), exps, visible(first_token + 4u * c, begin, end)); }
+            let weights = vec4<f16>(exps);
             // As they are multiplied, rounded.
             total += vec4<f32>(weights);
             weight_tile[row * WEIGHT_PITCH + c] = weights;

@@ -39,7 +39,7 @@ pub(super) fn emulate(source: &str) -> String {
     ] {
         text = replace_calls(&text, call, function, &mut accesses);
     }
-    text = text.replace("coopMultiplyAdd(", "multiply_add(");
+    text = text.replace("coopMultiplyAdd(", "multiply_add(lane, ");
     let left = ["coop_mat", "coopLoad", "coopStore", "coopMultiplyAdd"].into_iter().find(|word| text.contains(word));
     assert_eq!(left, None, "a use of cooperative matrices is not known:\n{text}");
     text.push_str(TYPES);
@@ -79,11 +79,13 @@ const TYPES: &str = "
 struct MatrixA { row: array<f32, 16> }
 struct MatrixB { columns: array<array<vec4<f32>, 2>, 16> }
 struct MatrixC { columns: array<vec4<f32>, 2> }
-fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
+// 16, which no compiler sees: Mesa's would unroll every loop of every product.
+fn terms_of_product(lane: u32) -> u32 { return 16u + lane / 65536u; }
+fn multiply_add(lane: u32, a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
     var left = a;
     var right = b;
     var sums = c;
-    for (var k = 0u; k < 16u; k++) {
+    for (var k = 0u; k < terms_of_product(lane); k++) {
         sums.columns[0] = fma(vec4(left.row[k]), right.columns[k][0], sums.columns[0]);
         sums.columns[1] = fma(vec4(left.row[k]), right.columns[k][1], sums.columns[1]);
     }
@@ -141,7 +143,7 @@ fn definition(function: &str, variable: &str) -> String {
         "load_a" => (
             "(lane: u32, at: u32, pitch: u32) -> MatrixA",
             format!(
-                "var m: MatrixA;\nfor (var k = 0u; k < 16u; k++) {{ m.row[k] = {}; }}\nreturn m;",
+                "var m: MatrixA;\nfor (var k = 0u; k < terms_of_product(lane); k++) {{ m.row[k] = {}; }}\nreturn m;",
                 read("origin + row * stride + k")
             ),
         ),
@@ -154,7 +156,7 @@ fn definition(function: &str, variable: &str) -> String {
             (
                 "(lane: u32, at: u32, pitch: u32) -> MatrixB",
                 format!(
-                    "var m: MatrixB;\nfor (var k = 0u; k < 16u; k++) {{\nm.columns[k][0] = vec4({});\nm.columns[k][1] = \
+                    "var m: MatrixB;\nfor (var k = 0u; k < terms_of_product(lane); k++) {{\nm.columns[k][0] = vec4({});\nm.columns[k][1] = \
                      vec4({});\n}}\nreturn m;",
                     quad(0),
                     quad(4)
