@@ -22,6 +22,7 @@ pub struct Tried {
 /// Tiles with a chance, for products of one or of two matrices, with up to about `rows` rows.
 fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
     let t = Tile::new;
+    let wide = |tile| Tile { unit: 8, ..tile };
     match (operation, rows) {
         (Operation::GateUp, 0..=16) => vec![
             t(16, 32, 64, 16, 16),
@@ -29,17 +30,28 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             t(16, 64, 64, 16, 16),
             t(32, 32, 64, 16, 16),
             t(32, 64, 64, 16, 16),
+            wide(t(16, 32, 64, 16, 16)),
+            wide(t(32, 64, 128, 16, 16)),
         ],
-        (Operation::GateUp, 17..=32) => {
-            vec![t(32, 32, 64, 16, 16), t(32, 64, 64, 16, 16), t(64, 64, 32, 32, 32), t(96, 64, 32, 48, 32)]
-        }
+        (Operation::GateUp, 17..=32) => vec![
+            t(32, 32, 64, 16, 16),
+            t(32, 64, 64, 16, 16),
+            t(64, 64, 32, 32, 32),
+            t(96, 64, 32, 48, 32),
+            wide(t(64, 32, 64, 32, 16)),
+            wide(t(32, 64, 128, 32, 16)),
+        ],
         (Operation::GateUp, _) => vec![
             t(64, 64, 32, 32, 32),
             t(96, 64, 32, 48, 32),
             t(128, 64, 32, 64, 32),
             Tile { prefetch: false, ..t(128, 64, 64, 64, 32) },
+            t(128, 64, 64, 32, 32),
             t(128, 128, 32, 64, 32),
             t(128, 128, 32, 32, 64),
+            wide(t(96, 64, 64, 48, 32)),
+            wide(t(128, 64, 64, 32, 32)),
+            wide(t(128, 128, 32, 64, 32)),
         ],
         (_, 0..=16) => vec![
             t(16, 16, 256, 16, 16),
@@ -48,6 +60,7 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             t(16, 128, 128, 16, 32),
             t(32, 32, 128, 16, 16),
             t(32, 64, 64, 32, 16),
+            wide(t(16, 32, 64, 16, 16)),
         ],
         (_, 17..=32) => vec![
             t(32, 32, 128, 16, 16),
@@ -62,17 +75,21 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             t(64, 64, 128, 32, 32),
             t(64, 128, 64, 32, 32),
             t(128, 128, 64, 64, 32),
+            wide(t(64, 64, 64, 32, 32)),
         ],
         (_, _) => vec![
             t(64, 64, 128, 32, 32),
             t(64, 128, 64, 32, 32),
             t(128, 96, 32, 64, 48),
-            t(128, 128, 32, 64, 64),
-            Tile { prefetch: false, ..t(128, 128, 64, 64, 64) },
+            t(128, 128, 64, 32, 64),
             t(128, 128, 64, 64, 32),
-            t(128, 256, 32, 64, 64),
-            Tile { buffers: 2, ..t(256, 128, 16, 64, 64) },
             t(256, 128, 32, 64, 64),
+            wide(t(128, 128, 32, 64, 64)),
+            wide(t(128, 128, 64, 64, 32)),
+            wide(t(128, 128, 64, 32, 64)),
+            wide(t(128, 256, 32, 64, 64)),
+            wide(t(256, 128, 32, 64, 64)),
+            Tile { buffers: 2, ..wide(t(256, 128, 16, 64, 64)) },
         ],
     }
 }

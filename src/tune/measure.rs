@@ -383,8 +383,7 @@ impl<'p> Experts<'p> {
         match tile {
             Some(tile) => {
                 let x = self.x_halves();
-                let bindings =
-                    expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 cooperative::expert_gate_up::record(recorder, (self.weights, true), tile, params, bindings)
             }
             None => {

@@ -1,4 +1,4 @@
-//! Matrix products on cooperative matrices: operands f16, sums f32.
+//! Matrix products and attention on cooperative matrices: operands f16, sums f32.
 //!
 //! In: rows that [`half_rows`](super::half_rows) made, weights as the checkpoint stores them. Out: what the portable kernels of the same
 //! operation give, to f16's rounding of the operands. Only where [`Gpu::cooperative`](crate::gpu::Gpu::cooperative) says so.
@@ -17,7 +17,7 @@ pub mod prompt_attention;
 use crate::checkpoint::Dtype;
 use crate::gpu::{Kernel, Variant};
 
-/// Every kernel there is on cooperative matrices. Tests walk this list.
+/// Every product on cooperative matrices, each cut into [`Tile`]s. Tests walk this list; [`prompt_attention`] is cut otherwise.
 pub static ALL: &[&Kernel] = &[&matmul::MATMUL, &expert_gate_up::EXPERT_GATE_UP, &expert_down::EXPERT_DOWN];
 
 /// Workgroup memory of the devices that have cooperative matrices.

@@ -271,10 +271,6 @@ impl Writer<'_> {
             }
         }
         self.line("let subgroup = lane / 32u;");
-        if self.unit == 8 {
-            // Half of the lanes store their second four first: those that store together then meet every bank once.
-            self.line("let turned = lane / 8u % 2u;");
-        }
         let across = self.tile.cols / self.tile.subgroup_cols;
         let computing = self.tile.computing();
         self.line(format!("let place_of_subgroup = subgroup % {computing}u;"));
@@ -371,10 +367,7 @@ impl Writer<'_> {
             let at = format!("{first}u + {item} / {units}u * {pitch}u + {item} % {units}u * {fours}u{}", offset(len));
             match values {
                 [value] => format!("{tile}[{at}] = {value};"),
-                [low, high] => format!(
-                    "{{ let at = {at}; let low = {low}; let high = {high}; {tile}[at + turned] = select(low, high, turned == 1u); \
-                     {tile}[at + 1u - turned] = select(high, low, turned == 1u); }}"
-                ),
+                [low, high] => format!("{{ let at = {at}; {tile}[at] = {low}; {tile}[at + 1u] = {high}; }}"),
                 _ => unreachable!("a unit is one or two fours"),
             }
         };

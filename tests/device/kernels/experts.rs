@@ -168,7 +168,7 @@ pub fn matrices_at(
         places[*expert] = Place::ABSENT;
     }
     let matrices = slabs.into_iter().zip(values).map(|(slabs, values)| {
-        let slabs = slabs.into_iter().map(|bytes| upload(&[bytes, GAP.to_vec()].concat())).collect();
+        let slabs = slabs.into_iter().map(|bytes| upload(&[bytes, GAP.repeat(4)].concat())).collect();
         Matrices { values, slabs }
     });
     (matrices.collect(), places)
