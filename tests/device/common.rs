@@ -41,7 +41,9 @@ fn unless_ignored(there: fn() -> bool, trials: Vec<Trial>) -> Vec<Trial> {
 pub fn pipelines() -> &'static Pipelines {
     static PIPELINES: OnceLock<Pipelines> = OnceLock::new();
     PIPELINES.get_or_init(|| {
-        let options = OpenOptions { device: device(), test_faults: EMULATED, ..OpenOptions::default() };
+        // Where the adapter has no cooperative matrices, WGSL stands in for them.
+        let test_faults = TestFaults { emulated_matrices: true, ..TestFaults::default() };
+        let options = OpenOptions { device: device(), test_faults, ..OpenOptions::default() };
         Pipelines::new(Arc::new(Gpu::open_with(&options).expect("an adapter was listed, so it opens")))
     })
 }
