@@ -592,6 +592,31 @@ const SOME_COMPARED: u64 = 16;
 pub struct RunOptions {
     /// Hand out every row's logits as [`Event::Logits`].
     pub every_logit: bool,
+    /// Make no text that decides nothing: completions without stop strings have tokens only, and no [`Event::Text`] tells of them.
+    /// [`RequestOutput::make_texts`] makes their texts later, on whatever thread.
+    pub leave_texts: bool,
+}
+
+/// Where a run's requests come from. An iterator of requests is one that always has the next at hand.
+pub trait Requests {
+    /// The next one. With `wait` there is nothing else to do until it is there; without, sequences are running meanwhile.
+    fn next_request(&mut self, wait: bool) -> NextRequest;
+}
+
+/// What [`Requests`] have to say.
+#[derive(Debug, Clone, PartialEq)]
+pub enum NextRequest {
+    Request(Request),
+    /// Not yet: ask again after the next pass.
+    NotYet,
+    /// There are no more.
+    End,
+}
+
+impl<I: Iterator<Item = Request>> Requests for I {
+    fn next_request(&mut self, _wait: bool) -> NextRequest {
+        self.next().map_or(NextRequest::End, NextRequest::Request)
+    }
 }
 
 /// A run in numbers.
@@ -790,12 +815,12 @@ impl Engine {
         opened.assemble(plan, Some(Kept { kv: batcher.into_cache(), kv_arenas, source }), &mut |_, _| {})
     }
 
-    /// Answers every request. They are taken from the iterator as there is room, and their events come in the order in which
+    /// Answers every request. They are taken as there is room, and their events come in the order in which
     /// things happen; `on` ends the run early by breaking off. Requests that are under way then, or when a fault of the device or the
     /// disk ends the run with an error, have no [`Event::Finished`].
     pub fn run(
         &mut self,
-        requests: &mut dyn Iterator<Item = Request>,
+        requests: &mut dyn Requests,
         options: RunOptions,
         on: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<RunSummary, EngineError> {
@@ -812,13 +837,13 @@ impl Engine {
 
     fn run_passes(
         &mut self,
-        requests: &mut dyn Iterator<Item = Request>,
+        requests: &mut dyn Requests,
         options: RunOptions,
         on: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
         summary: &mut RunSummary,
     ) -> Result<(), EngineError> {
         let origin = Instant::now();
-        let mut answers = Answers::new(self, on);
+        let mut answers = Answers::new(self, options, on);
         let mut exhausted = false;
         // What each micro-batch does next. Its Sample task fills it in; one that had no rows is planned below.
         let mut next = vec![MicroBatchRows::default(); self.plan.policy.micro_batches];
@@ -826,9 +851,10 @@ impl Engine {
         loop {
             // Enough in the queue that a whole pass of sequences can be replaced at once.
             while !exhausted && !answers.broken_off() && self.batcher.queued() < self.plan.policy.max_sequences {
-                match requests.next() {
-                    Some(request) => answers.accept(request, &mut self.batcher),
-                    None => exhausted = true,
+                match requests.next_request(self.batcher.is_empty()) {
+                    NextRequest::Request(request) => answers.accept(request, &mut self.batcher),
+                    NextRequest::NotYet => break,
+                    NextRequest::End => exhausted = true,
                 }
             }
             (summary.requests, summary.failed) = (answers.accepted(), answers.failed());
@@ -846,7 +872,7 @@ impl Engine {
                 if exhausted {
                     return Ok(());
                 }
-                continue; // all that was read so far has been refused
+                continue; // all that was read so far has been refused, or nothing was there yet
             }
             self.run_pass(&mut next, options, origin, &mut answers, &mut carried, summary)?;
         }
