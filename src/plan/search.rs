@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
-use super::cost::{CostError, Cut, CutKey, LaneSeconds, PassRows, Predictor};
+use super::cost::{CostError, Cut, CutKey, LaneSeconds, PassRows, Predictor, Schedules};
 use super::fit::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use super::workload::Workload;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
@@ -240,6 +240,7 @@ struct Bounded {
 #[derive(Default)]
 struct Walk {
     cuts: Cuts,
+    schedules: Arc<Schedules>,
     seen: HashSet<Policy>,
     choices: Vec<Choice>,
     /// Tokens per second of the best of them.
@@ -510,7 +511,11 @@ impl Problem<'_> {
 
     /// A plan with what is predicted for it.
     pub fn predict(&self, plan: &Plan) -> Result<Choice, CostError> {
-        let predictor = Predictor::new(self.config, &self.bytes, plan, self.profile)?;
+        self.predict_sharing(plan, &Arc::default())
+    }
+
+    fn predict_sharing(&self, plan: &Plan, schedules: &Arc<Schedules>) -> Result<Choice, CostError> {
+        let predictor = Predictor::new(self.config, &self.bytes, plan, self.profile)?.sharing(schedules);
         let policy = &plan.policy;
         let (tokens_per_second, run_seconds, steady) =
             self.rate(policy, &|phase| predictor.pass_seconds(&self.rows(policy, phase)).max(1e-9));
@@ -676,7 +681,8 @@ impl Problem<'_> {
             if some.is_empty() {
                 break;
             }
-            let predicted: Vec<_> = some.par_iter().map(|one| self.predict(&one.plan)).collect();
+            let predicted: Vec<_> =
+                some.par_iter().map(|one| self.predict_sharing(&one.plan, &walk.schedules)).collect();
             for choice in predicted {
                 let choice = choice?;
                 walk.best = walk.best.max(choice.tokens_per_second);
