@@ -486,7 +486,8 @@ impl Opened {
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
         let tiles = builder.tiles.clone().unwrap_or_else(|| Tiles::for_device(gpu));
-        let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
+        let mut machine =
+            Machine::open(pipelines, weights, page_plan, extents, tiles, lent, source.as_ref(), progress)?;
         if let Some(source) = source {
             machine.set_source(source);
         } else if machine.plan().streamed() > 0 {

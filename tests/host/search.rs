@@ -404,6 +404,10 @@ fn richer(bed: &Bed, what: usize, factor: f64) -> Bed {
             }
             gpu.prompt_attention = gpu.prompt_attention.scaled(1.0 / factor);
         }
+        5 => {
+            let disk = profile.disk.as_mut().expect("assumed");
+            disk.page_seconds = disk.page_seconds.scaled(1.0 / factor);
+        }
         _ => {
             let gpu = &mut profile.gpu;
             gpu.rows_by_kernels = gpu.rows_by_kernels.take().map(|mut rows| {
@@ -423,7 +427,7 @@ proptest! {
     #[test]
     fn more_is_never_less(
         machine in prop::sample::select(HARDWARE.map(|machine| machine.name).to_vec()),
-        what in 0usize..6,
+        what in 0usize..7,
         factor in 1.01..2.5f64,
         share in 0.5..1.5f64,
         beside in 1.0..1.5f64,
@@ -438,6 +442,13 @@ proptest! {
         bed.profile.contention.kernels_beside_pages = beside;
         bed.profile.contention.pages_beside_kernels = beside;
         bed.profile.contention.rows_beside_pages = beside;
+        if beside > 1.25 {
+            // Measured where attention asked for more than these contexts do.
+            (bed.profile.contention.attention_bytes_per_s, bed.profile.contention.page_bytes_per_s) = (90e9, 20e9);
+        }
+        if what == 5 {
+            bed.limits.host_bytes = (7.0 * GIB as f64 * share) as u64; // experts come from disk
+        }
         let workload = Workload { requests, ..Workload::uniform(prompt, generated) };
         let wishes = Wishes { page_bytes: Some(32 << 20), expert_groups: Some(2), ..Wishes::default() };
         let poor = bed.problem(workload, wishes).search();

@@ -130,7 +130,11 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let bench = Bench { config: &config, bytes, limits, profile: &profile, arguments: &arguments };
     let mut cases = bench.drawn()?;
     if arguments.sweep {
-        cases.extend(bench.around_the_choice()?);
+        // The choice and its nearest neighbours go first, what is further away last: there may be no time for all.
+        let mut swept = bench.around_the_choice()?;
+        let near = swept.len().min(10);
+        swept.splice(near..near, cases);
+        cases = swept;
     }
     say!("seed {}: {} policies", arguments.seed, cases.len());
     let started = Instant::now();
@@ -324,34 +328,50 @@ impl Bench<'_> {
         };
         let mut cases = vec![Case { label: CHOSEN[0].into(), wishes: residents, swept: true }];
         let mut add = |label: String, wishes: Wishes| cases.push(Case { label, wishes, swept: true });
+        // One step each way first, then further away, as far as there is time.
+        let ordered = |mut values: Vec<u64>, own: u64| {
+            values.sort_unstable();
+            values.retain(|value| *value != own);
+            let above = values.partition_point(|value| *value < own);
+            let next = [above.checked_sub(1), Some(above)].into_iter().flatten();
+            next.filter_map(|at| values.get(at).copied()).collect::<Vec<u64>>()
+        };
         let grid = sequence_grid();
         let at = grid.partition_point(|other| *other < n);
-        let around = [at.wrapping_sub(1), at + 1, at.wrapping_sub(12), at.wrapping_sub(24)];
-        for other in around.into_iter().filter_map(|index| grid.get(index)).filter(|other| **other != n) {
+        let place = SPLITS.iter().position(|other| *other == split).unwrap_or(0);
+        let mut splits: Vec<usize> =
+            (0..SPLITS.len()).filter(|other| *other != place && SPLITS[*other].0 <= n).collect();
+        splits.sort_by_key(|other| other.abs_diff(place));
+        let (near, far) = splits.split_at(splits.len().min(2));
+        for other in
+            [at.wrapping_sub(1), at + 1].into_iter().filter_map(|index| grid.get(index)).filter(|other| **other != n)
+        {
             add(format!("{other} sequences"), of(*other, split, policy.attention));
         }
-        let place = SPLITS.iter().position(|other| *other == split).unwrap_or(0);
-        let mut nearest: Vec<usize> =
-            (0..SPLITS.len()).filter(|other| *other != place && SPLITS[*other].0 <= n).collect();
-        nearest.sort_by_key(|other| other.abs_diff(place));
-        for other in nearest.into_iter().take(6) {
-            let (micro_batches, groups) = SPLITS[other];
-            add(format!("{micro_batches} micro-batches, {groups} groups"), of(n, SPLITS[other], policy.attention));
+        let split_into = |other: &usize| {
+            let (micro_batches, groups) = SPLITS[*other];
+            (format!("{micro_batches} micro-batches, {groups} groups"), of(n, SPLITS[*other], policy.attention))
+        };
+        near.iter().map(split_into).for_each(|(label, wishes)| add(label, wishes));
+        let wishes = of(n, split, policy.attention);
+        if streams {
+            for page in ordered(PAGES.to_vec(), policy.page_bytes) {
+                add(format!("pages of {}", human_bytes(page)), Wishes { page_bytes: Some(page), ..wishes });
+            }
+            let experts = self.config.shape.experts as u64;
+            let rings = [1, 2, 4, 6, 8].map(|quarters| (quarters * experts).div_ceil(4)).to_vec();
+            for ring in ordered(rings, policy.ring_experts as u64) {
+                add(format!("a ring of {ring}"), Wishes { ring_experts: Some(ring as usize), ..wishes });
+            }
         }
         let other = match policy.attention {
             AttentionPlace::Cpu => AttentionPlace::Gpu,
             AttentionPlace::Gpu => AttentionPlace::Cpu,
         };
         add(format!("attention on the {}", other.name()), of(n, split, other));
-        if streams {
-            let wishes = of(n, split, policy.attention);
-            for page in PAGES.into_iter().filter(|page| *page != policy.page_bytes) {
-                add(format!("pages of {}", human_bytes(page)), Wishes { page_bytes: Some(page), ..wishes });
-            }
-            let experts = self.config.shape.experts;
-            for ring in [experts, experts / 2, 2 * experts].into_iter().filter(|ring| *ring != policy.ring_experts) {
-                add(format!("a ring of {ring}"), Wishes { ring_experts: Some(ring.max(1)), ..wishes });
-            }
+        far.iter().take(4).map(split_into).for_each(|(label, wishes)| add(label, wishes));
+        if let Some(other) = at.checked_sub(12).map(|index| grid[index]) {
+            add(format!("{other} sequences"), of(other, split, policy.attention));
         }
         add(CHOSEN[1].into(), residents);
         Ok(cases)
