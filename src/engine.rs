@@ -35,7 +35,7 @@ use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::plan::compare::{Comparison, Phase, Side};
 use crate::plan::cost::{Cut, PassRows, Predictor};
-use crate::plan::search::{Found, Problem, SearchError};
+use crate::plan::search::{Choice, Found, Problem, SearchError};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
 use crate::policy::{AttentionPlace, Policy, Precision};
@@ -71,7 +71,9 @@ pub enum EngineError {
     Kv(#[from] KvError),
     #[error("{0} worker threads could not be started: {1}")]
     Threads(usize, String),
-    #[error("pages and KV pool stay where they are, so the same experts have to stream in the same pages")]
+    #[error(
+        "experts in host memory and the KV pool stay where they are, so no other experts can stream and the pool cannot change"
+    )]
     OtherPages,
     #[error("the schedule is wrong, which is a bug: {0}")]
     Schedule(#[from] ScheduleFault),
@@ -485,7 +487,8 @@ impl Opened {
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
         let tiles = builder.tiles.clone().unwrap_or_else(|| Tiles::for_device(gpu));
-        let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
+        let mut machine =
+            Machine::open(pipelines, weights, page_plan, extents, tiles, lent, source.as_ref(), progress)?;
         if let Some(source) = source {
             machine.set_source(source);
         } else if machine.plan().streamed() > 0 {
@@ -695,6 +698,22 @@ impl Engine {
         &self.config
     }
 
+    /// What is predicted for requests like those of `workload` without an end under this engine's policy, also one that nobody searched for:
+    /// tokens per second, and a pass in the middle, prompt and decode rows together. None where there is no profile, or none of these
+    /// pages.
+    pub fn predict(&self, workload: Workload) -> Option<Choice> {
+        let problem = Problem {
+            config: &self.config,
+            bytes: ModelBytes::of(self.opened.weights.inventory()),
+            profile: self.opened.profile.as_deref()?,
+            limits: self.opened.limits,
+            margin: 0.0,
+            wishes: Wishes::of(&self.plan.policy, &self.config),
+            workload: Workload { requests: None, ..workload },
+        };
+        problem.predict(&self.plan).ok()
+    }
+
     /// Bytes of all experts, those that stay among them.
     pub fn expert_bytes(&self) -> u64 {
         let shape = &self.config.shape;
@@ -762,15 +781,16 @@ impl Engine {
         let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..*wishes };
         let plan = fit(&self.config, &bytes, &self.opened.limits, &asked)?;
         let pages = page_plan(&self.config, &self.opened.weights, &plan);
+        let served = || self.machine.source().is_some_and(|source| source.serves(&pages));
         let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
-        if pages != *self.machine.plan() || pool(&plan) != pool(&self.plan) {
+        if pages.streamed() > 0 && !served() || pool(&plan) != pool(&self.plan) {
             return Err(EngineError::OtherPages);
         }
         Ok(plan)
     }
 
-    /// The same model under another policy: how schedules are compared. Pages and KV pool stay where they are, so neither
-    /// what streams nor how it is cut may change; weights that stay are brought to the GPU again.
+    /// The same model under another policy: how schedules are compared. Experts in host memory and the KV pool stay where they are, so
+    /// nothing else may stream than did, and the pool may not change; weights that stay are brought to the GPU again.
     pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
         let mut plan = self.plan_again(&wishes)?;
         let Engine { machine, opened, batcher, kv_arenas, .. } = self;
@@ -780,7 +800,8 @@ impl Engine {
         opened.gpu.flush()?;
         opened.gpu.wait()?;
         opened.gpu.flush()?;
-        let source = match (source, wishes.source) {
+        opened.gpu.take_peak_bytes(); // of the policy before
+        let source = match (source.filter(|_| plan.streamed_bytes_per_pass > 0), wishes.source) {
             (Some(source), Some(wish)) => Some(source.used_as(wish)?),
             (source, _) => source,
         };

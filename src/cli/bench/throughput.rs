@@ -31,7 +31,9 @@ use crate::memory::host_memory;
 use crate::memory::kv_cache::KvLayout;
 use crate::model::ModelConfig;
 use crate::plan::Wishes;
+use crate::plan::compare::Comparison;
 use crate::plan::hrm::{Bound, Hierarchy, Level, SteadyState, steady_state_bound};
+use crate::plan::workload::Workload as Lengths;
 use crate::policy::{ScheduleKind, SourceKind};
 use crate::request::lengths::{self, Length, MT_BENCH_PROMPTS};
 use crate::request::{Request, SamplingParams};
@@ -268,6 +270,10 @@ struct Outcome {
     bound_sequences: f64,
     /// With no host copy of the experts that stay on the GPU.
     tight_bound: Bound,
+    /// Tokens per second as predicted from the lengths, before anything ran; None where the machine was not measured.
+    predicted: Option<f64>,
+    /// The passes as they were, predicted one by one.
+    comparison: Option<Comparison>,
 }
 
 impl Outcome {
@@ -295,6 +301,7 @@ struct RivalOutcome {
     total: Duration,
     generated: usize,
     busy: Vec<(Lane, f64)>,
+    comparison: Option<Comparison>,
 }
 
 impl RivalOutcome {
@@ -448,6 +455,8 @@ fn steady_state(
     arguments: &Arguments,
 ) -> Result<(Outcome, Vec<Timeline>)> {
     let passes = arguments.warm_up + arguments.passes;
+    let lengths = workload.lengths.iter().map(|length| (length.prompt, length.generated));
+    let predicted = Lengths::of(lengths, None).and_then(|lengths| engine.predict(lengths));
     let sequences = workload.running(engine.plan().policy.max_sequences);
     let mut bar = progress::PassProgress::new(&workload.name, passes);
     let started = Instant::now();
@@ -502,6 +511,8 @@ fn steady_state(
         bound: steady_state_bound(&hierarchy, &state),
         bound_sequences: state.requests(),
         tight_bound: steady_state_bound(&hierarchy, &tight),
+        predicted: predicted.map(|choice| choice.tokens_per_second),
+        comparison: summary.comparison,
     };
     Ok((outcome, timelines))
 }
@@ -587,7 +598,7 @@ fn run_rival(
     let mut bar = progress::PassProgress::new(&rival.to_string(), passes);
     let mut ends = vec![Instant::now()];
     let mut timelines = Vec::new();
-    engine.run_warm(&sequences, &mut std::iter::empty(), passes, &mut |report| {
+    let (summary, _) = engine.run_warm(&sequences, &mut std::iter::empty(), passes, &mut |report| {
         ends.push(Instant::now());
         bar.update(ends.len() - 1);
         if ends.len() > 2 {
@@ -621,7 +632,13 @@ fn run_rival(
         total: prefill + step * decode_passes as u32,
         generated,
         busy: Lane::ALL.map(|lane| (lane, all.busy(lane).as_secs_f64() / wall.as_secs_f64())).to_vec(),
+        comparison: summary.comparison,
     })
+}
+
+/// Predicted over measured time of passes.
+fn ratio(comparison: Option<&Comparison>) -> Option<f64> {
+    comparison.and_then(|comparison| comparison.all.ratio())
 }
 
 fn percent(share: f64) -> String {
@@ -654,6 +671,14 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
         pages / 1e9,
         percent(pages / link_rate),
     ))?;
+    if let Some(predicted) = o.predicted {
+        let passes = ratio(o.comparison.as_ref())
+            .map_or_else(String::new, |ratio| format!("; the passes as they came, {ratio:.3} x"));
+        print_line(format!(
+            "    predicted from the lengths: {predicted:.1} tok/s, {:.3} x what was measured{passes}",
+            predicted / o.tokens_per_second()
+        ))?;
+    }
     if emulated {
         return Ok(()); // copies that were held back are not seen as such
     }
@@ -688,11 +713,11 @@ fn print_rival(r: &RivalOutcome, above: Option<&RivalOutcome>, ours: &Outcome, f
     if first {
         print_line(format!("\nrivals on {}, one batch each", ours.workload.name))?;
         print_line(
-            "way                        sequences  micro-b.   decode pass   prefill     batch      tok/s  above x   ours is",
+            "way                        sequences  micro-b.   decode pass   prefill     batch      tok/s  above x   ours is  predicted",
         )?;
     }
     print_line(format!(
-        "{:<27}{:>9}{:>10}{:>14}{:>10}{:>10}{:>11.1}{:>9}{:>10}   {}",
+        "{:<27}{:>9}{:>10}{:>14}{:>10}{:>10}{:>11.1}{:>9}{:>10}{:>11}   {}",
         r.rival.to_string(),
         r.sequences,
         r.micro_batches,
@@ -702,6 +727,7 @@ fn print_rival(r: &RivalOutcome, above: Option<&RivalOutcome>, ours: &Outcome, f
         r.tokens_per_second(),
         above.map_or_else(String::new, |above| format!("{:.2}", r.tokens_per_second() / above.tokens_per_second())),
         format!("{:.2} x", ours.tokens_per_second() / r.tokens_per_second()),
+        ratio(r.comparison.as_ref()).map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2} x")),
         lanes(&r.busy),
     ))
 }
@@ -736,6 +762,8 @@ fn document(
                 "speed": (o.prompt_rows + o.generated) as f64 / wall,
                 "bound": o.bound, "bound_sequences": o.bound_sequences,
                 "share_of_bound": o.tokens_per_second() / o.bound.tokens_per_second, "tight_bound": o.tight_bound,
+                "predicted_tokens_per_second": o.predicted,
+                "prediction": o.comparison.as_ref().map(Comparison::json),
                 "page_bytes": o.page_bytes, "share_of_link": o.page_bytes as f64 / wall / link_rate,
                 "busy_share": shares(&o.busy), "any_busy_share": o.busy_any,
                 "link_idle_seconds": {
@@ -753,7 +781,7 @@ fn document(
                 "way": r.rival.to_string(), "sequences": r.sequences, "micro_batches": r.micro_batches,
                 "decode_pass_seconds": r.step.as_secs_f64(), "prefill_seconds": r.prefill.as_secs_f64(),
                 "batch_seconds": r.total.as_secs_f64(), "tokens_per_second": r.tokens_per_second(),
-                "busy_share": shares(&r.busy),
+                "busy_share": shares(&r.busy), "prediction": r.comparison.as_ref().map(Comparison::json),
             })
         })
         .collect();
