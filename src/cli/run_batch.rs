@@ -200,10 +200,11 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let reader = BatchReader::open(&arguments.input_file, options)
         .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
     let mut trace = arguments.trace.open()?;
+    // The first lines are tokenised while weights load.
+    let exchange = RefCell::new(Exchange::start(reader, writer, text, vocab, arguments.model.served_name())?);
     let mut engine = load(prepared)?;
     signals.loaded();
 
-    let exchange = RefCell::new(Exchange::start(reader, writer, text, vocab, arguments.model.served_name())?);
     let mut incoming = Incoming { exchange: &exchange, signals: &signals };
     let mut progress = RunProgress::new(total);
     let mut generated = 0u64;
