@@ -50,7 +50,8 @@ impl Copies {
         // SAFETY: nothing reads it yet.
         unsafe { pinned.slice_mut::<u8>(0..bytes).fill(1) };
         arenas.push((SourceKind::Pinned, pinned));
-        match files.map(|files| files.mapping(bytes)) {
+        // Drivers of discrete cards refuse mapped pages, and after NVIDIA's was asked for them it refused device memory as well.
+        match files.filter(|_| gpu.summary().kind != "discrete").map(|files| files.mapping(bytes)) {
             Some(Ok(map)) if !map.is_empty() => {
                 let (pointer, bytes) = (map.as_ptr().cast_mut(), map.len() as u64);
                 // SAFETY: the mapping starts at a page, is that long and is kept; nobody writes the file.
