@@ -267,7 +267,7 @@ impl Stages {
         run(whole, 1, || whole.embed(0, &[]))?;
         run(whole, 1, || whole.pre_attention(0, 0, &[]))?;
         run(whole, 1, || whole.post_attention(0, 0, &[]))?;
-        let page = copies.page_alone()?;
+        let page = copies.page_seconds();
         let experts = || stage(whole, point, || whole.experts(0, 0, 0, &[]));
         let rows = || {
             let there = stage(whole, point, || whole.rows_to_host(0, &[]))?;

@@ -733,10 +733,10 @@ impl PassCosts<'_, '_> {
                 Cost { bytes: predictor.cut.page_bytes[number], ..Cost::alone(seconds) }
             }
             Work::PinPage { chunk, page, .. } => {
-                // Read and written by the host's threads.
-                let best = profile.cpu.dram_read.points().iter().map(|point| point.1).fold(1.0, f64::max);
+                // Read and written by the one thread that launches.
+                let rate = profile.cpu.dram_read.points()[0].1;
                 let bytes = predictor.cut.page_bytes[page_number(chunk, page)];
-                Cost { bytes, ..Cost::alone(2.0 * bytes as f64 / best) }
+                Cost { bytes, ..Cost::alone(2.0 * bytes as f64 / rate) }
             }
             Work::Experts { group, chunk, .. } => {
                 let rows = Predictor::group_rows(self.rows, group);

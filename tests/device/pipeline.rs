@@ -243,7 +243,7 @@ fn refused_memory_falls_back_aloud() -> Result<(), Failed> {
 
     // Too little memory for weights: they are read from their files page by page.
     let mut engine = builder(&model(), Wishes { kv_bytes: Some(20 * 32 * 1024), ..wishes })
-        .host_memory(Some(3_800_000))
+        .host_memory(Some(4_200_000))
         .test_faults(no_import)
         .prepare()?
         .load(&mut |_, _| {})?;

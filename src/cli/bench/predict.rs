@@ -3,7 +3,7 @@
 //! Decode in steady state ([`Engine::run_warm`]) under policies that are drawn by a printed seed, then under the policy that the
 //! search chooses for such decoding and under its neighbours, one step in each direction of the grid. Each is predicted from the
 //! profile before it is measured. All experts are loaded into host memory once, also those that a policy keeps on the GPU, and all
-//! policies run from there; the search is told that so much less of it is left.
+//! policies run from there; the pool is what is left.
 //!
 //! The most device memory that buffers had at a time is held against what was planned: a policy that takes more fails the run.
 
@@ -147,6 +147,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     for case in cases {
         match fit(&config, &bytes, &limits, &case.wishes) {
             Ok(plan) if !bench.attends(&plan) => say!("{}: its contexts do not fit a workspace on the GPU", case.label),
+            Ok(plan) if plan.memory.kv_pool > bench.pool_bytes() => {
+                let (needed, there) = (human_bytes(plan.memory.kv_pool), human_bytes(bench.pool_bytes()));
+                say!("{}: {needed} of keys and values, {there} are left beside all experts", case.label);
+            }
             Ok(plan) => planned.push((case, plan)),
             Err(error) => say!("{}: {error}", case.label),
         }
@@ -215,10 +219,6 @@ impl Bench<'_> {
     fn decoding(&self, n: usize, splits: (usize, usize), attention: AttentionPlace) -> Wishes {
         let shape = &self.config.shape;
         let layout = KvLayout::new(shape, KvDtype::F16);
-        let Arguments { prompt_len, gen_len, passes, warm_up, .. } = self.arguments;
-        // What these very sequences fill.
-        let end = |number: usize| prompt_len + number * 7919 % n * gen_len / n + passes + warm_up + 2;
-        let blocks: usize = (0..n).map(|number| KvLayout::blocks_for(end(number))).sum();
         Wishes {
             max_sequences: Some(n),
             micro_batches: Some(splits.0),
@@ -226,21 +226,33 @@ impl Bench<'_> {
             pass_rows: Some(n.next_multiple_of(splits.0)),
             attention: Some(attention),
             max_model_len: Some(self.longest().next_multiple_of(64).min(self.config.max_positions)),
-            kv_bytes: Some(((blocks + 1) * layout.bytes_per_block()) as u64),
+            kv_bytes: Some(((self.blocks(n) + 1) * layout.bytes_per_block()) as u64),
             threads: Some(self.profile.cpu.best_threads().min(self.limits.threads).max(1)),
             ..Wishes::default()
         }
     }
 
-    /// Bytes of the experts of all layers.
-    fn all_experts(&self) -> u64 {
-        (self.config.shape.layers * self.config.shape.experts) as u64 * self.bytes.expert()
+    /// What the host's memory has for keys and values beside the experts of all layers: asked for, else what is left. A part goes to
+    /// rows and pages on their way.
+    fn pool_bytes(&self) -> u64 {
+        let all = (self.config.shape.layers * self.config.shape.experts) as u64 * self.bytes.expert();
+        let left = self.limits.host_bytes.saturating_sub(all);
+        self.arguments.engine.wishes().kv_bytes.unwrap_or(left / 16 * 15)
+    }
+
+    /// Blocks that `n` sequences fill in the end, of ages spread evenly.
+    fn blocks(&self, n: usize) -> usize {
+        let Arguments { prompt_len, gen_len, passes, warm_up, .. } = self.arguments;
+        let end = |number: usize| prompt_len + number * 7919 % n * gen_len / n + passes + warm_up + 2;
+        (0..n).map(|number| KvLayout::blocks_for(end(number))).sum()
     }
 
     /// The workspace has room for all that attends on the GPU at a time.
     fn attends(&self, plan: &Plan) -> bool {
         let policy = &plan.policy;
-        let blocks = policy.max_sequences.div_ceil(policy.micro_batches) * KvLayout::blocks_for(self.longest());
+        // Micro-batches are alike but for a sequence or two.
+        let blocks = self.blocks(policy.max_sequences).div_ceil(policy.micro_batches);
+        let blocks = (blocks + 2 * KvLayout::blocks_for(self.longest())).min(policy.kv_blocks);
         policy.attention == AttentionPlace::Cpu || blocks <= policy.workspace_blocks
     }
 
@@ -295,15 +307,15 @@ impl Bench<'_> {
             profile: self.profile,
             limits: self.limits,
             margin: self.arguments.engine.margin(),
-            wishes: Wishes { max_model_len: Some(longest), ..self.arguments.engine.wishes() },
+            wishes: Wishes {
+                max_model_len: Some(longest),
+                kv_bytes: Some(self.pool_bytes()),
+                ..self.arguments.engine.wishes()
+            },
             workload,
         };
         let started = Instant::now();
         let found = problem.search()?;
-        // Again without the memory in which experts lie that stay on the GPU.
-        let twice = found.best.plan.memory.host_weights.abs_diff(self.all_experts());
-        let host_bytes = self.limits.host_bytes.saturating_sub(twice);
-        let found = Problem { limits: MachineLimits { host_bytes, ..self.limits }, ..problem }.search()?;
         let policy = found.best.plan.policy;
         say!(
             "the search chose among {} in {:.1} s: {:.1} tok/s predicted\n{}",
@@ -369,7 +381,7 @@ impl Bench<'_> {
             AttentionPlace::Gpu => AttentionPlace::Cpu,
         };
         add(format!("attention on the {}", other.name()), of(n, split, other));
-        far.iter().take(4).map(split_into).for_each(|(label, wishes)| add(label, wishes));
+        far.iter().take(6).map(split_into).for_each(|(label, wishes)| add(label, wishes));
         if let Some(other) = at.checked_sub(12).map(|index| grid[index]) {
             add(format!("{other} sequences"), of(other, split, policy.attention));
         }
