@@ -34,6 +34,7 @@
 //! Given up: levels do not agree with each other to the last bit: their lanes are of different widths.
 
 mod group;
+mod int8;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -47,13 +48,11 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::f16;
-
 use super::isa::{Isa, Level};
 use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache};
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
-use group::{Element, Group, Scratch, State};
+use group::{Group, Scratch, State};
 
 /// Where a context is cut: joining two spans costs a hundredth of reading one, and part of the reduction order of a row.
 pub const SPAN_TOKENS: usize = 512;
@@ -238,29 +237,29 @@ impl Task<'_> {
 }
 
 fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch) {
-    match form.dtype {
-        // SAFETY: `attend` makes the scratch, and the form has the cache's dtype.
-        KvDtype::F16 => unsafe { attend_on::<f16>(form.isa, group, scratch) },
-        // SAFETY: as above.
-        KvDtype::Int8 => unsafe { attend_on::<i8>(form.isa, group, scratch) },
-    }
-}
-
-/// # Safety
-///
-/// * `scratch` is made for the group's form, and the cache's elements are `E`.
-unsafe fn attend_on<E: Element>(isa: Isa, group: &Group, scratch: &mut Scratch) {
-    match isa.level() {
-        // SAFETY: the caller's.
-        Level::Portable => unsafe { portable::attend::<E>(group, scratch) },
-        // SAFETY: an `Isa` of this level exists only where `Isa::available` found AVX2, FMA and F16C; the rest is the caller's.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { avx2::attend::<E>(group, scratch) },
-        // SAFETY: an `Isa` of this level exists only where `Isa::available` found these three and AVX-512F; as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { avx512::attend::<E>(group, scratch) },
-        // SAFETY: an `Isa` of this level exists only where `Isa::available` found NEON; as above.
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon => unsafe { neon::attend::<E>(group, scratch) },
+    let f16 = form.dtype == KvDtype::F16;
+    // SAFETY: `attend` makes the scratch, and the form has the cache's dtype. An `Isa` of a level exists only where
+    // `Isa::available` found the features that its functions ask for.
+    unsafe {
+        match form.isa.level() {
+            Level::Portable if f16 => portable::attend_f16(group, scratch),
+            Level::Portable => portable::attend_int8(group, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 | Level::AvxVnni if f16 => avx2::attend_f16(group, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => avx2::attend_int8(group, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => avx2::attend_int8_vnni(group, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Vnni if f16 => avx512::attend_f16(group, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => avx512::attend_int8(group, scratch),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => avx512::attend_int8_vnni(group, scratch),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon if f16 => neon::attend_f16(group, scratch),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => neon::attend_int8(group, scratch),
+        }
     }
 }

@@ -1,0 +1,471 @@
+//! The algorithm over 8-bit K and V: both products in integers, exactly, between roundings of queries and weights to 16 bits.
+//!
+//! Multiplying integers takes one instruction where widening them to f32 takes one for each head and two more, so that memory, not
+//! arithmetic, sets the pace:
+//!
+//! ```text
+//! once:             q      ~ s · n      n of 16 bits, s for each head: max |q| / 32767
+//! block by block:   scores = s · scale of the row · (n · K)            exact sums of 32 bits
+//!                   weights as with f16
+//!                   weights · scale of the row ~ s' · n'               s' for each head and block: the largest / 32767
+//!                   out   += s' · (n' · V)                             exact sums of 32 bits
+//! ```
+//!
+//! What the roundings cost: an element of the query is off by 2^-16 of the head's largest at most, a token's weighted value by 2^-16
+//! of the largest of its block, under a hundredth of what keeping K and V in 8 bits has cost (`tests/host/attention.rs`).
+//!
+//! Sums are exact, so their order is nobody's concern. A sum of scores holds K up to 511 (for K = 128 it stays below 2^30).
+//!
+//! The cache keeps these elements in pairs, as instructions take them (`memory::kv_cache`): two columns of a token in K, two tokens of a
+//! column in V. A register of scores then holds tokens, one of the output columns, and nothing is summed across lanes.
+
+#![expect(clippy::needless_range_loop)]
+
+use half::f16;
+
+use super::BLOCK_TOKENS;
+use super::group::{Ahead, CacheLines, Group, Lanes, Scratch, State, WIDEST, floats, softmax_step};
+
+/// Registers of integers beside those of f32 lanes: pairs of 16 bits in as many lanes, and sums of 32.
+///
+/// # Safety
+///
+/// Callers of any method owe it:
+/// * the CPU has the instruction set that the type stands for;
+/// * a pointer is good for the elements that the method names. No alignment is asked for.
+pub(super) trait Integers {
+    type Floats: Lanes;
+    /// A pair of 16-bit integers in each lane.
+    type Pairs: Copy;
+    /// A 32-bit integer in each lane.
+    type Sums: Copy;
+
+    unsafe fn zero() -> Self::Sums;
+    /// A pair of 8-bit integers for each lane.
+    unsafe fn widen(from: *const [i8; 2]) -> Self::Pairs;
+    /// One pair in all lanes.
+    unsafe fn splat(from: *const [i16; 2]) -> Self::Pairs;
+    /// `sums + a.0 · b.0 + a.1 · b.1`, lane by lane.
+    unsafe fn add_products(sums: Self::Sums, a: Self::Pairs, b: Self::Pairs) -> Self::Sums;
+    unsafe fn add(a: Self::Sums, b: Self::Sums) -> Self::Sums;
+    unsafe fn to_f32(sums: Self::Sums) -> Self::Floats;
+    /// The nearest integers of numbers in ±32767, one for each lane. Anything for others.
+    unsafe fn store_rounded(numbers: Self::Floats, to: *mut i16);
+    /// The larger of `|a|` and `|b|`; NaN where either is.
+    unsafe fn max_magnitude(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The largest lane of what [`max_magnitude`](Self::max_magnitude) returns; NaN if one is.
+    unsafe fn max_magnitude_lane(of: Self::Floats) -> f32;
+}
+
+/// Attends one group, into the scratch's state.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `I` stands for.
+/// * `scratch` was made for as many heads as `group.q` has, and for the cache's head width.
+/// * The cache's elements are 8-bit integers.
+#[inline(always)]
+pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch) {
+    let heads = scratch.heads;
+    scratch.state.begin(group.sinks);
+    let Scratch { q, q_scales, q_pairs, weights, weight_pairs, state, .. } = scratch;
+    let State { head_width, padded, max, weight_sums, out } = state;
+    let (head_width, padded) = (*head_width, *padded);
+    let (out, weight_sums) = (floats(out), floats(weight_sums));
+    let (q, weights) = (floats(q), floats(weights));
+    let (q_pairs, weight_pairs) = (words(q_pairs), words(weight_pairs));
+    for (head, row) in group.q.chunks_exact(head_width).enumerate() {
+        let padded_row = &mut q[head * padded..][..padded];
+        padded_row[..head_width].copy_from_slice(row);
+        // SAFETY: the caller vouches for the CPU; the padding is zeros.
+        q_scales[head] = group.scale * unsafe { round::<I>(padded_row, &mut q_pairs[head * padded..][..padded]) };
+    }
+
+    let end = group.visible.end.div_ceil(BLOCK_TOKENS);
+    let scales_at = BLOCK_TOKENS * head_width;
+    for index in group.visible.start / BLOCK_TOKENS..end {
+        let first_token = index * BLOCK_TOKENS;
+        let slots = group.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(group.visible.end - first_token);
+        let (keys, values) = group.halves(index);
+        let next_keys = if index + 1 < end { group.halves(index + 1).0 } else { group.next };
+        let mut keys_ahead = Ahead::new(next_keys);
+        let mut values_ahead = Ahead::new(values);
+        Ahead::fetch_line(values[scales_at..].as_ptr());
+        Ahead::fetch_line(next_keys.as_ptr().wrapping_add(scales_at));
+        // SAFETY: the caller vouches for the CPU and the elements, hence for the extents of halves: `[BLOCK_TOKENS, K]` integers in
+        // pairs, then `[BLOCK_TOKENS]` scales; the scratch rows have the extents that `Scratch` and `State` state.
+        unsafe {
+            let key_scales = scales::<I>(keys[scales_at..].as_ptr());
+            let mut value_scales = scales::<I>(values[scales_at..].as_ptr());
+            // Slots that are not to be seen hold anything, NaN for a scale too.
+            value_scales.0[..slots.start].fill(0.0);
+            value_scales.0[slots.end..].fill(0.0);
+            let block = Block { head_width, padded };
+            block.score::<I>(heads, keys.as_ptr(), q_pairs.as_ptr(), weights.as_mut_ptr(), &mut values_ahead);
+            let mut weight_scales = [0.0; WIDEST];
+            for first in (0..heads).step_by(WIDEST) {
+                let heads = first..heads.min(first + WIDEST);
+                for head in heads.clone() {
+                    let weights = &mut weights[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
+                    let weight_sums = &mut weight_sums[head * WIDEST..][..WIDEST];
+                    multiply::<I>(weights, &key_scales, q_scales[head]);
+                    weights[..slots.start].fill(f32::NEG_INFINITY);
+                    weights[slots.end..].fill(f32::NEG_INFINITY);
+                    softmax_step::<I::Floats>(
+                        &mut max[head],
+                        weights,
+                        weight_sums,
+                        &mut out[head * padded..][..padded],
+                    );
+                    multiply::<I>(weights, &value_scales, 1.0);
+                    let pairs = &mut weight_pairs[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
+                    weight_scales[head - first] = round::<I>(weights, pairs);
+                }
+                block.weigh::<I>(
+                    heads.len(),
+                    values.as_ptr(),
+                    weight_pairs[first * BLOCK_TOKENS..].as_ptr(),
+                    &weight_scales,
+                    out[first * padded..].as_mut_ptr(),
+                    slots.start / 2..slots.end.div_ceil(2),
+                    &mut keys_ahead,
+                );
+            }
+        }
+    }
+}
+
+fn words(lines: &mut [super::group::CacheLine]) -> &mut [i16] {
+    bytemuck::cast_slice_mut(lines)
+}
+
+/// A block's scales.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `I` stands for.
+/// * BLOCK_TOKENS scales in f16 are there.
+#[inline(always)]
+unsafe fn scales<I: Integers>(from: *const u8) -> CacheLines {
+    let mut all = CacheLines([0.0; BLOCK_TOKENS]);
+    for slot in (0..BLOCK_TOKENS).step_by(I::Floats::COUNT) {
+        // SAFETY: as the caller's; COUNT divides BLOCK_TOKENS.
+        unsafe { I::Floats::load_f16(from.cast::<f16>().add(slot)).store(all.0.as_mut_ptr().add(slot)) };
+    }
+    all
+}
+
+/// Each number times its token's scale and a factor.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `I` stands for.
+/// * `numbers` has BLOCK_TOKENS elements.
+#[inline(always)]
+unsafe fn multiply<I: Integers>(numbers: &mut [f32], scales: &CacheLines, factor: f32) {
+    for (numbers, scales) in numbers.chunks_exact_mut(I::Floats::COUNT).zip(scales.0.chunks_exact(I::Floats::COUNT)) {
+        // SAFETY: as the caller's.
+        unsafe {
+            let scales = I::Floats::load(scales.as_ptr()).mul(I::Floats::splat(factor));
+            I::Floats::load(numbers.as_ptr()).mul(scales).store(numbers.as_mut_ptr());
+        }
+    }
+}
+
+/// Numbers as 16-bit integers under the scale that is returned. NaN if one of them is; where all are 0, that is the scale, and the
+/// integers are any.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `I` stands for.
+/// * Lengths: equal, a multiple of WIDEST.
+#[inline(always)]
+unsafe fn round<I: Integers>(numbers: &[f32], into: &mut [i16]) -> f32 {
+    // SAFETY: as the caller's.
+    unsafe {
+        let mut largest = I::Floats::splat(0.0);
+        for numbers in numbers.chunks_exact(I::Floats::COUNT) {
+            largest = I::max_magnitude(largest, I::Floats::load(numbers.as_ptr()));
+        }
+        let largest = I::max_magnitude_lane(largest);
+        let factor = I::Floats::splat(LARGEST / largest);
+        for (numbers, into) in numbers.chunks_exact(I::Floats::COUNT).zip(into.chunks_exact_mut(I::Floats::COUNT)) {
+            I::store_rounded(I::Floats::load(numbers.as_ptr()).mul(factor), into.as_mut_ptr());
+        }
+        largest / LARGEST
+    }
+}
+
+/// The largest integer that a query or weight becomes.
+const LARGEST: f32 = 32767.0;
+
+/// The two products of a block, in tiles of [`TILE`](Lanes::TILE) sums.
+struct Block {
+    /// K
+    head_width: usize,
+    /// K rounded up: a row of the scratch query and output.
+    padded: usize,
+}
+
+/// # Safety
+///
+/// Callers of any method owe it:
+/// * the CPU has the instruction set that `I` stands for;
+/// * pointers to K: `[K / 2, BLOCK_TOKENS, 2]`; to V: `[BLOCK_TOKENS / 2, K, 2]`; to queries or outputs: `[heads, padded]`, from the
+///   first head that the method is to take; to weights: `[heads, BLOCK_TOKENS]`, likewise.
+impl Block {
+    /// `weights[head, slot] = q[head] · keys[slot]`, in integers.
+    #[inline(always)]
+    unsafe fn score<I: Integers>(
+        &self,
+        heads: usize,
+        keys: *const u8,
+        q: *const i16,
+        weights: *mut f32,
+        ahead: &mut Ahead,
+    ) {
+        let keys = keys.cast::<[i8; 2]>();
+        let mut head = 0;
+        // SAFETY: as the caller's, and every step stays below `heads`.
+        unsafe {
+            let at = |head: usize| (q.add(head * self.padded).cast::<[i16; 2]>(), weights.add(head * BLOCK_TOKENS));
+            if I::Floats::TILE == 16 {
+                while head + 8 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<I, 8, 2, 1>(keys, q, weights, ahead);
+                    head += 8;
+                }
+                if head + 4 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<I, 4, 2, 2>(keys, q, weights, ahead);
+                    head += 4;
+                }
+                if head + 2 <= heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<I, 2, 2, 4>(keys, q, weights, ahead);
+                    head += 2;
+                }
+                if head < heads {
+                    let (q, weights) = at(head);
+                    self.score_heads::<I, 1, 2, 4>(keys, q, weights, ahead);
+                }
+                return;
+            }
+            while head + 4 <= heads {
+                let (q, weights) = at(head);
+                self.score_heads::<I, 4, 2, 1>(keys, q, weights, ahead);
+                head += 4;
+            }
+            if head + 2 <= heads {
+                let (q, weights) = at(head);
+                self.score_heads::<I, 2, 4, 1>(keys, q, weights, ahead);
+                head += 2;
+            }
+            if head < heads {
+                let (q, weights) = at(head);
+                self.score_heads::<I, 1, 4, 2>(keys, q, weights, ahead);
+            }
+        }
+    }
+
+    /// `REGISTERS` of tokens at a time; `PARTS` sums for each, so that one need not wait for the last.
+    #[inline(always)]
+    unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize, const PARTS: usize>(
+        &self,
+        keys: *const [i8; 2],
+        q: *const [i16; 2],
+        weights: *mut f32,
+        ahead: &mut Ahead,
+    ) {
+        let lanes = I::Floats::COUNT;
+        // SAFETY: as the caller's, and every step stays below BLOCK_TOKENS and K / 2.
+        unsafe {
+            for slot in (0..BLOCK_TOKENS).step_by(REGISTERS * lanes) {
+                let keys = keys.add(slot);
+                let mut sums = [[[I::zero(); REGISTERS]; HEADS]; PARTS];
+                let pairs = self.head_width / 2;
+                let mut pair = 0;
+                while pair + PARTS <= pairs {
+                    ahead.fetch(PARTS * REGISTERS * lanes * 2);
+                    for part in 0..PARTS {
+                        self.score_pair::<I, HEADS, REGISTERS>(keys, pair + part, q, &mut sums[part]);
+                    }
+                    pair += PARTS;
+                }
+                while pair < pairs {
+                    ahead.fetch(REGISTERS * lanes * 2);
+                    self.score_pair::<I, HEADS, REGISTERS>(keys, pair, q, &mut sums[0]);
+                    pair += 1;
+                }
+                for head in 0..HEADS {
+                    for register in 0..REGISTERS {
+                        let mut sum = sums[0][head][register];
+                        for part in 1..PARTS {
+                            sum = I::add(sum, sums[part][head][register]);
+                        }
+                        I::to_f32(sum).store(weights.add(head * BLOCK_TOKENS + slot + register * lanes));
+                    }
+                }
+            }
+        }
+    }
+
+    /// One pair of columns; `keys` points at the first token's first pair.
+    #[inline(always)]
+    unsafe fn score_pair<I: Integers, const HEADS: usize, const REGISTERS: usize>(
+        &self,
+        keys: *const [i8; 2],
+        pair: usize,
+        q: *const [i16; 2],
+        sums: &mut [[I::Sums; REGISTERS]; HEADS],
+    ) {
+        // SAFETY: as the caller's: the pair is below K / 2.
+        unsafe {
+            let mut row = [I::splat(q); REGISTERS];
+            for register in 0..REGISTERS {
+                row[register] = I::widen(keys.add(pair * BLOCK_TOKENS + register * I::Floats::COUNT));
+            }
+            for head in 0..HEADS {
+                let query = I::splat(q.add(head * self.padded / 2 + pair));
+                for register in 0..REGISTERS {
+                    let sum = &mut sums[head][register];
+                    *sum = I::add_products(*sum, row[register], query);
+                }
+            }
+        }
+    }
+
+    /// `out[head] += scales[head] · ` sum over `pairs` of tokens of `weights[head, token] · values[token]`.
+    #[expect(clippy::too_many_arguments)]
+    #[inline(always)]
+    unsafe fn weigh<I: Integers>(
+        &self,
+        heads: usize,
+        values: *const u8,
+        weights: *const i16,
+        scales: &[f32; WIDEST],
+        out: *mut f32,
+        pairs: std::ops::Range<usize>,
+        ahead: &mut Ahead,
+    ) {
+        let values = values.cast::<[i8; 2]>();
+        let mut head = 0;
+        // SAFETY: as the caller's, and every step stays below `heads`.
+        unsafe {
+            let at = |head: usize| Weigh {
+                weights: weights.add(head * BLOCK_TOKENS).cast(),
+                scales: scales.as_ptr().add(head),
+                out: out.add(head * self.padded),
+                pairs: pairs.clone(),
+            };
+            if I::Floats::TILE == 16 {
+                while head + 8 <= heads {
+                    self.weigh_heads::<I, 8, 2>(values, &at(head), ahead);
+                    head += 8;
+                }
+                if head + 4 <= heads {
+                    self.weigh_heads::<I, 4, 4>(values, &at(head), ahead);
+                    head += 4;
+                }
+                if head + 2 <= heads {
+                    self.weigh_heads::<I, 2, 8>(values, &at(head), ahead);
+                    head += 2;
+                }
+                if head < heads {
+                    self.weigh_heads::<I, 1, 8>(values, &at(head), ahead);
+                }
+                return;
+            }
+            while head + 4 <= heads {
+                self.weigh_heads::<I, 4, 2>(values, &at(head), ahead);
+                head += 4;
+            }
+            if head + 2 <= heads {
+                self.weigh_heads::<I, 2, 4>(values, &at(head), ahead);
+                head += 2;
+            }
+            if head < heads {
+                self.weigh_heads::<I, 1, 8>(values, &at(head), ahead);
+            }
+        }
+    }
+
+    /// `REGISTERS` of columns at a time, then one, then what is left of one.
+    #[inline(always)]
+    unsafe fn weigh_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
+        &self,
+        values: *const [i8; 2],
+        of: &Weigh,
+        ahead: &mut Ahead,
+    ) {
+        let lanes = I::Floats::COUNT;
+        let mut column = 0;
+        // SAFETY: as the caller's, and every step stays below head_width.
+        unsafe {
+            while column + REGISTERS * lanes <= self.head_width {
+                self.weigh_tile::<I, HEADS, REGISTERS>(values, column, lanes, of, ahead);
+                column += REGISTERS * lanes;
+            }
+            while column + lanes <= self.head_width {
+                self.weigh_tile::<I, HEADS, 1>(values, column, lanes, of, ahead);
+                column += lanes;
+            }
+            if column < self.head_width {
+                self.weigh_tile::<I, HEADS, 1>(values, column, self.head_width - column, of, ahead);
+            }
+        }
+    }
+
+    /// The tile from `column` on; each register has `columns` of its lanes in a row of V.
+    #[inline(always)]
+    unsafe fn weigh_tile<I: Integers, const HEADS: usize, const REGISTERS: usize>(
+        &self,
+        values: *const [i8; 2],
+        column: usize,
+        columns: usize,
+        of: &Weigh,
+        ahead: &mut Ahead,
+    ) {
+        let lanes = I::Floats::COUNT;
+        // SAFETY: as the caller's: whole registers of `out` lie within padded.
+        unsafe {
+            let mut sums = [[I::zero(); REGISTERS]; HEADS];
+            for pair in of.pairs.clone() {
+                ahead.fetch(REGISTERS * lanes * 2);
+                let mut row = [I::splat(of.weights); REGISTERS];
+                for register in 0..REGISTERS {
+                    let from = values.add(pair * self.head_width + column + register * lanes);
+                    row[register] = if columns == lanes {
+                        I::widen(from)
+                    } else {
+                        let mut part = [[0; 2]; WIDEST];
+                        std::ptr::copy_nonoverlapping(from, part.as_mut_ptr(), columns);
+                        I::widen(part.as_ptr())
+                    };
+                }
+                for head in 0..HEADS {
+                    let weight = I::splat(of.weights.add(head * BLOCK_TOKENS / 2 + pair));
+                    for register in 0..REGISTERS {
+                        let sum = &mut sums[head][register];
+                        *sum = I::add_products(*sum, row[register], weight);
+                    }
+                }
+            }
+            for head in 0..HEADS {
+                let scale = I::Floats::splat(*of.scales.add(head));
+                for register in 0..REGISTERS {
+                    let to = of.out.add(head * self.padded + column + register * lanes);
+                    I::to_f32(sums[head][register]).mul_add(scale, I::Floats::load(to)).store(to);
+                }
+            }
+        }
+    }
+}
+
+/// What the heads of a tile take V with, and where the sum goes.
+struct Weigh {
+    weights: *const [i16; 2],
+    scales: *const f32,
+    out: *mut f32,
+    pairs: std::ops::Range<usize>,
+}
