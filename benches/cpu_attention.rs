@@ -4,7 +4,6 @@
 //! of two rows a thread, turn by turn with plain reads of the same pool on the same threads; a row is compared with the
 //! reference. Threads: as many as read fastest. `FULMEN_THREADS=8` asks for another number, `FULMEN_PASSES` for other medians.
 
-use fulmen::cpu::attention::SPAN_TOKENS;
 use fulmen::cpu::isa::Isa;
 use fulmen::cpu::measure::{AttentionRate, Probe, thread_counts};
 use fulmen::model::AttentionShape;
@@ -74,7 +73,7 @@ fn main() {
                 tokens_per_s.extend(rate.map(|rate| (isa, context, dtype, rate.tokens_per_s)));
             }
             // One sequence alone, whose spans all threads share; and a large batch.
-            show(isa, 64 * SPAN_TOKENS, n_threads, 1);
+            show(isa, CONTEXTS[CONTEXTS.len() - 1], n_threads, 1);
             show(isa, PORTABLE_CONTEXT, n_threads, 16 * n_threads);
         }
         for n_threads in thread_counts(cores) {

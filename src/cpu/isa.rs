@@ -24,7 +24,7 @@ pub(super) enum Level {
     /// AVX-512 with VNNI: servers from 2019 (Intel) and 2022 (AMD) on.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
-    /// Every 64-bit Arm has it. Unverified: it compiles, nobody has run it yet.
+    /// Every 64-bit Arm has it. Run under emulation only: right, of unknown speed.
     #[cfg(target_arch = "aarch64")]
     Neon,
 }

@@ -198,6 +198,29 @@ fn integers_agree_with_the_reference_over_what_the_cache_holds() {
     }
 }
 
+/// The largest integers throughout: their sums fit 32 bits at any width.
+#[test]
+fn integers_of_the_widest_heads_do_not_overflow() {
+    for isa in Isa::available() {
+        for head_width in [512, 1024] {
+            let mut case = Case::with_dtype(shape(4, 1, head_width, None), &[33], 1, KvDtype::Int8);
+            let Sequence { table, q, keys, values, .. } = &mut case.sequences[0];
+            q.fill(1.0);
+            // 127 of the scale.
+            let largest = f16::from_f32(127.0 / 128.0);
+            keys.fill(largest.to_f32());
+            values.fill(largest.to_f32());
+            for position in 0..33 {
+                case.cache.write_row(LAYER, table, position, &vec![largest; 2 * head_width]);
+            }
+            case.check(isa);
+            // A score that wrapped around would be negative, and this sink above it.
+            case.sinks = Some(vec![0.0; 4]);
+            case.check(isa);
+        }
+    }
+}
+
 /// Widths below, at and off the registers of every level; head counts that need every form of tile.
 #[test]
 fn agrees_with_the_reference_for_every_width_and_grouping() {

@@ -1,5 +1,5 @@
-//! The algorithm, generic over a register of f32 lanes and over what the cache's elements are: one key/value head of one row, all
-//! query heads that read it.
+//! The algorithm over K and V in f16, generic over a register of f32 lanes: one key/value head of one row, all query heads that read
+//! it. And what it shares with the one over integers: state, softmax, prefetch.
 //!
 //! Everything here is inlined into the one function per level that switches its instructions on.
 
@@ -205,6 +205,9 @@ pub(super) struct Scratch {
     pub q_pairs: Vec<CacheLine>,
     pub weight_pairs: Vec<CacheLine>,
     pub q_scales: Vec<f32>,
+    /// `[heads]`: largest score with this block's; the scale of this block's weights as integers.
+    pub new_max: Vec<f32>,
+    pub weight_scales: Vec<f32>,
     /// What [`attend`] leaves here.
     pub state: State,
 }
@@ -219,6 +222,8 @@ impl Scratch {
             q_pairs: zeros((heads * state.padded / 2).next_multiple_of(WIDEST)),
             weight_pairs: zeros(heads * BLOCK_TOKENS / 2),
             q_scales: vec![0.0; heads],
+            new_max: vec![0.0; heads],
+            weight_scales: vec![0.0; heads],
             state,
         }
     }
@@ -236,6 +241,7 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch) {
     const { assert!(WIDEST.is_multiple_of(V::COUNT) && BLOCK_TOKENS.is_multiple_of(WIDEST)) };
     let heads = scratch.heads;
     scratch.state.begin(group.sinks);
+    let new_max = &mut scratch.new_max[..];
     let State { head_width, padded, max, weight_sums, out } = &mut scratch.state;
     let (head_width, padded) = (*head_width, *padded);
     let (out, weight_sums) = (floats(out), floats(weight_sums));
@@ -262,11 +268,7 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch) {
         // the extents that `Scratch` and `State` state.
         unsafe {
             tiles.score::<V>(heads, keys.as_ptr(), q.as_ptr(), weights.as_mut_ptr(), &mut values_ahead);
-            for head in 0..heads {
-                let weights = &mut weights[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                let weight_sums = &mut weight_sums[head * WIDEST..][..WIDEST];
-                softmax_step::<V>(&mut max[head], weights, weight_sums, &mut out[head * padded..][..padded]);
-            }
+            softmax_step::<V>(max, new_max, weights, weight_sums, out, padded);
             tiles.weigh::<V>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), &mut keys_ahead);
         }
     }
@@ -276,44 +278,57 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch) {
 #[repr(C, align(64))]
 pub(super) struct CacheLines(pub [f32; BLOCK_TOKENS]);
 
-/// Turns one head's scores into weights relative to the largest score so far, and what was summed before with them.
+/// Turns all heads' scores into weights relative to the largest score so far, and what was summed before with them. Step by step for
+/// all heads, whose steps do not wait for each other.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `V` stands for.
-/// * Lengths: `weights` BLOCK_TOKENS, `weight_sums` WIDEST, `out` a multiple of WIDEST.
+/// * Lengths: `max` and `new_max` heads, `weights` `[heads, BLOCK_TOKENS]`, `weight_sums` `[heads, WIDEST]`, `out` `[heads, padded]`.
 #[inline(always)]
 pub(super) unsafe fn softmax_step<V: Lanes>(
-    max: &mut f32,
+    max: &mut [f32],
+    new_max: &mut [f32],
     weights: &mut [f32],
     weight_sums: &mut [f32],
     out: &mut [f32],
+    padded: usize,
 ) {
     // SAFETY: the caller vouches for the CPU; each length is a multiple of V::COUNT, and so is each offset.
     unsafe {
-        let mut block_max = V::splat(*max);
-        for weights in weights.chunks_exact(V::COUNT) {
-            block_max = block_max.max(V::load(weights.as_ptr()));
-        }
-        let new_max = block_max.max_lane();
-        // A factor of 1 changes no bits, so most blocks skip this. A NaN is unequal to itself and does not.
-        if new_max != *max {
-            let factor = V::splat(*max - new_max).exp();
-            for sums in [&mut weight_sums[..], out] {
-                for sums in sums.chunks_exact_mut(V::COUNT) {
-                    V::load(sums.as_ptr()).mul(factor).store(sums.as_mut_ptr());
-                }
+        for ((weights, max), new_max) in weights.chunks_exact(BLOCK_TOKENS).zip(&*max).zip(&mut *new_max) {
+            let mut block_max = V::splat(*max);
+            for weights in weights.chunks_exact(V::COUNT) {
+                block_max = block_max.max(V::load(weights.as_ptr()));
             }
-            *max = new_max;
+            *new_max = block_max.max_lane();
         }
-        let mut sums = V::load(weight_sums.as_ptr());
-        for weights in weights.chunks_exact_mut(V::COUNT) {
-            // A NaN score makes a NaN weight whatever `new_max` became.
-            let weight = V::load(weights.as_ptr()).sub(V::splat(new_max)).exp();
-            weight.store(weights.as_mut_ptr());
-            sums = sums.add(weight);
+        for (weights, new_max) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&*new_max) {
+            for weights in weights.chunks_exact_mut(V::COUNT) {
+                // A NaN score makes a NaN weight whatever `new_max` became.
+                V::load(weights.as_ptr()).sub(V::splat(*new_max)).exp().store(weights.as_mut_ptr());
+            }
         }
-        sums.store(weight_sums.as_mut_ptr());
+        let sums = weight_sums.chunks_exact_mut(WIDEST).zip(out.chunks_exact_mut(padded));
+        for (((weight_sums, out), weights), (max, new_max)) in
+            sums.zip(weights.chunks_exact(BLOCK_TOKENS)).zip(max.iter_mut().zip(&*new_max))
+        {
+            // A factor of 1 changes no bits, so most blocks skip this. A NaN is unequal to itself and does not.
+            if new_max != max {
+                let factor = V::splat(*max - *new_max).exp();
+                for sums in [&mut weight_sums[..], out] {
+                    for sums in sums.chunks_exact_mut(V::COUNT) {
+                        V::load(sums.as_ptr()).mul(factor).store(sums.as_mut_ptr());
+                    }
+                }
+                *max = *new_max;
+            }
+            let mut sums = V::load(weight_sums.as_ptr());
+            for weights in weights.chunks_exact(V::COUNT) {
+                sums = sums.add(V::load(weights.as_ptr()));
+            }
+            sums.store(weight_sums.as_mut_ptr());
+        }
     }
 }
 
@@ -603,7 +618,7 @@ impl Tiles {
 
 /// Bytes that come next, asked of memory as fast as this block's are used up: V during K, the next block's K during V. The
 /// hardware's own prefetch does not follow 32 rows read in strips. In small portions, because a core waits for few lines at a time,
-/// and what asks for one more stands in front of the arithmetic. Nothing outside x86-64: stable Rust has no hint there.
+/// and what asks for one more stands in front of the arithmetic. A hint on x86-64 and Arm, nothing elsewhere.
 pub(super) struct Ahead {
     next: *const u8,
     end: *const u8,
@@ -634,7 +649,12 @@ impl Ahead {
             // SAFETY: a hint, which reads nothing, whatever the address; every x86-64 CPU has it.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        // SAFETY: likewise.
+        #[cfg(target_arch = "aarch64")]
+        unsafe {
+            std::arch::asm!("prfm pldl1keep, [{line}]", line = in(reg) line, options(nostack, readonly, preserves_flags));
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let _ = line;
     }
 }

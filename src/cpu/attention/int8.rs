@@ -14,7 +14,7 @@
 //! What the roundings cost: an element of the query is off by 2^-16 of the head's largest at most, a token's weighted value by 2^-16
 //! of the largest of its block, under a hundredth of what keeping K and V in 8 bits has cost (`tests/host/attention.rs`).
 //!
-//! Sums are exact, so their order is nobody's concern. A sum of scores holds K up to 511 (for K = 128 it stays below 2^30).
+//! Sums are exact, so their order is nobody's concern. Where K is above 512, queries get fewer bits, so that a sum still fits.
 //!
 //! The cache keeps these elements in pairs, as instructions take them (`memory::kv_cache`): two columns of a token in K, two tokens of a
 //! column in V. A register of scores then holds tokens, one of the output columns, and nothing is summed across lanes.
@@ -68,7 +68,7 @@ pub(super) trait Integers {
 pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch) {
     let heads = scratch.heads;
     scratch.state.begin(group.sinks);
-    let Scratch { q, q_scales, q_pairs, weights, weight_pairs, state, .. } = scratch;
+    let Scratch { q, q_scales, q_pairs, weights, weight_pairs, weight_scales, new_max, state, .. } = scratch;
     let State { head_width, padded, max, weight_sums, out } = state;
     let (head_width, padded) = (*head_width, *padded);
     let (out, weight_sums) = (floats(out), floats(weight_sums));
@@ -78,7 +78,11 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch) {
         let padded_row = &mut q[head * padded..][..padded];
         padded_row[..head_width].copy_from_slice(row);
         // SAFETY: the caller vouches for the CPU; the padding is zeros.
-        q_scales[head] = group.scale * unsafe { round::<I>(padded_row, &mut q_pairs[head * padded..][..padded]) };
+        unsafe {
+            let pairs = &mut q_pairs[head * padded..][..padded];
+            q_scales[head] =
+                group.scale * round::<I>(padded_row, largest_of::<I>(padded_row), largest_query(head_width), pairs);
+        }
     }
 
     let end = group.visible.end.div_ceil(BLOCK_TOKENS);
@@ -102,35 +106,29 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch) {
             value_scales.0[slots.end..].fill(0.0);
             let block = Block { head_width, padded };
             block.score::<I>(heads, keys.as_ptr(), q_pairs.as_ptr(), weights.as_mut_ptr(), &mut values_ahead);
-            let mut weight_scales = [0.0; WIDEST];
-            for first in (0..heads).step_by(WIDEST) {
-                let heads = first..heads.min(first + WIDEST);
-                for head in heads.clone() {
-                    let weights = &mut weights[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                    let weight_sums = &mut weight_sums[head * WIDEST..][..WIDEST];
-                    multiply::<I>(weights, &key_scales, q_scales[head]);
-                    weights[..slots.start].fill(f32::NEG_INFINITY);
-                    weights[slots.end..].fill(f32::NEG_INFINITY);
-                    softmax_step::<I::Floats>(
-                        &mut max[head],
-                        weights,
-                        weight_sums,
-                        &mut out[head * padded..][..padded],
-                    );
-                    multiply::<I>(weights, &value_scales, 1.0);
-                    let pairs = &mut weight_pairs[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                    weight_scales[head - first] = round::<I>(weights, pairs);
-                }
-                block.weigh::<I>(
-                    heads.len(),
-                    values.as_ptr(),
-                    weight_pairs[first * BLOCK_TOKENS..].as_ptr(),
-                    &weight_scales,
-                    out[first * padded..].as_mut_ptr(),
-                    slots.start / 2..slots.end.div_ceil(2),
-                    &mut keys_ahead,
-                );
+            for (weights, q_scale) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&*q_scales) {
+                multiply::<I>(weights, &key_scales, *q_scale);
+                weights[..slots.start].fill(f32::NEG_INFINITY);
+                weights[slots.end..].fill(f32::NEG_INFINITY);
             }
+            softmax_step::<I::Floats>(max, new_max, weights, weight_sums, out, padded);
+            for (weights, largest) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&mut *weight_scales) {
+                multiply::<I>(weights, &value_scales, 1.0);
+                *largest = largest_of::<I>(weights);
+            }
+            let pairs = weight_pairs.chunks_exact_mut(BLOCK_TOKENS);
+            for ((weights, pairs), scale) in weights.chunks_exact(BLOCK_TOKENS).zip(pairs).zip(&mut *weight_scales) {
+                *scale = round::<I>(weights, *scale, LARGEST, pairs);
+            }
+            block.weigh::<I>(
+                heads,
+                values.as_ptr(),
+                weight_pairs.as_ptr(),
+                weight_scales,
+                out.as_mut_ptr(),
+                slots.start / 2..slots.end.div_ceil(2),
+                &mut keys_ahead,
+            );
         }
     }
 }
@@ -172,32 +170,50 @@ unsafe fn multiply<I: Integers>(numbers: &mut [f32], scales: &CacheLines, factor
     }
 }
 
-/// Numbers as 16-bit integers under the scale that is returned. NaN if one of them is; where all are 0, that is the scale, and the
-/// integers are any.
+/// The largest magnitude; NaN if one of the numbers is.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `I` stands for.
-/// * Lengths: equal, a multiple of WIDEST.
+/// * Length: a multiple of WIDEST.
 #[inline(always)]
-unsafe fn round<I: Integers>(numbers: &[f32], into: &mut [i16]) -> f32 {
+unsafe fn largest_of<I: Integers>(numbers: &[f32]) -> f32 {
     // SAFETY: as the caller's.
     unsafe {
         let mut largest = I::Floats::splat(0.0);
         for numbers in numbers.chunks_exact(I::Floats::COUNT) {
             largest = I::max_magnitude(largest, I::Floats::load(numbers.as_ptr()));
         }
-        let largest = I::max_magnitude_lane(largest);
-        let factor = I::Floats::splat(LARGEST / largest);
-        for (numbers, into) in numbers.chunks_exact(I::Floats::COUNT).zip(into.chunks_exact_mut(I::Floats::COUNT)) {
-            I::store_rounded(I::Floats::load(numbers.as_ptr()).mul(factor), into.as_mut_ptr());
-        }
-        largest / LARGEST
+        I::max_magnitude_lane(largest)
     }
 }
 
-/// The largest integer that a query or weight becomes.
+/// Numbers as integers in ±`limit` under the scale that is returned, where the largest magnitude is `largest`. If that is 0 or NaN,
+/// the scale is, and the integers are any.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `I` stands for.
+/// * Lengths: equal, a multiple of WIDEST.
+#[inline(always)]
+unsafe fn round<I: Integers>(numbers: &[f32], largest: f32, limit: f32, into: &mut [i16]) -> f32 {
+    // SAFETY: as the caller's.
+    unsafe {
+        let factor = I::Floats::splat(limit / largest);
+        for (numbers, into) in numbers.chunks_exact(I::Floats::COUNT).zip(into.chunks_exact_mut(I::Floats::COUNT)) {
+            I::store_rounded(I::Floats::load(numbers.as_ptr()).mul(factor), into.as_mut_ptr());
+        }
+        largest / limit
+    }
+}
+
+/// The largest integer that a weight becomes.
 const LARGEST: f32 = 32767.0;
+
+/// And a query: the sum of K products with -128 .. 127 fits 32 bits.
+fn largest_query(head_width: usize) -> f32 {
+    LARGEST.min((i32::MAX as usize / 128 / head_width) as f32)
+}
 
 /// The two products of a block, in tiles of [`TILE`](Lanes::TILE) sums.
 struct Block {
@@ -343,7 +359,7 @@ impl Block {
         heads: usize,
         values: *const u8,
         weights: *const i16,
-        scales: &[f32; WIDEST],
+        scales: &[f32],
         out: *mut f32,
         pairs: std::ops::Range<usize>,
         ahead: &mut Ahead,
