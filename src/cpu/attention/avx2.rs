@@ -4,40 +4,40 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Group, Lanes, Scratch, State};
 use super::int8::{self, Integers};
 
 /// Attends one group on AVX2.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are f16.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are f16.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { group::attend::<F32x8>(group, scratch) }
+    unsafe { group::attend::<F32x8>(group, scratch, earlier) }
 }
 
 /// Attends one group on AVX2.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are 8-bit integers.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x16<false>>(group, scratch) }
+    unsafe { int8::attend::<I16x16<false>>(group, scratch, earlier) }
 }
 
 /// Attends one group on AVX2 and AVX-VNNI.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are 8-bit integers.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-pub(super) unsafe fn attend_int8_vnni(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_int8_vnni(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x16<true>>(group, scratch) }
+    unsafe { int8::attend::<I16x16<true>>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]

@@ -4,40 +4,40 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Group, Lanes, Scratch, State};
 use super::int8::{self, Integers};
 
 /// Attends one group on AVX-512.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are f16.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are f16.
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { group::attend::<F32x16>(group, scratch) }
+    unsafe { group::attend::<F32x16>(group, scratch, earlier) }
 }
 
 /// Attends one group on AVX-512.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are 8-bit integers.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x32<false>>(group, scratch) }
+    unsafe { int8::attend::<I16x32<false>>(group, scratch, earlier) }
 }
 
 /// Attends one group on AVX-512 and its VNNI.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are 8-bit integers.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]
-pub(super) unsafe fn attend_int8_vnni(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_int8_vnni(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x32<true>>(group, scratch) }
+    unsafe { int8::attend::<I16x32<true>>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]

@@ -56,7 +56,7 @@ pub(super) trait Lanes: Copy {
     /// The sum over the lanes of each register, in the level's one order. Only the first [`TILE`](Lanes::TILE) of them matter.
     unsafe fn sums(registers: [Self; TILE]) -> [f32; TILE];
 
-    /// e^x for x <= 0, to about 1 ulp. 0 below -87, where e^x would soon leave the normal numbers; NaN stays.
+    /// e^x for x <= 88, to about 1 ulp. 0 below -87, where e^x would soon leave the normal numbers; NaN stays.
     #[inline(always)]
     unsafe fn exp(self) -> Self {
         // e^x = 2^n * e^r with n = round(x / ln 2), |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer and leaves n in
@@ -111,7 +111,7 @@ pub(super) struct State {
     pub head_width: usize,
     /// K, rounded up to whole registers of any level.
     pub padded: usize,
-    /// `[heads]`: largest score.
+    /// `[heads]`: what weights are relative to, the largest score or one not far below it.
     pub max: Vec<f32>,
     /// `[heads, WIDEST]`: sums of weights, lane by lane, relative to `max`.
     pub weight_sums: Vec<CacheLine>,
@@ -157,13 +157,16 @@ impl State {
         }
     }
 
-    /// Takes in the tokens of `later`, which come after those of `self`. Plain code, the same on every level.
+    /// Takes in the tokens of `later`, which come after those of `self`. Plain code, inlined where wider registers are on: compilers
+    /// keep every rounding, so the same bits on every level.
+    #[inline(always)]
     pub fn merge(&mut self, later: &State) {
         for head in 0..self.max.len() {
             // A score that is NaN has made the sums NaN, whatever the maximum became.
-            let max = self.max[head].max(later.max[head]);
-            let (own, theirs) = ((self.max[head] - max).exp(), (later.max[head] - max).exp());
-            self.max[head] = max;
+            let above = later.max[head] - self.max[head];
+            let factor = (-above.abs()).exp();
+            let (own, theirs) = if above > 0.0 { (factor, 1.0) } else { (1.0, factor) };
+            self.max[head] = self.max[head].max(later.max[head]);
             let own_lines = self.out[head * self.padded / WIDEST..][..self.padded / WIDEST].iter_mut();
             let later_lines = &later.out[head * self.padded / WIDEST..];
             let sums = (&mut self.weight_sums[head], &later.weight_sums[head]);
@@ -187,8 +190,9 @@ impl State {
                 width /= 2;
             }
             let out: &[f32] = bytemuck::cast_slice(&self.out[head * self.padded / WIDEST..]);
+            let factor = 1.0 / lanes[0];
             for (result, weighted) in result.iter_mut().zip(out) {
-                *result = weighted / lanes[0];
+                *result = weighted * factor;
             }
         }
     }
@@ -205,7 +209,7 @@ pub(super) struct Scratch {
     pub q_pairs: Vec<CacheLine>,
     pub weight_pairs: Vec<CacheLine>,
     pub q_scales: Vec<f32>,
-    /// `[heads]`: largest score with this block's; the scale of this block's weights as integers.
+    /// `[heads]`: `max` with this block's scores; the scale of this block's weights as integers.
     pub new_max: Vec<f32>,
     pub weight_scales: Vec<f32>,
     /// What [`attend`] leaves here.
@@ -229,7 +233,7 @@ impl Scratch {
     }
 }
 
-/// Attends one group, into the scratch's state.
+/// Attends one group, into the scratch's state, and joins that to what came before, if it is given.
 ///
 /// # Safety
 ///
@@ -237,7 +241,7 @@ impl Scratch {
 /// * `scratch` was made for as many heads as `group.q` has, and for the cache's head width.
 /// * The cache's elements are f16.
 #[inline(always)]
-pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     const { assert!(WIDEST.is_multiple_of(V::COUNT) && BLOCK_TOKENS.is_multiple_of(WIDEST)) };
     let heads = scratch.heads;
     scratch.state.begin(group.sinks);
@@ -272,14 +276,21 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch) {
             tiles.weigh::<V>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), &mut keys_ahead);
         }
     }
+    if let Some(earlier) = earlier {
+        earlier.merge(&scratch.state);
+    }
 }
 
 /// Numbers of a block's tokens.
 #[repr(C, align(64))]
 pub(super) struct CacheLines(pub [f32; BLOCK_TOKENS]);
 
-/// Turns all heads' scores into weights relative to the largest score so far, and what was summed before with them. Step by step for
-/// all heads, whose steps do not wait for each other.
+/// How far a score may be above what weights are relative to: weights stay below e^8, and what was summed needs no new scale at each
+/// new largest score, of which a context has some, at first above all.
+const MAX_LAG: f32 = 8.0;
+
+/// Turns all heads' scores into weights relative to about the largest score so far, and what was summed before with them. Step by step
+/// for all heads, whose steps do not wait for each other.
 ///
 /// # Safety
 ///
@@ -297,11 +308,12 @@ pub(super) unsafe fn softmax_step<V: Lanes>(
     // SAFETY: the caller vouches for the CPU; each length is a multiple of V::COUNT, and so is each offset.
     unsafe {
         for ((weights, max), new_max) in weights.chunks_exact(BLOCK_TOKENS).zip(&*max).zip(&mut *new_max) {
-            let mut block_max = V::splat(*max);
+            let mut block_max = V::splat(f32::NEG_INFINITY);
             for weights in weights.chunks_exact(V::COUNT) {
                 block_max = block_max.max(V::load(weights.as_ptr()));
             }
-            *new_max = block_max.max_lane();
+            let block_max = block_max.max_lane();
+            *new_max = if block_max <= *max + MAX_LAG { *max } else { block_max };
         }
         for (weights, new_max) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&*new_max) {
             for weights in weights.chunks_exact_mut(V::COUNT) {

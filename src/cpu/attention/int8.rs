@@ -57,7 +57,7 @@ pub(super) trait Integers {
     unsafe fn max_magnitude_lane(of: Self::Floats) -> f32;
 }
 
-/// Attends one group, into the scratch's state.
+/// Attends one group, into the scratch's state, and joins that to what came before, if it is given.
 ///
 /// # Safety
 ///
@@ -65,7 +65,7 @@ pub(super) trait Integers {
 /// * `scratch` was made for as many heads as `group.q` has, and for the cache's head width.
 /// * The cache's elements are 8-bit integers.
 #[inline(always)]
-pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     let heads = scratch.heads;
     scratch.state.begin(group.sinks);
     let Scratch { q, q_scales, q_pairs, weights, weight_pairs, weight_scales, new_max, state, .. } = scratch;
@@ -130,6 +130,9 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch) {
                 &mut keys_ahead,
             );
         }
+    }
+    if let Some(earlier) = earlier {
+        earlier.merge(&scratch.state);
     }
 }
 

@@ -100,7 +100,7 @@ pub fn attend(
     }
 
     let heads = shape.heads_per_group();
-    let form = Form { isa, cache, layer, kv_heads, heads, head_width, scale, sinks };
+    let form = Form { isa, cache, layer, heads, head_width, scale, sinks };
     let mut rows: Vec<Row> = rows
         .iter_mut()
         .map(|DecodeRow { q, out, context, table }| Row {
@@ -161,7 +161,6 @@ struct Form<'a> {
     isa: Isa,
     cache: &'a KvCache,
     layer: usize,
-    kv_heads: usize,
     /// Of a group.
     heads: usize,
     head_width: usize,
@@ -228,10 +227,12 @@ impl Task {
             let next = if goes_on { whole.halves(visible.end / BLOCK_TOKENS).0 } else { next };
             // Sinks come before all tokens.
             let sinks = if visible.start == row.visible.start { whole.sinks } else { &[] };
-            attend_span(form, &Group { visible, sinks, next, ..whole.clone() }, scratch);
+            let earlier = (shared.is_none() && span > self.spans.start).then_some(&mut *total);
+            let joined = earlier.is_some();
+            attend_span(form, &Group { visible, sinks, next, ..whole.clone() }, scratch, earlier);
             match shared {
-                None if span == self.spans.start => std::mem::swap(total, &mut scratch.state),
-                None => total.merge(&scratch.state),
+                None if joined => {}
+                None => std::mem::swap(total, &mut scratch.state),
                 Some(shared) => {
                     let state = std::mem::replace(&mut scratch.state, State::new(form.heads, form.head_width));
                     shared.states.lock().expect("states lock")[span - shared.first_span] = Some(state);
@@ -252,30 +253,31 @@ impl Task {
     }
 }
 
-fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch) {
+/// Attends a span, and joins it to what came before, if that is given.
+fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     let f16 = form.cache.layout().dtype == KvDtype::F16;
     // SAFETY: `attend` makes the scratch, and the form has the cache's dtype. An `Isa` of a level exists only where
     // `Isa::available` found the features that its functions ask for.
     unsafe {
         match form.isa.level() {
-            Level::Portable if f16 => portable::attend_f16(group, scratch),
-            Level::Portable => portable::attend_int8(group, scratch),
+            Level::Portable if f16 => portable::attend_f16(group, scratch, earlier),
+            Level::Portable => portable::attend_int8(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 | Level::AvxVnni if f16 => avx2::attend_f16(group, scratch),
+            Level::Avx2 | Level::AvxVnni if f16 => avx2::attend_f16(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => avx2::attend_int8(group, scratch),
+            Level::Avx2 => avx2::attend_int8(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::AvxVnni => avx2::attend_int8_vnni(group, scratch),
+            Level::AvxVnni => avx2::attend_int8_vnni(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 | Level::Avx512Vnni if f16 => avx512::attend_f16(group, scratch),
+            Level::Avx512 | Level::Avx512Vnni if f16 => avx512::attend_f16(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => avx512::attend_int8(group, scratch),
+            Level::Avx512 => avx512::attend_int8(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Vnni => avx512::attend_int8_vnni(group, scratch),
+            Level::Avx512Vnni => avx512::attend_int8_vnni(group, scratch, earlier),
             #[cfg(target_arch = "aarch64")]
-            Level::Neon if f16 => neon::attend_f16(group, scratch),
+            Level::Neon if f16 => neon::attend_f16(group, scratch, earlier),
             #[cfg(target_arch = "aarch64")]
-            Level::Neon => neon::attend_int8(group, scratch),
+            Level::Neon => neon::attend_int8(group, scratch, earlier),
         }
     }
 }

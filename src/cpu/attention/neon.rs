@@ -5,29 +5,29 @@ use std::arch::aarch64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Group, Lanes, Scratch, State};
 use super::int8::{self, Integers};
 
 /// Attends one group on NEON.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are f16.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are f16.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { group::attend::<F32x4>(group, scratch) }
+    unsafe { group::attend::<F32x4>(group, scratch, earlier) }
 }
 
 /// Attends one group on NEON.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are 8-bit integers.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x8>(group, scratch) }
+    unsafe { int8::attend::<I16x8>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]

@@ -4,27 +4,27 @@
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch};
+use super::group::{self, Group, Lanes, Scratch, State};
 use super::int8::{self, Integers};
 
 /// Attends one group anywhere.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are f16.
-pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch) {
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are f16.
+pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: arrays need no instruction set; the rest is the caller's.
-    unsafe { group::attend::<F32x4>(group, scratch) }
+    unsafe { group::attend::<F32x4>(group, scratch, earlier) }
 }
 
 /// Attends one group anywhere.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are 8-bit integers.
-pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch) {
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
+pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: arrays need no instruction set; the rest is the caller's.
-    unsafe { int8::attend::<I16x8>(group, scratch) }
+    unsafe { int8::attend::<I16x8>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]
