@@ -17,7 +17,7 @@ pub(super) enum Level {
     Avx2,
     /// AVX2 and AVX-VNNI: desktops from 2021 (Intel) and 2024 (AMD) on.
     #[cfg(target_arch = "x86_64")]
-    AvxVnni,
+    Avx2Vnni,
     /// AVX-512F and BW: all but the very first CPUs with AVX-512.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -49,7 +49,7 @@ impl Isa {
                 levels.push(Isa(Level::Avx2));
             }
             if avx2 && is_x86_feature_detected!("avxvnni") {
-                levels.push(Isa(Level::AvxVnni));
+                levels.push(Isa(Level::Avx2Vnni));
             }
             if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
                 levels.push(Isa(Level::Avx512));
@@ -84,7 +84,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
-            Level::AvxVnni => "avxvnni",
+            Level::Avx2Vnni => "avx2vnni",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]

@@ -266,7 +266,7 @@ fn read(isa: Isa, bytes: &[u8]) -> u64 {
         Level::Avx512 | Level::Avx512Vnni => unsafe { read_avx512(bytes) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 | Level::AvxVnni => unsafe { read_avx2(bytes) },
+        Level::Avx2 | Level::Avx2Vnni => unsafe { read_avx2(bytes) },
         _ => read_lines(bytes),
     }
 }

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{BLOCK_TOKENS, BlockTable, KvCache};
+use super::{BLOCK_TOKENS, BlockTable, KvCache, KvDtype, KvLayout};
 
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
 pub(super) const WIDEST: usize = 16;
@@ -103,6 +103,24 @@ impl<'a> Group<'a> {
         let keys = self.cache.layout().keys(self.kv_head);
         let block = self.cache.block(self.layer, self.table.blocks()[index]);
         block[keys.start..][..2 * keys.len()].split_at(keys.len())
+    }
+
+    /// The slots of block `index` that are to be seen.
+    pub fn slots(&self, index: usize) -> Range<usize> {
+        let first_token = index * BLOCK_TOKENS;
+        self.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(self.visible.end - first_token)
+    }
+
+    /// What is to be read of block `index`'s keys, as far as it lies together.
+    pub fn seen_keys(&self, index: usize) -> &'a [u8] {
+        let (keys, slots) = (self.halves(index).0, self.slots(index));
+        let KvLayout { dtype, head_width, .. } = self.cache.layout();
+        match dtype {
+            KvDtype::F16 => {
+                &keys[slots.start * head_width * size_of::<f16>()..slots.end * head_width * size_of::<f16>()]
+            }
+            KvDtype::Int8 => keys,
+        }
     }
 }
 
@@ -258,10 +276,9 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch, earl
     let end = group.visible.end.div_ceil(BLOCK_TOKENS);
     let row_bytes = head_width * size_of::<f16>();
     for index in group.visible.start / BLOCK_TOKENS..end {
-        let first_token = index * BLOCK_TOKENS;
-        let slots = group.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(group.visible.end - first_token);
+        let slots = group.slots(index);
         let (keys, values) = group.halves(index);
-        let next_keys = if index + 1 < end { group.halves(index + 1).0 } else { group.next };
+        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next };
         let mut keys_ahead = Ahead::new(next_keys);
         let mut values_ahead = Ahead::new(&values[slots.start * row_bytes..slots.end * row_bytes]);
         if slots.len() < BLOCK_TOKENS {
@@ -457,9 +474,11 @@ impl Tiles {
         unsafe {
             let keys = keys.add(slot * self.head_width);
             let mut sums = [V::splat(0.0); TILE];
+            let bytes = TOKENS * V::COUNT * size_of::<f16>();
+            let mut ahead = ahead.steps(self.head_width / V::COUNT, bytes);
             let mut column = 0;
             while column + V::COUNT <= self.head_width {
-                ahead.fetch(TOKENS * V::COUNT * size_of::<f16>());
+                ahead.fetch(bytes);
                 self.score_columns::<V, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
                 column += V::COUNT;
             }
@@ -606,8 +625,10 @@ impl Tiles {
                     sums[head][register] = V::load(out.add(head * self.padded + register * V::COUNT));
                 }
             }
+            let bytes = REGISTERS * V::COUNT * size_of::<f16>();
+            let mut ahead = ahead.steps(self.slots.len(), bytes);
             for slot in self.slots.clone() {
-                ahead.fetch(REGISTERS * V::COUNT * size_of::<f16>());
+                ahead.fetch(bytes);
                 let mut row = [V::splat(0.0); REGISTERS];
                 for (register, row) in row.iter_mut().enumerate() {
                     *row = load_lanes::<V>(values.add(slot * self.head_width + register * V::COUNT), lanes);
@@ -636,21 +657,27 @@ pub(super) struct Ahead {
     end: *const u8,
 }
 
+/// What a tile asks for, step by step, without a choice in its inner loop.
+pub(super) struct Steps {
+    at: *const u8,
+    step: usize,
+}
+
 impl Ahead {
     pub fn new(bytes: &[u8]) -> Self {
         let range = bytes.as_ptr_range();
         Self { next: range.start, end: range.end }
     }
 
-    /// Asks for the next `bytes`, as far as there are any.
+    /// Some `bytes` for each of so many steps; once all have been asked for, the same line again and again, which costs nothing.
     #[inline(always)]
-    pub fn fetch(&mut self, bytes: usize) {
-        if self.next < self.end {
-            for at in (0..bytes).step_by(size_of::<CacheLine>()) {
-                Self::fetch_line(self.next.wrapping_add(at));
-            }
-            self.next = self.next.wrapping_add(bytes);
+    pub fn steps(&mut self, steps: usize, bytes: usize) -> Steps {
+        let at = self.next;
+        if at >= self.end {
+            return Steps { at, step: 0 };
         }
+        self.next = at.wrapping_add(steps * bytes);
+        Steps { at, step: bytes }
     }
 
     #[inline(always)]
@@ -668,6 +695,17 @@ impl Ahead {
         }
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let _ = line;
+    }
+}
+
+impl Steps {
+    /// Asks for the next step's `bytes`.
+    #[inline(always)]
+    pub fn fetch(&mut self, bytes: usize) {
+        for line in (0..bytes).step_by(size_of::<CacheLine>()) {
+            Ahead::fetch_line(self.at.wrapping_add(line));
+        }
+        self.at = self.at.wrapping_add(self.step);
     }
 }
 

@@ -88,10 +88,9 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, e
     let end = group.visible.end.div_ceil(BLOCK_TOKENS);
     let scales_at = BLOCK_TOKENS * head_width;
     for index in group.visible.start / BLOCK_TOKENS..end {
-        let first_token = index * BLOCK_TOKENS;
-        let slots = group.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(group.visible.end - first_token);
+        let slots = group.slots(index);
         let (keys, values) = group.halves(index);
-        let next_keys = if index + 1 < end { group.halves(index + 1).0 } else { group.next };
+        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next };
         let mut keys_ahead = Ahead::new(next_keys);
         let mut values_ahead = Ahead::new(values);
         Ahead::fetch_line(values[scales_at..].as_ptr());
@@ -303,16 +302,17 @@ impl Block {
                 let keys = keys.add(slot);
                 let mut sums = [[[I::zero(); REGISTERS]; HEADS]; PARTS];
                 let pairs = self.head_width / 2;
+                let bytes = PARTS * REGISTERS * lanes * size_of::<[i8; 2]>();
+                let mut ahead = ahead.steps(pairs / PARTS, bytes);
                 let mut pair = 0;
                 while pair + PARTS <= pairs {
-                    ahead.fetch(PARTS * REGISTERS * lanes * 2);
+                    ahead.fetch(bytes);
                     for part in 0..PARTS {
                         self.score_pair::<I, HEADS, REGISTERS>(keys, pair + part, q, &mut sums[part]);
                     }
                     pair += PARTS;
                 }
                 while pair < pairs {
-                    ahead.fetch(REGISTERS * lanes * 2);
                     self.score_pair::<I, HEADS, REGISTERS>(keys, pair, q, &mut sums[0]);
                     pair += 1;
                 }
@@ -449,8 +449,10 @@ impl Block {
         // SAFETY: as the caller's: whole registers of `out` lie within padded.
         unsafe {
             let mut sums = [[I::zero(); REGISTERS]; HEADS];
+            let bytes = REGISTERS * lanes * size_of::<[i8; 2]>();
+            let mut ahead = ahead.steps(of.pairs.len(), bytes);
             for pair in of.pairs.clone() {
-                ahead.fetch(REGISTERS * lanes * 2);
+                ahead.fetch(bytes);
                 let mut row = [I::splat(of.weights); REGISTERS];
                 for register in 0..REGISTERS {
                     let from = values.add(pair * self.head_width + column + register * lanes);

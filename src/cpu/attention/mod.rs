@@ -51,7 +51,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::isa::{Isa, Level};
-use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache};
+use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, KvLayout};
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
 use group::{Group, Scratch, State};
@@ -149,7 +149,7 @@ pub fn attend(
             task = take();
             let next = task.map_or(&[][..], |task| {
                 let row = &rows[task.row];
-                form.group(row, task.kv_head).halves(row.span(task.spans.start).start / BLOCK_TOKENS).0
+                form.group(row, task.kv_head).seen_keys(row.span(task.spans.start).start / BLOCK_TOKENS)
             });
             now.run(&form, &rows[now.row], next, &mut scratch, &mut total, &shared);
         }
@@ -224,7 +224,7 @@ impl Task {
         for span in self.spans.clone() {
             let visible = row.span(span);
             let goes_on = span + 1 < self.spans.end;
-            let next = if goes_on { whole.halves(visible.end / BLOCK_TOKENS).0 } else { next };
+            let next = if goes_on { whole.seen_keys(visible.end / BLOCK_TOKENS) } else { next };
             // Sinks come before all tokens.
             let sinks = if visible.start == row.visible.start { whole.sinks } else { &[] };
             let earlier = (shared.is_none() && span > self.spans.start).then_some(&mut *total);
@@ -263,11 +263,11 @@ fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch, earlier: Optio
             Level::Portable if f16 => portable::attend_f16(group, scratch, earlier),
             Level::Portable => portable::attend_int8(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 | Level::AvxVnni if f16 => avx2::attend_f16(group, scratch, earlier),
+            Level::Avx2 | Level::Avx2Vnni if f16 => avx2::attend_f16(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => avx2::attend_int8(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
-            Level::AvxVnni => avx2::attend_int8_vnni(group, scratch, earlier),
+            Level::Avx2Vnni => avx2::attend_int8_vnni(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 | Level::Avx512Vnni if f16 => avx512::attend_f16(group, scratch, earlier),
             #[cfg(target_arch = "x86_64")]
