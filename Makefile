@@ -20,7 +20,7 @@ test-everything: build
 test-validation: build
 	@scripts/test-validation
 
-# Fifty thousand requests on a model of 0.09 M parameters, undisturbed, and starved, killed and resumed: the same answers.
+# Fifty thousand requests on a model of 0.05 M parameters, undisturbed, and starved, killed and resumed: the same answers.
 SOAK_REQUESTS ?= 50000
 soak: build
 	FULMEN_SOAK_REQUESTS=$(SOAK_REQUESTS) $(CARGO) test --release --test cli -- soak::

@@ -7,8 +7,8 @@ var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       logits: array<u32>;     // [R, V] bits of f32
 @group(0) @binding(1) var<storage, read_write> samples: array<Sample>; // [R]
 
-// No tunable: lane l sums elements l, l + WG_SIZE, ..., so the width is part of the order of summation.
-const WG_SIZE: u32 = 256u;
+// Part of the order of summation: lane l sums elements l, l + WG_SIZE, .... Chosen by V alone (src/kernels/lm_head_sample.rs).
+override WG_SIZE: u32 = 256u;
 const NO_ID: u32 = 0xffffffffu;
 const INFINITY_BITS: u32 = 0x7f800000u;
 

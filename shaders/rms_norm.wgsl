@@ -6,8 +6,8 @@ var<immediate> params: Params;
 @group(0) @binding(1) var<storage, read>       gain: array<u32>; // [D] weights
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;    // [T, D]
 
-// No tunable: lane l sums elements l, l + WG_SIZE, ..., so the width is part of the order of summation.
-const WG_SIZE: u32 = 256u;
+// Part of the order of summation: lane l sums elements l, l + WG_SIZE, .... Chosen by D alone (src/kernels/rms_norm.rs).
+override WG_SIZE: u32 = 256u;
 
 fn gain_at(j: u32) -> f32 {
     if j >= params.d_model { return 0.0; }

@@ -36,7 +36,7 @@ fn rotated(head: u32, row: u32, i: u32) -> f32 {
     return rotated_pair(head, row, i - half).y;
 }
 
-const WG_SIZE: u32 = 256u;
+override WG_SIZE: u32 = 256u;
 
 @compute @workgroup_size(WG_SIZE)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

@@ -8,8 +8,9 @@ var<immediate> params: Params;
 @group(0) @binding(1) var<storage, read_write> ids: array<u32>;     // [T, A] by descending logit
 @group(0) @binding(2) var<storage, read_write> weights: array<f32>; // [T, A]
 
-// No tunable: lane l sums the exponentials of experts l, l + WG_SIZE, ..., so the width is part of the order of summation.
-const WG_SIZE: u32 = 64u;
+// Part of the order of summation: lane l sums the exponentials of experts l, l + WG_SIZE, .... Chosen by E alone
+// (src/kernels/router_topk.rs).
+override WG_SIZE: u32 = 64u;
 
 const MAX_EXPERTS: u32 = 256u;
 const MAX_CHOSEN: u32 = 16u;

@@ -34,7 +34,7 @@ use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
 use crate::plan::compare::{Comparison, Phase, Side};
 use crate::plan::cost::{Cut, PassRows, Predictor};
-use crate::plan::search::{Found, Problem, SearchError};
+use crate::plan::search::{Choice, Found, Problem, SearchError};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, extents, fit};
 use crate::policy::{AttentionPlace, Policy, Precision};
@@ -70,7 +70,9 @@ pub enum EngineError {
     Kv(#[from] KvError),
     #[error("{0} worker threads could not be started: {1}")]
     Threads(usize, String),
-    #[error("pages and KV pool stay where they are, so the same experts have to stream in the same pages")]
+    #[error(
+        "experts in host memory and the KV pool stay where they are, so no other experts can stream and the pool cannot change"
+    )]
     OtherPages,
     #[error("the schedule is wrong, which is a bug: {0}")]
     Schedule(#[from] ScheduleFault),
@@ -484,7 +486,8 @@ impl Opened {
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
         let tiles = builder.tiles.clone().unwrap_or_else(|| Tiles::for_device(gpu));
-        let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
+        let mut machine =
+            Machine::open(pipelines, weights, page_plan, extents, tiles, lent, source.as_ref(), progress)?;
         if let Some(source) = source {
             machine.set_source(source);
         } else if machine.plan().streamed() > 0 {
@@ -590,6 +593,31 @@ const SOME_COMPARED: u64 = 16;
 pub struct RunOptions {
     /// Hand out every row's logits as [`Event::Logits`].
     pub every_logit: bool,
+    /// Make no text that decides nothing: completions without stop strings have tokens only, and no [`Event::Text`] tells of them.
+    /// [`RequestOutput::make_texts`] makes their texts later, on whatever thread.
+    pub leave_texts: bool,
+}
+
+/// Where a run's requests come from. An iterator of requests is one that always has the next at hand.
+pub trait Requests {
+    /// The next one. With `wait` there is nothing else to do until it is there; without, sequences are running meanwhile.
+    fn next_request(&mut self, wait: bool) -> NextRequest;
+}
+
+/// What [`Requests`] have to say.
+#[derive(Debug, Clone, PartialEq)]
+pub enum NextRequest {
+    Request(Request),
+    /// Not yet: ask again after the next pass.
+    NotYet,
+    /// There are no more.
+    End,
+}
+
+impl<I: Iterator<Item = Request>> Requests for I {
+    fn next_request(&mut self, _wait: bool) -> NextRequest {
+        self.next().map_or(NextRequest::End, NextRequest::Request)
+    }
 }
 
 /// A run in numbers.
@@ -678,6 +706,22 @@ impl Engine {
         &self.config
     }
 
+    /// What is predicted for requests like those of `workload` without an end under this engine's policy, also one that nobody searched for:
+    /// tokens per second, and a pass in the middle, prompt and decode rows together. None where there is no profile, or none of these
+    /// pages.
+    pub fn predict(&self, workload: Workload) -> Option<Choice> {
+        let problem = Problem {
+            config: &self.config,
+            bytes: ModelBytes::of(self.opened.weights.inventory()),
+            profile: self.opened.profile.as_deref()?,
+            limits: self.opened.limits,
+            margin: 0.0,
+            wishes: Wishes::of(&self.plan.policy, &self.config),
+            workload: Workload { requests: None, ..workload },
+        };
+        problem.predict(&self.plan).ok()
+    }
+
     /// Bytes of all experts, those that stay among them.
     pub fn expert_bytes(&self) -> u64 {
         let shape = &self.config.shape;
@@ -738,38 +782,46 @@ impl Engine {
         Ok(Some(measured))
     }
 
-    /// The same model under another policy: how schedules are compared. Pages and KV pool stay where they are, so neither
-    /// what streams nor how it is cut may change; weights that stay are brought to the GPU again.
-    pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
-        let Engine { machine, opened, config, plan: before, batcher, kv_arenas, .. } = self;
-        let bytes = ModelBytes::of(opened.weights.inventory());
-        let pool_bytes = Some(before.memory.kv_pool);
-        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..wishes };
-        let mut plan = fit(&config, &bytes, &opened.limits, &asked)?;
-        let pages = page_plan(&config, &opened.weights, &plan);
+    /// The plan that [`reopen`](Self::reopen) would open.
+    pub fn plan_again(&self, wishes: &Wishes) -> Result<Plan, EngineError> {
+        let bytes = ModelBytes::of(self.opened.weights.inventory());
+        let pool_bytes = Some(self.plan.memory.kv_pool);
+        let asked = Wishes { source: None, kv_bytes: wishes.kv_bytes.or(pool_bytes), ..*wishes };
+        let plan = fit(&self.config, &bytes, &self.opened.limits, &asked)?;
+        let pages = page_plan(&self.config, &self.opened.weights, &plan);
+        let served = || self.machine.source().is_some_and(|source| source.serves(&pages));
         let pool = |plan: &Plan| (plan.policy.kv_blocks, plan.policy.kv_dtype);
-        if pages != *machine.plan() || pool(&plan) != pool(&before) {
+        if pages.streamed() > 0 && !served() || pool(&plan) != pool(&self.plan) {
             return Err(EngineError::OtherPages);
         }
+        Ok(plan)
+    }
+
+    /// The same model under another policy: how schedules are compared. Experts in host memory and the KV pool stay where they are, so
+    /// nothing else may stream than did, and the pool may not change; weights that stay are brought to the GPU again.
+    pub fn reopen(self, wishes: Wishes) -> Result<Engine, EngineError> {
+        let mut plan = self.plan_again(&wishes)?;
+        let Engine { machine, opened, batcher, kv_arenas, .. } = self;
         plan.policy.source = wishes.source;
         let source = machine.into_source();
         // Memory of dropped buffers comes back when wgpu has looked.
         opened.gpu.flush()?;
         opened.gpu.wait()?;
         opened.gpu.flush()?;
-        let source = match (source, wishes.source) {
+        opened.gpu.take_peak_bytes(); // of the policy before
+        let source = match (source.filter(|_| plan.streamed_bytes_per_pass > 0), wishes.source) {
             (Some(source), Some(wish)) => Some(source.used_as(wish)?),
             (source, _) => source,
         };
         opened.assemble(plan, Some(Kept { kv: batcher.into_cache(), kv_arenas, source }), &mut |_, _| {})
     }
 
-    /// Answers every request. They are taken from the iterator as there is room, and their events come in the order in which
+    /// Answers every request. They are taken as there is room, and their events come in the order in which
     /// things happen; `on` ends the run early by breaking off. Requests that are under way then, or when a fault of the device or the
     /// disk ends the run with an error, have no [`Event::Finished`].
     pub fn run(
         &mut self,
-        requests: &mut dyn Iterator<Item = Request>,
+        requests: &mut dyn Requests,
         options: RunOptions,
         on: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<RunSummary, EngineError> {
@@ -786,13 +838,13 @@ impl Engine {
 
     fn run_passes(
         &mut self,
-        requests: &mut dyn Iterator<Item = Request>,
+        requests: &mut dyn Requests,
         options: RunOptions,
         on: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
         summary: &mut RunSummary,
     ) -> Result<(), EngineError> {
         let origin = Instant::now();
-        let mut answers = Answers::new(self, on);
+        let mut answers = Answers::new(self, options, on);
         let mut exhausted = false;
         // What each micro-batch does next. Its Sample task fills it in; one that had no rows is planned below.
         let mut next = vec![MicroBatchRows::default(); self.plan.policy.micro_batches];
@@ -800,9 +852,10 @@ impl Engine {
         loop {
             // Enough in the queue that a whole pass of sequences can be replaced at once.
             while !exhausted && !answers.broken_off() && self.batcher.queued() < self.plan.policy.max_sequences {
-                match requests.next() {
-                    Some(request) => answers.accept(request, &mut self.batcher),
-                    None => exhausted = true,
+                match requests.next_request(self.batcher.is_empty()) {
+                    NextRequest::Request(request) => answers.accept(request, &mut self.batcher),
+                    NextRequest::NotYet => break,
+                    NextRequest::End => exhausted = true,
                 }
             }
             (summary.requests, summary.failed) = (answers.accepted(), answers.failed());
@@ -820,7 +873,7 @@ impl Engine {
                 if exhausted {
                     return Ok(());
                 }
-                continue; // all that was read so far has been refused
+                continue; // all that was read so far has been refused, or nothing was there yet
             }
             self.run_pass(&mut next, options, origin, &mut answers, &mut carried, summary)?;
         }

@@ -35,7 +35,7 @@ pub enum SourceKind {
     Mapped,
     /// Read from the files page by page.
     Staged,
-    /// Pageable memory copied into fresh pinned memory for each page: FlexGen's way, for comparison.
+    /// Pageable memory, each page copied into pinned memory first: FlexGen's way, for comparison.
     Relay,
 }
 
@@ -241,7 +241,7 @@ pub struct Policy {
 }
 
 /// Some of the layers, spread evenly over all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub struct SpreadLayers {
     pub n: usize,
     pub of: usize,

@@ -281,6 +281,17 @@ impl Link {
     }
 }
 
+/// Files that were read past the page cache, as pages are that come from their files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Which files: the weights of a folder, or a temporary one in it.
+    pub what: String,
+    /// Their file system reads past the page cache; else the cache was emptied of them first.
+    pub direct: bool,
+    /// Seconds in which all threads read a page, over its bytes.
+    pub page_seconds: Curve,
+}
+
 /// How rows cross the link: by copies, or by kernels where those reach host memory. Seconds over rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RowTimes {
@@ -372,6 +383,9 @@ impl Cpu {
     }
 }
 
+/// Tokens of the contexts that attention has where [`Contention`] is measured.
+pub const CONTENTION_TOKENS: usize = 512;
+
 /// Factors, at least 1, by which work slows down beside other work.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Contention {
@@ -383,6 +397,11 @@ pub struct Contention {
     pub pages_beside_kernels: f64,
     /// Kernels that read or write host memory while pages come.
     pub rows_beside_pages: f64,
+    /// Bytes per second of keys and values, and of pages, alone, where the first two were measured. 0: not known.
+    #[serde(default)]
+    pub attention_bytes_per_s: f64,
+    #[serde(default)]
+    pub page_bytes_per_s: f64,
 }
 
 impl Contention {
@@ -393,7 +412,20 @@ impl Contention {
         kernels_beside_pages: 1.0,
         pages_beside_kernels: 1.0,
         rows_beside_pages: 1.0,
+        attention_bytes_per_s: 0.0,
+        page_bytes_per_s: 0.0,
     };
+
+    /// Factors of pages and of attention where attention asks for `share` of the bytes per second that it did when they were measured:
+    /// they slow down by what both ask for beyond what the memory gave them together.
+    pub fn of_attention(&self, share: f64) -> (f64, f64) {
+        let (pages, attention) = (self.pages_beside_attention, self.attention_beside_pages);
+        let (read, copied) = (self.attention_bytes_per_s, self.page_bytes_per_s);
+        let beyond = |read: f64| read + copied - (self.attention_bytes_per_s / attention + copied / pages);
+        let most = beyond(read);
+        let part = if most > 0.0 { (beyond(share * read) / most).clamp(0.0, 1.0) } else { 1.0 };
+        (1.0 + part * (pages - 1.0), 1.0 + part * (attention - 1.0))
+    }
 }
 
 /// What the engine's host side takes.
@@ -413,6 +445,9 @@ pub struct Profile {
     pub model: ModelKey,
     pub memory: Memory,
     pub link: Link,
+    /// Where weights that do not fit the host's memory are read from; None: it could not be measured.
+    #[serde(default)]
+    pub disk: Option<Disk>,
     pub gpu: Gpu,
     pub cpu: Cpu,
     pub contention: Contention,
@@ -515,14 +550,9 @@ impl Profile {
         Ok(())
     }
 
-    /// Where the profile of a machine and a kind of layers is kept: `$FULMEN_CACHE_DIR`, else `$XDG_CACHE_HOME/fulmen`, else
-    /// `~/.cache/fulmen`, below that `profiles`.
+    /// Where the profile of a machine and a kind of layers is kept: in `profiles` below the folder for caches.
     pub fn cache_path(machine: &MachineKey, model: &ModelKey) -> Result<PathBuf, ProfileError> {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let folder = variable("FULMEN_CACHE_DIR")
-            .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("fulmen")))
-            .or_else(|| variable("HOME").map(|folder| folder.join(".cache").join("fulmen")))
-            .ok_or(ProfileError::NoCacheFolder)?;
+        let folder = cache_folder().ok_or(ProfileError::NoCacheFolder)?;
         let word: String = machine.adapter.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let key = serde_json::to_string(&(machine, model)).expect("plain data");
         let word: String = word.to_ascii_lowercase().chars().take(40).collect();
@@ -539,6 +569,14 @@ impl Profile {
         profile.check(machine, model)?;
         Ok(Some(profile))
     }
+}
+
+/// Where what was measured is kept: `$FULMEN_CACHE_DIR`, else `$XDG_CACHE_HOME/fulmen`, else `~/.cache/fulmen`.
+pub(crate) fn cache_folder() -> Option<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    variable("FULMEN_CACHE_DIR")
+        .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("fulmen")))
+        .or_else(|| variable("HOME").map(|folder| folder.join(".cache").join("fulmen")))
 }
 
 /// FNV-1a: a name for a file, not a secret.

@@ -1,5 +1,5 @@
 // Sum over the lanes of a workgroup, as a tree of fixed order. All lanes get the sum; all must call.
-// Needs WG_SIZE, a power of two and no tunable: the shape of the tree is part of the order of summation.
+// Needs WG_SIZE, a power of two that rows have no part in choosing: the shape of the tree is part of the order of summation.
 var<workgroup> reduce_scratch: array<f32, WG_SIZE>;
 fn workgroup_sum(value: f32, lane: u32) -> f32 {
     reduce_scratch[lane] = value;

@@ -334,7 +334,7 @@ fn open(
     let pages = PagePlan::new(plan.page_shape(config, &bytes));
     // Nothing is uploaded, so nothing has to be staged.
     let tiles = Tiles::for_device(&request.gpu);
-    Ok(Machine::open(pipelines.clone(), weights, pages, extents(&plan.policy), tiles, true, &mut |_, _| {})?)
+    Ok(Machine::open(pipelines.clone(), weights, pages, extents(&plan.policy), tiles, true, None, &mut |_, _| {})?)
 }
 
 /// `n` submissions, waited for.

@@ -12,11 +12,13 @@ use crate::execute::machine::attention_scale;
 use crate::memory::kv_cache::{BlockTable, KvCache, KvError, KvLayout, RowPlace};
 use crate::model::{AttentionShape, ModelConfig};
 use crate::policy::{KvDtype, RowPath, ScheduleKind, SpreadLayers};
-use crate::profile::{Curve, Host, ThreadCurve};
+use crate::profile::{CONTENTION_TOKENS, Contention, Curve, Host, ThreadCurve};
 use crate::schedule::{ChunkShape, MicroBatchShape, PassShape, build, check};
 
 /// Contexts that attention is measured with.
 const CONTEXTS: [usize; 3] = [64, 512, 2048];
+/// Turns in which attention and pages are measured alone and beside each other.
+const BESIDE_ROUNDS: usize = 5;
 
 /// Keys and values of one layer, more than caches hold.
 pub struct Attention {
@@ -146,22 +148,41 @@ impl Attention {
         Curve::rising(points).map_err(|cause| CalibrateError::Curve { what: "storing keys and values", cause })
     }
 
-    /// Factors by which attention with `threads` threads and pages slow each other down.
+    /// How attention with `threads` threads and pages slow each other down, in turns with either alone: what else the machine does comes
+    /// and goes. Other factors are left as they are.
     pub fn beside(
         &mut self,
         request: &Request<'_>,
         threads: usize,
         copies: &Copies,
-    ) -> Result<(f64, f64), CalibrateError> {
+        others: Contention,
+    ) -> Result<Contention, CalibrateError> {
         let threads = pool(threads)?;
-        let tables = self.sequences(CONTEXTS[1], &threads)?;
+        let tables = self.sequences(CONTENTION_TOKENS, &threads)?;
         let most = request.point().max(Duration::from_millis(100));
-        let alone = self.attend(&tables, CONTEXTS[1], &threads, most);
-        let page = copies.page_alone()?;
-        let (beside, page_beside) = copies.beside(|| Ok(self.attend(&tables, CONTEXTS[1], &threads, most)))?;
+        let bytes = (tables.len() * CONTENTION_TOKENS * self.cache.layout().bytes_per_token()) as f64;
+        let mut rounds = Vec::new();
+        for _ in 0..BESIDE_ROUNDS {
+            let alone = self.attend(&tables, CONTENTION_TOKENS, &threads, most);
+            let page = copies.page_alone()?;
+            let (beside, page_beside) =
+                copies.beside(|| Ok(self.attend(&tables, CONTENTION_TOKENS, &threads, most)))?;
+            let pages = page_beside.map_or(1.0, |beside| (beside / page).max(1.0));
+            rounds.push([(beside / alone).max(1.0), pages, bytes / alone, copies.page_bytes() / page]);
+        }
         self.release(tables);
-        let pages = page_beside.map_or(1.0, |beside| (beside / page).max(1.0));
-        Ok(((beside / alone).max(1.0), pages))
+        let median = |of: usize| {
+            let mut values: Vec<f64> = rounds.iter().map(|round| round[of]).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        Ok(Contention {
+            attention_beside_pages: median(0),
+            pages_beside_attention: median(1),
+            attention_bytes_per_s: median(2),
+            page_bytes_per_s: median(3),
+            ..others
+        })
     }
 }
 
@@ -200,7 +221,8 @@ pub fn reads(request: &Request<'_>, all: usize) -> Result<Curve, CalibrateError>
 
 /// Time in which a pass's schedule is built and checked, over its tasks.
 pub fn schedules(request: &Request<'_>) -> Host {
-    let rows = MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true };
+    let rows =
+        MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true, workspace: 0 };
     let mut points = Vec::new();
     for micro_batches in [1, 4, 16] {
         let shape = PassShape {
@@ -215,7 +237,6 @@ pub fn schedules(request: &Request<'_>) -> Host {
             loaded_pages: 0,
             load_ahead: true,
             rows: RowPath::Kernels,
-            workspaces: 1,
             relay: false,
         };
         let tasks = build(ScheduleKind::Grouped, &shape).tasks.len();

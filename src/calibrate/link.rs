@@ -1,9 +1,11 @@
 //! Copies between host and device.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
+use super::disk::Files;
 use super::{CalibrateError, Request, grid, steady};
 use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Ticket};
 use crate::policy::SourceKind;
@@ -23,11 +25,13 @@ pub struct Copies {
     next: AtomicU64,
 }
 
-/// Pages of this size are what other work is measured beside.
+/// Pages of this size are what other work is measured beside, so many of them on their way at a time.
 const PAGE_BYTES: u64 = 32 << 20;
+const PAGES_AHEAD: usize = 8;
 
 impl Copies {
-    pub fn open(request: &Request<'_>) -> Result<Copies, CalibrateError> {
+    /// `files`: what mappings are tried with.
+    pub fn open(request: &Request<'_>, files: Option<&Files>) -> Result<Copies, CalibrateError> {
         let gpu = request.gpu.clone();
         let most: u64 = if request.software() { 64 << 20 } else { 1 << 30 };
         let bytes = most.min(request.host_bytes / 8).max(1 << 20) / 4096 * 4096;
@@ -46,6 +50,16 @@ impl Copies {
         // SAFETY: nothing reads it yet.
         unsafe { pinned.slice_mut::<u8>(0..bytes).fill(1) };
         arenas.push((SourceKind::Pinned, pinned));
+        // Drivers of discrete cards refuse mapped pages, and after NVIDIA's was asked for them it refused device memory as well.
+        match files.filter(|_| gpu.summary().kind != "discrete").map(|files| files.mapping(bytes)) {
+            Some(Ok(map)) if !map.is_empty() => {
+                let (pointer, bytes) = (map.as_ptr().cast_mut(), map.len() as u64);
+                // SAFETY: the mapping starts at a page, is that long and is kept; nobody writes the file.
+                let mapped = unsafe { gpu.import("a mapped file", pointer, bytes, Arc::new(map)) };
+                arenas.extend(mapped.ok().map(|arena| (SourceKind::Mapped, arena)));
+            }
+            _ => tracing::debug!("no file to lend to the driver"),
+        }
         let room = (256 << 20).min(gpu.max_binding_bytes()).min(request.device_bytes / 8).min(bytes) / 4096 * 4096;
         let device = gpu.shared_buffer("memory to copy to", room)?;
         let back = gpu.pinned("memory to copy back to", room)?;
@@ -80,9 +94,8 @@ impl Copies {
 
     pub fn measure(&mut self, request: &Request<'_>) -> Result<Link, CalibrateError> {
         let point = request.point();
-        let sizes = grid(4096.0, 4.0, self.room() as f64);
-        let curve = |what: &'static str, start: &dyn Fn(u64) -> Result<Ticket, GpuError>| {
-            let points = sizes
+        let curve = |what: &'static str, most: u64, start: &dyn Fn(u64) -> Result<Ticket, GpuError>| {
+            let points = grid(4096.0, 4.0, self.room().min(most) as f64)
                 .iter()
                 .map(|bytes| Ok((*bytes, steady(point, |n| self.run(n, || start(*bytes as u64)))?)))
                 .collect::<Result<Vec<_>, GpuError>>()?;
@@ -90,10 +103,10 @@ impl Copies {
         };
         let mut to_device = Vec::new();
         for (source, arena) in &self.arenas {
-            let seconds = curve("copies to the device", &|bytes| self.start(arena, bytes))?;
+            let seconds = curve("copies to the device", arena.size(), &|bytes| self.start(arena, bytes))?;
             to_device.push(PageCurve { source: *source, seconds });
         }
-        let to_host = curve("copies to the host", &|bytes| self.start_back(bytes))?;
+        let to_host = curve("copies to the host", self.room(), &|bytes| self.start_back(bytes))?;
         let small_seconds = steady(point, |n| (0..n).try_for_each(|_| self.run(1, || self.start_back(4096))))?;
         let (to_device_beside_to_host, to_host_beside_to_device) =
             self.both_ways(to_device[0].seconds.clone(), &to_host)?;
@@ -160,16 +173,17 @@ impl Copies {
         let arena = &self.arenas[0].1;
         std::thread::scope(|scope| {
             let copier = scope.spawn(|| -> Result<(), GpuError> {
-                // Two in flight, so that the link never waits for the host.
-                let mut before = self.start(arena, self.page_bytes)?;
-                started.store(true, Relaxed);
+                // As far ahead as in a run, so that the link never waits for a thread that has to wait for a core.
+                let mut under_way = VecDeque::new();
                 while !stop.load(Relaxed) {
-                    let next = self.start(arena, self.page_bytes)?;
-                    self.gpu.wait_for(before)?;
-                    pages.fetch_add(1, Relaxed);
-                    before = next;
+                    under_way.push_back(self.start(arena, self.page_bytes)?);
+                    started.store(true, Relaxed);
+                    if under_way.len() > PAGES_AHEAD {
+                        self.gpu.wait_for(under_way.pop_front().expect("it is not empty"))?;
+                        pages.fetch_add(1, Relaxed);
+                    }
                 }
-                self.gpu.wait_for(before)
+                under_way.into_iter().try_for_each(|page| self.gpu.wait_for(page))
             });
             while !started.load(Relaxed) && !copier.is_finished() {
                 std::thread::yield_now();
@@ -181,6 +195,11 @@ impl Copies {
             copier.join().expect("the copying thread does not panic")?;
             Ok((result?, (n > 0).then(|| seconds / n as f64)))
         })
+    }
+
+    /// Bytes of a page that other work is measured beside.
+    pub fn page_bytes(&self) -> f64 {
+        self.page_bytes as f64
     }
 
     /// Seconds of such a page alone.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! link   copies both ways by size and page source, many small pieces, both directions at once
+//! disk   pages read from files, as for weights that do not fit the host's memory
 //! gpu    the engine's own stages over rows, on one layer of made-up weights of the model's sizes; attention over context
 //! cpu    attention by threads and context, storing of new keys and values, plain reads
 //! beside pages while the CPU attends, while kernels run, and what those lose
@@ -12,15 +13,18 @@
 //! hold), in steady state: the first sample, which compiles and warms, is dropped, and sampling goes on until the last three
 //! agree ([`steady`]). Times include what a submission costs, as in a run. No pass is timed and no schedule is run.
 //!
-//! Given up: the disk is not measured, so pages that are read from files have no time here.
+//! A machine whose disk cannot be measured has a profile without one: nothing is predicted for weights that are read from files.
 
+mod disk;
 mod gpu;
 mod host;
 mod link;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::checkpoint::ReadError;
 use crate::cpu::isa::Isa;
 use crate::gpu::{Gpu, GpuError, HostMemoryRefused, Pipelines};
 use crate::memory::host_memory;
@@ -29,7 +33,7 @@ use crate::memory::page_source::PageError;
 use crate::model::ModelConfig;
 use crate::plan::PlanError;
 use crate::policy::{KvDtype, Precision};
-use crate::profile::{Contention, Cpu, CurveError, MachineKey, Memory, ModelKey, Profile, VERSION};
+use crate::profile::{Cpu, CurveError, MachineKey, Memory, ModelKey, Profile, VERSION};
 
 /// Why a machine could not be measured.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +42,8 @@ pub enum CalibrateError {
     Gpu(#[from] GpuError),
     #[error(transparent)]
     Page(#[from] PageError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
     #[error(transparent)]
     Memory(#[from] HostMemoryRefused),
     #[error(transparent)]
@@ -61,6 +67,8 @@ pub struct Request<'a> {
     /// Device and host memory that may be taken.
     pub device_bytes: u64,
     pub host_bytes: u64,
+    /// Folder whose disk is measured: by reading the weights in it, else a temporary file.
+    pub disk: &'a Path,
     /// About how long it may take. Coarser grids where there is less.
     pub budget: Duration,
 }
@@ -115,6 +123,11 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool, CalibrateError> {
         .map_err(|error| CalibrateError::Threads(threads, error.to_string()))
 }
 
+/// Threads that this process may run at a time.
+fn all_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
 /// Sizes from `first` on, each `factor` times the one before, up to `last`, which is among them.
 fn grid(first: f64, factor: f64, last: f64) -> Vec<f64> {
     let mut sizes: Vec<f64> = std::iter::successors(Some(first), |size| Some(size * factor))
@@ -138,8 +151,20 @@ pub fn calibrate(request: &Request<'_>, progress: &mut dyn FnMut(&str)) -> Resul
         binding_bytes: gpu.max_binding_bytes(),
         kernels_reach_host: gpu.kernels_reach_host(),
     };
+    progress("pages read from disk");
+    // A read-only folder, a full disk: only what comes from files goes without a prediction.
+    let not_measured = |cause: &dyn std::fmt::Display| tracing::warn!(folder = %request.disk.display(), "the disk is not measured: {cause}");
+    let files = disk::Files::of(request).inspect_err(|error| not_measured(error)).ok();
+    let disk = match files.as_ref().map(|files| files.measure(request)) {
+        Some(Err(CalibrateError::Read(error))) => {
+            not_measured(&error);
+            None
+        }
+        Some(measured) => Some(measured?),
+        None => None,
+    };
     progress("copies between host and device");
-    let mut copies = link::Copies::open(request)?;
+    let mut copies = link::Copies::open(request, files.as_ref())?;
     let link = copies.measure(request)?;
     let pipelines = Arc::new(Pipelines::new(gpu.clone()));
     progress("stages of a layer on the GPU");
@@ -155,9 +180,8 @@ pub fn calibrate(request: &Request<'_>, progress: &mut dyn FnMut(&str)) -> Resul
     let dram_read = host::reads(request, all)?;
     let cpu = Cpu { attention: in_f16, attention_int8, task_seconds, store, dram_read };
     progress("the CPU's reads beside copies");
-    let (attention_beside_pages, pages_beside_attention) = attention.beside(request, cpu.best_threads(), &copies)?;
-    let contention = Contention { attention_beside_pages, pages_beside_attention, ..beside };
+    let contention = attention.beside(request, cpu.best_threads(), &copies, beside)?;
     progress("schedules");
     let host = host::schedules(request);
-    Ok(Profile { version: VERSION, machine, model, memory, link, gpu: gpu_times, cpu, contention, host })
+    Ok(Profile { version: VERSION, machine, model, memory, link, disk, gpu: gpu_times, cpu, contention, host })
 }

@@ -43,6 +43,7 @@ pub use fault::{CheckpointError, Fault, Faults};
 pub use inventory::{Inventory, Placed, SlotSource};
 pub use summary::Summary;
 pub use synthetic::Synthetic;
+pub(crate) use weights::give_back_cache;
 pub use weights::{ReadError, Reader, Weights};
 
 use crate::model::{ModelConfig, Role};

@@ -5,6 +5,8 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
+
 use super::synthetic::Synthetic;
 use super::{Checkpoint, Inventory};
 use crate::model::{ModelConfig, Role};
@@ -67,8 +69,22 @@ impl Weights {
     pub fn tensor(&self, reader: &Reader, role: Role) -> Result<Vec<u8>, ReadError> {
         let tensor = self.inventory().find(role).unwrap_or_else(|| panic!("{role:?} is no role of this model"));
         let mut bytes = vec![0; tensor.bytes() as usize];
-        self.read(reader, role, 0..tensor.bytes(), &mut bytes)?;
+        self.read_by_all(reader, role, 0..tensor.bytes(), &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// As [`read`](Self::read), by many threads: one alone is slower than disks are.
+    pub fn read_by_all(
+        &self,
+        reader: &Reader,
+        role: Role,
+        range: Range<u64>,
+        into: &mut [u8],
+    ) -> Result<(), ReadError> {
+        into.par_chunks_mut(BOUNCE_BYTES).enumerate().try_for_each(|(number, into)| {
+            let start = range.start + (number * BOUNCE_BYTES) as u64;
+            self.read(reader, role, start..start + into.len() as u64, into)
+        })
     }
 }
 
@@ -110,7 +126,8 @@ impl Reader {
         Ok(opened)
     }
 
-    fn read(&self, path: &Path, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
+    /// Bytes of a file from `offset` on.
+    pub fn read(&self, path: &Path, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
         let fail = |source| ReadError { path: path.to_owned(), offset, bytes: into.len(), source };
         let opened = self.open(path).map_err(fail)?;
         if !opened.direct {
@@ -226,8 +243,9 @@ fn read_direct(file: &File, offset: u64, into: &mut [u8]) -> io::Result<()> {
     })
 }
 
+/// Asks the system to keep no part of a file in memory, from `offset` on; 0 bytes: all that follow.
 #[cfg(target_os = "linux")]
-fn give_back_cache(file: &File, offset: u64, bytes: u64) {
+pub(crate) fn give_back_cache(file: &File, offset: u64, bytes: u64) {
     use std::os::fd::AsRawFd;
     // SAFETY: an open file; the call only advises.
     unsafe {
@@ -236,4 +254,4 @@ fn give_back_cache(file: &File, offset: u64, bytes: u64) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn give_back_cache(_file: &File, _offset: u64, _bytes: u64) {}
+pub(crate) fn give_back_cache(_file: &File, _offset: u64, _bytes: u64) {}

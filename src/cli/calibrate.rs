@@ -29,6 +29,10 @@ pub struct Arguments {
     /// About how many seconds it may take
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: u64,
+    /// Folder whose disk is measured, for weights that do not fit the host's memory [default: MODEL where its weights are, else the
+    /// system's temporary folder]
+    #[arg(long, value_name = "FOLDER")]
+    disk: Option<PathBuf>,
     /// Write the profile here [default: the user's cache folder]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -45,6 +49,9 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let limits = arguments.machine.limits(&gpu);
     let adapter = gpu.summary();
     say!("adapter {} ({}, {}); copies on {}", adapter.name, adapter.kind, adapter.driver, gpu.transfer_words());
+    let has_weights = |folder: &&PathBuf| super::has_weights(folder);
+    let disk = arguments.disk.or_else(|| arguments.model.as_ref().filter(has_weights).cloned());
+    let disk = disk.unwrap_or_else(std::env::temp_dir);
     let request = Request {
         gpu: gpu.clone(),
         config: &config,
@@ -52,6 +59,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         precision: arguments.precision.unwrap_or_else(|| default_precision(&gpu)),
         device_bytes: limits.device_bytes,
         host_bytes: limits.host_bytes,
+        disk: &disk,
         budget: Duration::from_secs(arguments.seconds),
     };
     let started = Instant::now();
@@ -71,7 +79,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
 
 /// What a person wants to see of a profile.
 fn summary(profile: &Profile) -> String {
-    let Profile { link, gpu, cpu, contention, model, memory, host, .. } = profile;
+    let Profile { link, disk, gpu, cpu, contention, model, memory, host, .. } = profile;
     let rate = |curve: &crate::profile::Curve| {
         let (bytes, seconds) = curve.points()[curve.points().len() - 1];
         bytes / seconds / 1e9
@@ -83,8 +91,13 @@ fn summary(profile: &Profile) -> String {
     let flops = 6.0 * rows * (model.experts_per_token * model.d_model * model.expert_width) as f64;
     let threads = cpu.best_threads();
     let read = cpu.dram_read.points().iter().map(|point| point.1).fold(0.0, f64::max);
+    let disk = disk.as_ref().map_or("not measured".to_owned(), |disk| {
+        let cache = if disk.direct { "" } else { ", its cache emptied first" };
+        format!("pages at {:.2} GB/s from {}{cache}", rate(&disk.page_seconds), disk.what)
+    });
     format!(
         "link    {} GB/s to the device, {:.1} to the host; small copies {:.0} us\n\
+         disk    {disk}\n\
          gpu     {:.0} GB/s in copies; experts over {rows:.0} rows {:.2} ms ({:.2} TFLOP/s); a submission {:.0} us, its wait {:.0} us\n\
          cpu     attention {:.1} GB/s with {threads} threads ({:.1} where keys and values are int8), plain reads {:.1} GB/s; a task {:.0} us\n\
          beside  pages slow down by {:.2} beside attention, {:.2} beside kernels; attention by {:.2}, kernels by {:.2} and rows by {:.2} beside pages\n\

@@ -167,6 +167,12 @@ fn print_line(line: impl fmt::Display) -> anyhow::Result<()> {
     writeln!(stdout, "{line}").and_then(|()| stdout.flush()).context("writing to stdout")
 }
 
+/// A folder has files of weights.
+fn has_weights(folder: &std::path::Path) -> bool {
+    let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    names.into_iter().any(|path| path.extension().is_some_and(|ending| ending == "safetensors"))
+}
+
 /// A command line that parses and still makes no sense.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

@@ -1,10 +1,10 @@
 //! `fulmen run-batch`: a file of OpenAI Batch lines in, a line per request out, as each finishes.
 //!
 //! Lines are read as there is room for them, so memory does not grow with the file. A bad line becomes an error line and the
-//! others go on. What is written is whole lines; a run that was stopped goes on with `--resume`.
+//! others go on. What is written is whole lines; a run that was stopped goes on with `--resume`. Reading, tokenising, detokenising and
+//! writing have threads of their own (`run_batch/exchange.rs`).
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::ops::ControlFlow;
@@ -18,14 +18,14 @@ use clap::Args;
 use super::Usage;
 use super::open::{EngineArguments, ModelArguments, Text, load};
 use super::progress::RunProgress;
-use crate::engine::{Event, RunOptions, RunSummary};
-use crate::request::batch_file::{
-    BatchLine, BatchReadError, BatchReader, Existing, OutputLine, ReadOptions, ResultWriter, Shard, now_seconds,
-    validate_all,
-};
-use crate::request::{Request, RequestOutput};
+use crate::engine::{Event, NextRequest, Requests, RunOptions, RunSummary};
+use crate::request::batch_file::{BatchReader, Existing, ReadOptions, ResultWriter, Shard, validate_all};
 use crate::schedule::Lane;
 use crate::units::human_bytes;
+
+mod exchange;
+
+use exchange::{Exchange, Outcome};
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -67,69 +67,6 @@ pub struct Arguments {
     trace: super::trace::Arguments,
 }
 
-/// Lines between being read and being answered, and where their answers go.
-struct Exchange<'a> {
-    writer: ResultWriter,
-    pending: HashMap<String, BatchLine>,
-    text: &'a Text,
-    model: String,
-    answered: u64,
-    failed: u64,
-    /// The first thing that went wrong with a file: the run ends.
-    broken: Option<anyhow::Error>,
-}
-
-impl Exchange<'_> {
-    fn write(&mut self, line: &OutputLine) {
-        self.failed += line.error.is_some() as u64;
-        self.answered += 1;
-        if let Err(error) = self.writer.write(line) {
-            self.broken.get_or_insert(error.into());
-        }
-    }
-
-    /// The next line as a request; bad lines are answered on the way. None at the end, or when a file broke.
-    fn next_request<R: BufRead>(&mut self, reader: &mut BatchReader<R>, vocab: usize) -> Option<Request> {
-        while self.broken.is_none() {
-            let line = match reader.next()? {
-                Ok(line) => line,
-                Err(BatchReadError::Line(error)) => {
-                    self.write(&OutputLine::from(&error));
-                    continue;
-                }
-                Err(error) => {
-                    self.broken = Some(error.into());
-                    return None;
-                }
-            };
-            match line.to_request(&self.text.tokenizer, self.text.template.as_ref(), &self.text.defaults, vocab) {
-                Ok(request) => {
-                    self.pending.insert(line.custom_id.clone(), line);
-                    return Some(request);
-                }
-                Err(error) => self.write(&OutputLine::from(&error)),
-            }
-        }
-        None
-    }
-
-    fn finished(&mut self, output: RequestOutput) {
-        let line = self.pending.remove(&output.custom_id).expect("each request is answered once");
-        let line = match &output.result {
-            Ok(completions) => OutputLine::success(
-                &line,
-                completions,
-                output.prompt_tokens,
-                &self.text.tokenizer,
-                &self.model,
-                now_seconds(),
-            ),
-            Err(error) => OutputLine::failure(&line, error),
-        };
-        self.write(&line);
-    }
-}
-
 /// What Ctrl-C and SIGTERM do: while a model loads they end the process, as nothing is lost; later the first one asks for a
 /// stop after the pass and the second one ends the process. Either way the exit code is [`super::INTERRUPTED`].
 struct Signals {
@@ -160,6 +97,18 @@ impl Signals {
 
     fn stopped(&self) -> bool {
         self.stop.load(Relaxed)
+    }
+}
+
+/// Requests as the exchange has them, until somebody stops the run.
+struct Incoming<'a> {
+    exchange: &'a RefCell<Exchange>,
+    signals: &'a Signals,
+}
+
+impl Requests for Incoming<'_> {
+    fn next_request(&mut self, wait: bool) -> NextRequest {
+        self.exchange.borrow_mut().next_request(wait, &|| self.signals.stopped())
     }
 }
 
@@ -222,6 +171,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let total = count_lines(&arguments)?;
     let mut text = arguments.model.open_text()?;
     text.defaults.seed = arguments.seed;
+    let text = Arc::new(text);
     let workload = match is_regular(&arguments.input_file)? {
         true => {
             let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, ..ReadOptions::default() };
@@ -245,64 +195,48 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     // The exit code speaks of the whole file, also of what earlier runs wrote.
     let failed_before = finished.any_error();
     let options = ReadOptions { shard: arguments.shard, limit: arguments.limit, finished, ..ReadOptions::default() };
-    let mut reader = BatchReader::open(&arguments.input_file, options)
+    let reader = BatchReader::open(&arguments.input_file, options)
         .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
     let mut trace = arguments.trace.open()?;
     let mut engine = load(prepared)?;
     signals.loaded();
 
-    let exchange = RefCell::new(Exchange {
-        writer,
-        pending: HashMap::new(),
-        text: &text,
-        model: arguments.model.served_name(),
-        answered: 0,
-        failed: 0,
-        broken: None,
-    });
+    let exchange = RefCell::new(Exchange::start(reader, writer, text, vocab, arguments.model.served_name())?);
+    let mut incoming = Incoming { exchange: &exchange, signals: &signals };
     let mut progress = RunProgress::new(total);
-    let mut already = 0;
     let mut generated = 0u64;
-    let already_cell = RefCell::new(&mut already);
-    let mut requests = std::iter::from_fn(|| {
-        if signals.stopped() {
-            return None;
-        }
-        let request = exchange.borrow_mut().next_request(&mut reader, vocab);
-        **already_cell.borrow_mut() = reader.already_finished();
-        request
-    });
-    let result = engine.run(&mut requests, RunOptions::default(), &mut |event| {
+    let options = RunOptions { leave_texts: true, ..RunOptions::default() };
+    let result = engine.run(&mut incoming, options, &mut |event| {
         let mut exchange = exchange.borrow_mut();
         match event {
             Event::Finished(output) => exchange.finished(output),
             Event::Pass(pass) => {
                 trace.pass(&pass);
                 generated += pass.micro_batches.iter().flat_map(|of| &of.rows).filter(|row| row.sampled).count() as u64;
-                progress.update(exchange.answered, **already_cell.borrow(), generated);
+                progress.update(exchange.answered(), exchange.already_finished(), generated);
             }
             Event::Text { .. } | Event::Logits { .. } => {}
         }
-        if signals.stopped() || exchange.broken.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if signals.stopped() || exchange.broken() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
+    let exchange = exchange.into_inner();
+    let already = exchange.already_finished();
+    let outcome = exchange.finish();
     progress.finish();
-    let mut exchange = exchange.into_inner();
-    // Whatever happened, what is finished is on the disk before anything else is said.
-    exchange.writer.sync()?;
     let summary = result?;
-    if let Some(error) = exchange.broken {
-        return Err(error);
+    if let Some(fault) = outcome.fault {
+        return Err(fault);
     }
-    report(&arguments, &summary, &exchange, already)?;
+    report(&arguments, &summary, &outcome, already)?;
     trace.finish(&super::open::heading(&engine))?;
     if signals.stopped() {
         say!("interrupted; the same command with --resume goes on");
         return Ok(super::INTERRUPTED);
     }
-    Ok(if failed_before || exchange.failed > 0 { super::FAILED_LINES } else { super::OK })
+    Ok(if failed_before || outcome.failed > 0 { super::FAILED_LINES } else { super::OK })
 }
 
-fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, already: u64) -> Result<()> {
+fn report(arguments: &Arguments, summary: &RunSummary, outcome: &Outcome, already: u64) -> Result<()> {
     let seconds = summary.elapsed.as_secs_f64();
     let rate = summary.generated_tokens as f64 / seconds.max(1e-9);
     if arguments.json_summary {
@@ -312,7 +246,7 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
         say!(
             "{}",
             serde_json::json!({
-                "answered": exchange.answered, "failed": exchange.failed, "already_finished": already,
+                "answered": outcome.answered, "failed": outcome.failed, "already_finished": already,
                 "interrupted": summary.interrupted, "passes": summary.passes, "prompt_tokens": summary.prompt_tokens,
                 "generated_tokens": summary.generated_tokens, "elapsed_seconds": seconds,
                 "generated_tokens_per_second": rate, "busy_seconds": busy, "stage_seconds": stages, "page_bytes": summary.page_bytes,
@@ -327,8 +261,8 @@ fn report(arguments: &Arguments, summary: &RunSummary, exchange: &Exchange, alre
     }
     say!(
         "{} lines answered, {} of them with errors, in {seconds:.1} s: {} prompt and {} generated tokens, {rate:.1} generated tok/s",
-        exchange.answered,
-        exchange.failed,
+        outcome.answered,
+        outcome.failed,
         summary.prompt_tokens,
         summary.generated_tokens,
     );

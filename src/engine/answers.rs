@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
-use super::{Engine, Event};
+use super::{Engine, Event, RunOptions};
 use crate::kernels::lm_head_sample::Sample as HeadSample;
 use crate::request::batcher::{Batcher, MicroBatchRows, SequenceId};
 use crate::request::sampler::{LogitsError, TokenCounts, sample, stream_seed};
@@ -43,6 +43,7 @@ pub(super) struct Answers<'e> {
     max_model_len: usize,
     tokenizer: Option<Tokenizer>,
     eos_tokens: Vec<u32>,
+    leave_texts: bool,
     on: &'e mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     broken_off: bool,
     accepted: u64,
@@ -59,13 +60,14 @@ pub(super) struct RowHead<'a> {
 }
 
 impl<'e> Answers<'e> {
-    pub fn new(engine: &Engine, on: &'e mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Self {
+    pub fn new(engine: &Engine, options: RunOptions, on: &'e mut dyn FnMut(Event<'_>) -> ControlFlow<()>) -> Self {
         Self {
             asked: BTreeMap::new(),
             vocab: engine.config.shape.vocab,
             max_model_len: engine.plan.policy.max_model_len,
             tokenizer: engine.tokenizer.clone(),
             eos_tokens: engine.eos_tokens.clone(),
+            leave_texts: options.leave_texts,
             on,
             broken_off: false,
             accepted: 0,
@@ -109,11 +111,14 @@ impl<'e> Answers<'e> {
             Ok(max_new) => max_new,
             Err(error) => {
                 self.failed += 1;
-                let (custom_id, prompt_tokens) = (request.custom_id, request.prompt.len());
-                self.tell(Event::Finished(RequestOutput { custom_id, prompt_tokens, result: Err(error) }));
+                let Request { custom_id, prompt, params } = request;
+                let output = RequestOutput { custom_id, params, prompt_tokens: prompt.len(), result: Err(error) };
+                self.tell(Event::Finished(output));
                 return;
             }
         };
+        let leave_text = self.leave_texts && request.params.stop.is_empty();
+        let tokenizer = self.tokenizer.as_ref().filter(|_| !leave_text);
         let choices = (0..request.params.n)
             .map(|n| Choice {
                 seed: stream_seed(request.params.seed, &request.custom_id, n),
@@ -122,7 +127,7 @@ impl<'e> Answers<'e> {
                 } else {
                     Default::default()
                 },
-                text: self.tokenizer.as_ref().map(|tokenizer| CompletionText::new(tokenizer, &request.params)),
+                text: tokenizer.map(|tokenizer| CompletionText::new(tokenizer, &request.params)),
                 told: 0,
                 tokens: Vec::new(),
                 logprobs: Vec::new(),
@@ -299,8 +304,8 @@ impl<'e> Answers<'e> {
             }
             None => Ok(asked.choices.into_iter().map(|choice| choice.done.expect("all are done")).collect()),
         };
-        let (custom_id, prompt_tokens) = (asked.request.custom_id, asked.request.prompt.len());
-        self.tell(Event::Finished(RequestOutput { custom_id, prompt_tokens, result }));
+        let Request { custom_id, prompt, params } = asked.request;
+        self.tell(Event::Finished(RequestOutput { custom_id, params, prompt_tokens: prompt.len(), result }));
     }
 }
 

@@ -111,6 +111,7 @@ pub(super) fn lay_out(
             cpu_attention: on_host && rows.n_decode() > 0,
             kv_to_device: !uploads.is_empty(),
             sampled: !device_rows.sampled.is_empty(),
+            workspace: machine.extents().workspace_of(number),
         });
         let sampled: Vec<usize> = device_rows.sampled.iter().map(|row| *row as usize).collect();
         let with_logits = (0..sampled.len())

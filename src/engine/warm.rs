@@ -72,7 +72,7 @@ impl Engine {
             }
             ControlFlow::Continue(())
         };
-        let mut answers = Answers::new(self, &mut hear);
+        let mut answers = Answers::new(self, RunOptions::default(), &mut hear);
         let vocab = self.config.shape.vocab;
         for (number, sequence) in sequences.iter().enumerate() {
             let params = SamplingParams {

@@ -98,6 +98,11 @@ impl Extents {
         micro_batch / self.group_size()
     }
 
+    /// The KV workspace of a micro-batch.
+    pub fn workspace_of(&self, micro_batch: usize) -> usize {
+        micro_batch % self.workspaces
+    }
+
     /// Parts of decode rows in a micro-batch's list.
     fn listed_parts(&self) -> usize {
         if self.gpu_decode {
@@ -258,7 +263,13 @@ struct Workspace {
     /// [blocks, G, 2, BLOCK_TOKENS, K] f16
     blocks: Buffer,
     /// Host memory from which blocks cross the link, where the pool itself cannot be lent to the driver.
-    staging: Option<HostBuffer>,
+    staging: Option<Staging>,
+}
+
+struct Staging {
+    bytes: HostBuffer,
+    /// The last copy out of them.
+    last: Mutex<Option<Ticket>>,
 }
 
 /// Marks a row whose key and value the workspace does not need.
@@ -391,7 +402,9 @@ pub const KV_ARENA_BYTES: u64 = 1 << 30;
 
 impl Machine {
     /// Allocates everything, uploads the dense weights and the resident experts. `progress(done, total)` in bytes.
-    /// `tiles`: of products in the f16 class. `lend_kv`: uploads of context read the pool itself, so nothing is staged.
+    /// `tiles`: of products in the f16 class. `lend_kv`: uploads of context read the pool itself, so nothing is staged. `kept`: experts that
+    /// are in host memory are taken from there.
+    #[allow(clippy::too_many_arguments, reason = "two callers, each with all of them")]
     pub fn open(
         pipelines: Arc<Pipelines>,
         weights: &Weights,
@@ -399,6 +412,7 @@ impl Machine {
         extents: Extents,
         tiles: Tiles,
         lend_kv: bool,
+        kept: Option<&PageSource>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Machine, PageError> {
         let gpu = pipelines.gpu().clone();
@@ -474,7 +488,10 @@ impl Machine {
                     blocks: gpu.shared_buffer("KV workspace", workspace_bytes)?,
                     staging: match lend_kv {
                         true => None,
-                        false => Some(gpu.host_buffer("KV on its way to the GPU", workspace_bytes)?),
+                        false => Some(Staging {
+                            bytes: gpu.host_buffer("KV on its way to the GPU", workspace_bytes)?,
+                            last: Mutex::default(),
+                        }),
                     },
                 })
             })
@@ -528,11 +545,16 @@ impl Machine {
             plan,
             pipelines,
         };
-        machine.load(weights, progress)?;
+        machine.load(weights, kept, progress)?;
         Ok(machine)
     }
 
-    fn load(&mut self, weights: &Weights, progress: &mut dyn FnMut(u64, u64)) -> Result<(), PageError> {
+    fn load(
+        &mut self,
+        weights: &Weights,
+        kept: Option<&PageSource>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), PageError> {
         let shape = self.config.shape;
         let resident: Vec<(usize, usize)> = (0..shape.layers)
             .flat_map(|layer| (0..shape.experts).map(move |expert| (layer, expert)))
@@ -572,27 +594,40 @@ impl Machine {
             done += bytes;
             progress(done, total);
         }
+        let mut copied = None;
         for (layer, expert) in resident {
-            for (matrix, n_bytes) in ExpertMatrix::ALL.into_iter().zip(self.matrix_bytes) {
-                if n_bytes == 0 {
-                    continue;
+            let slot = self.plan.slot(0, layer, expert);
+            let matrices = ExpertMatrix::ALL.into_iter().zip(self.matrix_bytes).filter(|(_, bytes)| *bytes > 0);
+            let pieces: Vec<Piece> =
+                matrices.map(|(matrix, bytes)| Piece { expert, matrix, bytes: 0..bytes }).collect();
+            let target = |piece: &Piece| {
+                let (slab, at) = self.slab_place(slot, piece);
+                slab.at(at)
+            };
+            let ticket = match kept {
+                Some(source) => source.load_expert(&gpu, layer, &pieces, target)?,
+                None => None,
+            };
+            copied = ticket.or(copied);
+            for piece in pieces {
+                let n_bytes = piece.bytes.end;
+                if ticket.is_none() {
+                    let mut bytes = vec![0u8; n_bytes as usize];
+                    for source in weights.inventory().slot_sources(layer, expert, piece.matrix, 0..n_bytes) {
+                        let length = (source.range.end - source.range.start) as usize;
+                        let into = &mut bytes[source.at as usize..][..length];
+                        weights.read_by_all(&reader, source.role, source.range, into)?;
+                    }
+                    let (slab, at) = self.slab_place(slot, &piece);
+                    gpu.write(slab, at, &bytes);
+                    gpu.flush()?;
                 }
-                let mut bytes = vec![0u8; n_bytes as usize];
-                for source in weights.inventory().slot_sources(layer, expert, matrix, 0..n_bytes) {
-                    let length = (source.range.end - source.range.start) as usize;
-                    let into = &mut bytes[source.at as usize..][..length];
-                    weights.read(&reader, source.role, source.range, into)?;
-                }
-                let piece = Piece { expert, matrix, bytes: 0..n_bytes };
-                let slot = self.plan.slot(0, layer, expert);
-                let (slab, at) = self.slab_place(slot, &piece);
-                gpu.write(slab, at, &bytes);
-                self.table.get_mut().expect("table lock").arrive(slot, layer, &piece, None);
-                gpu.flush()?;
+                self.table.get_mut().expect("table lock").arrive(slot, layer, &piece, ticket);
                 done += n_bytes;
                 progress(done, total);
             }
         }
+        copied.map_or(Ok(()), |ticket| gpu.wait_for(ticket))?;
         gpu.wait()?;
         Ok(())
     }
@@ -736,7 +771,7 @@ impl Machine {
         after: &[Ticket],
     ) -> Result<Ticket, GpuError> {
         let bytes = workspace_block_bytes(&self.config);
-        let workspace = &self.workspaces[micro_batch % self.workspaces.len()];
+        let workspace = &self.workspaces[self.extents.workspace_of(micro_batch)];
         let Some(staging) = &workspace.staging else {
             let copies: Vec<CopyRange<'_>> = uploads
                 .iter()
@@ -750,27 +785,28 @@ impl Machine {
         };
         let (layout, head_width) = (self.kv_layout(), self.config.shape.head_width);
         let half_elements = BLOCK_TOKENS * head_width;
+        let mut last = staging.last.lock().expect("staging lock");
+        if let Some(ticket) = last.take() {
+            self.gpu().wait_for(ticket)?;
+        }
         let mut copies = Vec::with_capacity(uploads.len());
         for upload in uploads {
             let to = upload.to as u64 * bytes;
-            // SAFETY: the last upload of this workspace has been attended to, so its copy has run; only stored tokens of the
-            // pool are read, which the caller vouches for.
+            // SAFETY: the last copy out of these bytes has run, and the lock keeps others out; only stored tokens of the pool are
+            // read, which the caller vouches for.
             unsafe {
                 let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
-                let into = staging.slice_mut::<f16>(to..to + bytes);
+                let into = staging.bytes.slice_mut::<f16>(to..to + bytes);
                 for (index, into) in into.chunks_exact_mut(half_elements).enumerate() {
-                    let from = from.add(index * layout.half_bytes());
-                    layout.read_half_at(
-                        Half::BOTH[index % 2],
-                        from,
-                        upload.tokens,
-                        &mut into[..upload.tokens * head_width],
-                    );
+                    let (half, from) = (Half::BOTH[index % 2], from.add(index * layout.half_bytes()));
+                    layout.read_half_at(half, from, upload.tokens, &mut into[..upload.tokens * head_width]);
                 }
             }
-            copies.push(CopyRange::new(staging.at(to), workspace.blocks.at(to), bytes));
+            copies.push(CopyRange::new(staging.bytes.at(to), workspace.blocks.at(to), bytes));
         }
-        self.gpu().copy(Line::ToDevice, &copies, after)
+        let ticket = self.gpu().copy(Line::ToDevice, &copies, after)?;
+        *last = Some(ticket);
+        Ok(ticket)
     }
 
     fn norm(
@@ -939,7 +975,7 @@ impl Machine {
             rope_table: self.rope_table.whole(),
             kv_slots: buffers.kv_slots.whole(),
             kv_rows: buffers.kv_rows.whole(),
-            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
+            kv_blocks: self.workspaces[self.extents.workspace_of(micro_batch)].blocks.whole(),
         };
         rotary::record(r, params, bindings)?;
         if let Some(new_rows) = &buffers.quantised_rows {
@@ -1040,7 +1076,7 @@ impl Machine {
         let bindings = paged_attention::Bindings {
             qkv: buffers.qkv.whole(),
             block_table: buffers.block_table.whole(),
-            kv_blocks: self.workspaces[micro_batch % self.workspaces.len()].blocks.whole(),
+            kv_blocks: self.workspaces[self.extents.workspace_of(micro_batch)].blocks.whole(),
             out: buffers.attention.whole(),
             sinks: self.where_there(self.config.forward.sinks, Role::Sinks { layer }),
         };
@@ -1149,7 +1185,7 @@ impl Machine {
         LoadRequest { gpu: self.gpu(), weights, plan: &self.plan, threads, layer, number }
     }
 
-    /// Relay: copies a page into fresh pinned memory.
+    /// Relay: copies a page into pinned memory.
     pub fn pin_page(
         &self,
         weights: &Weights,

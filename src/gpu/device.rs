@@ -407,9 +407,19 @@ impl Gpu {
     /// Bytes of the largest device heap that nobody has taken, this process aside; None where the driver does not say
     /// (VK_EXT_memory_budget).
     pub fn free_memory_bytes(&self) -> Option<u64> {
+        self.memory_budget().map(|(budget, _)| budget)
+    }
+
+    /// Bytes of that heap that this process has by the driver's count: buffers, and what the driver and wgpu add to them.
+    pub fn used_memory_bytes(&self) -> Option<u64> {
+        self.memory_budget().map(|(_, usage)| usage)
+    }
+
+    /// What may be taken of the largest device heap and what is, by this process.
+    fn memory_budget(&self) -> Option<(u64, u64)> {
         // SAFETY: the handles are only asked for properties, and live as long as the device that the guard holds; the
         // structures live until the calls return.
-        let (heaps, budget) = unsafe {
+        let (heaps, budget, usage) = unsafe {
             let device = self.device.as_hal::<wgpu::hal::api::Vulkan>()?;
             let instance = device.shared_instance().raw_instance();
             let physical = device.raw_physical_device();
@@ -422,11 +432,12 @@ impl Gpu {
             let mut budget = ash::vk::PhysicalDeviceMemoryBudgetPropertiesEXT::default();
             let mut properties = ash::vk::PhysicalDeviceMemoryProperties2::default().push_next(&mut budget);
             instance.get_physical_device_memory_properties2(physical, &mut properties);
-            (properties.memory_properties, budget.heap_budget)
+            (properties.memory_properties, budget.heap_budget, budget.heap_usage)
         };
         let local = |heap: &ash::vk::MemoryHeap| heap.flags.contains(ash::vk::MemoryHeapFlags::DEVICE_LOCAL);
-        let heaps = heaps.memory_heaps_as_slice().iter().zip(budget).filter(|(heap, _)| local(heap));
-        heaps.max_by_key(|(heap, _)| heap.size).map(|(_, budget)| budget)
+        let counts = budget.into_iter().zip(usage);
+        let heaps = heaps.memory_heaps_as_slice().iter().zip(counts).filter(|(heap, _)| local(heap));
+        heaps.max_by_key(|(heap, _)| heap.size).map(|(_, counts)| counts)
     }
 
     /// Bytes of device memory in live buffers.

@@ -37,8 +37,12 @@ pub static LM_HEAD_SAMPLE: Kernel = Kernel {
     bindings: &[Read, ReadWrite],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
-    tunables: &[],
+    tunables: &[("WG_SIZE", &[256, 64])],
 };
+
+/// Vocabularies up to this size take workgroups of 64 lanes: a software adapter runs lanes one after the other, and waits at every step
+/// of a tree for all of them.
+const SMALL_VOCAB: u32 = 512;
 
 /// `samples[R]`, one [`Sample`] per row of `logits[R, V]` (f32).
 pub fn record(
@@ -48,5 +52,6 @@ pub fn record(
     samples: Slice<'_>,
 ) -> Result<(), GpuError> {
     let variant = Variant::new(Dtype::F32);
+    let variant = if params.vocab <= SMALL_VOCAB { variant.with("WG_SIZE", 64) } else { variant };
     recorder.dispatch(&LM_HEAD_SAMPLE, &variant, &params, &[logits, samples], [params.n_rows, 1, 1])
 }

@@ -22,9 +22,6 @@ params! {
 /// In `kv_slots`: this row's K and V go into no block of the GPU.
 pub const NO_SLOT: u32 = u32::MAX;
 
-/// Pairs of elements that one workgroup turns or rounds.
-const PAIRS_PER_WORKGROUP: u32 = 256;
-
 pub static ROTARY: Kernel = Kernel {
     name: "rotary",
     parts: &[
@@ -34,8 +31,10 @@ pub static ROTARY: Kernel = Kernel {
     bindings: &[ReadWrite, Read, Read, Read, ReadWrite, ReadWrite],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
-    tunables: &[],
+    tunables: &[("WG_SIZE", &[256, FEW_PAIRS])],
 };
+
+const FEW_PAIRS: u32 = 64;
 
 /// What [`record`] binds.
 #[derive(Clone, Copy)]
@@ -60,11 +59,14 @@ pub fn record(recorder: &mut Recorder<'_>, params: Params, bindings: Bindings<'_
     assert!(params.head_width.is_multiple_of(2), "rotary: a head of odd width {} has no pairs", params.head_width);
     let Bindings { qkv, positions, rope_table, kv_slots, kv_rows, kv_blocks } = bindings;
     let pairs = (params.q_heads + 2 * params.kv_heads) * params.head_width / 2;
+    // A pair to a lane. A row of few pairs takes a small workgroup: a software adapter runs idle lanes too.
+    let variant = Variant::new(Dtype::F32);
+    let variant = if pairs <= FEW_PAIRS { variant.with("WG_SIZE", FEW_PAIRS) } else { variant };
     recorder.dispatch(
         &ROTARY,
-        &Variant::new(Dtype::F32),
+        &variant,
         &params,
         &[qkv, positions, rope_table, kv_slots, kv_rows, kv_blocks],
-        [params.n_rows, pairs.div_ceil(PAIRS_PER_WORKGROUP), 1],
+        [params.n_rows, pairs.div_ceil(ROTARY.tunable(&variant, "WG_SIZE")), 1],
     )
 }

@@ -6,7 +6,7 @@
 //! | pinned | memory of the driver, filled once | a load; the driver may allow only a part of the RAM |
 //! | mapped | the files' own mapping, lent to the driver | nothing, where the driver takes it (few do) |
 //! | staged | a few pinned buffers; each page is read from its file when it is due | a read per page and pass; needs no RAM |
-//! | relay | pageable memory, copied into fresh pinned memory for each page: what FlexGen does without pinned weights | for comparison only |
+//! | relay | pageable memory, each page copied into pinned memory by the thread that launches: what FlexGen does without pinned weights (PyTorch's allocator hands pinned memory out again, and so does this) | for comparison only |
 //!
 //! In: weights, a [`PagePlan`], a wish. Out: a [`PageSource`] that starts the copies of any page. Where nobody wished, the best
 //! that the machine grants is taken, and [`PageSource::why`] says why not a better one.
@@ -21,10 +21,10 @@ use std::sync::{Arc, Mutex};
 use rayon::prelude::*;
 
 use super::host_memory;
-use super::pages::{Page, PagePlan, Piece};
+use super::pages::{Page, PagePlan, PageShape, Piece};
 use crate::checkpoint::{ReadError, Reader, Weights};
 use crate::gpu::{CopyRange, Gpu, GpuError, HostBuffer, HostMemoryRefused, Line, Place, Ticket};
-use crate::model::Role;
+use crate::model::{ExpertMatrix, Role};
 use crate::policy::SourceKind;
 use crate::units::human_bytes;
 
@@ -35,7 +35,7 @@ const PIECE_ALIGNMENT: u64 = 64;
 /// Staging buffers of the staged source: one is read into while others cross the link.
 pub const STAGING_BUFFERS: usize = 4;
 /// Memory is filled, and pages are read, in portions of this size, so that all threads have work.
-const PORTION_BYTES: u64 = 4 << 20;
+pub const PORTION_BYTES: u64 = 4 << 20;
 
 /// A page could not be brought.
 #[derive(Debug, thiserror::Error)]
@@ -70,14 +70,65 @@ pub struct PageSource {
     bytes: Bytes,
 }
 
-/// Where a page's bytes start: arena, and offset in it.
-type At = (usize, u64);
+/// Where experts lie in memory, each whole in one arena: however they are cut into pages, they stay where they are.
+struct Places {
+    /// Arena and offset in it of each expert's first matrix, layer by layer; None: it is not kept here.
+    at: Vec<Option<(usize, u64)>>,
+    /// Of a layer.
+    experts: usize,
+    /// Where in an expert its matrices begin.
+    matrices: [u64; 3],
+}
+
+impl Places {
+    /// Cuts the experts that `plan` streams into arenas; also the size of each arena.
+    fn new(plan: &PagePlan, layers: usize) -> (Places, Vec<u64>) {
+        let PageShape { experts, matrix_bytes, .. } = *plan.shape();
+        let (mut matrices, mut size) = ([0; 3], 0);
+        for (start, bytes) in matrices.iter_mut().zip(matrix_bytes) {
+            *start = size;
+            size = (size + bytes).next_multiple_of(PIECE_ALIGNMENT);
+        }
+        let mut arenas = vec![0u64];
+        let mut place = |layer: usize, expert: usize| {
+            if plan.stays(layer, expert) {
+                return None;
+            }
+            if arenas.last().is_some_and(|last| *last > 0 && *last + size > ARENA_BYTES) {
+                arenas.push(0);
+            }
+            let index = arenas.len() - 1;
+            arenas[index] += size;
+            Some((index, arenas[index] - size))
+        };
+        let at = (0..layers).flat_map(|layer| (0..experts).map(move |expert| (layer, expert)));
+        let at = at.map(|(layer, expert)| place(layer, expert)).collect();
+        let whole = |bytes: &mut u64| *bytes = bytes.next_multiple_of(4096).max(4096);
+        arenas.iter_mut().for_each(whole);
+        (Places { at, experts, matrices }, arenas)
+    }
+
+    /// Arena and offset of a piece's first byte.
+    fn of(&self, layer: usize, piece: &Piece) -> (usize, u64) {
+        let (arena, start) = self.at[layer * self.experts + piece.expert].expect("a streamed expert has a place");
+        (arena, start + self.matrices[piece.matrix as usize] + piece.bytes.start)
+    }
+
+    /// Whatever `plan` streams is here.
+    fn cover(&self, plan: &PagePlan) -> bool {
+        let layers = self.at.len() / self.experts;
+        let here =
+            |layer: usize, expert: usize| plan.stays(layer, expert) || self.at[layer * self.experts + expert].is_some();
+        plan.shape().experts == self.experts
+            && plan.shape().layers == layers
+            && (0..layers).all(|layer| (0..self.experts).all(|expert| here(layer, expert)))
+    }
+}
 
 enum Bytes {
-    /// Each page's pieces one after the other. By number of the page, layer by layer.
     Resident {
         arenas: Vec<HostBuffer>,
-        at: Vec<At>,
+        places: Places,
     },
     /// Each file's mapping, cut into arenas.
     Mapped {
@@ -89,9 +140,19 @@ enum Bytes {
     },
     Relay {
         arenas: Vec<HostBuffer>,
-        at: Vec<At>,
-        fresh: Mutex<HashMap<usize, VecDeque<HostBuffer>>>,
+        places: Places,
+        relayed: Mutex<Relayed>,
     },
+}
+
+/// Pinned memory of pages on their way.
+#[derive(Default)]
+struct Relayed {
+    /// By page, those whose copies are still to be launched. A page of the next pass may be pinned before this pass's is loaded:
+    /// first in, first out.
+    pinned: HashMap<usize, VecDeque<HostBuffer>>,
+    /// Those whose copies were launched.
+    launched: VecDeque<(HostBuffer, Ticket)>,
 }
 
 /// Offset of each piece within its page, and the page's size.
@@ -127,29 +188,6 @@ fn anonymous(bytes: u64) -> Result<memmap2::MmapMut, HostMemoryRefused> {
     Ok(map)
 }
 
-/// Cuts the pages of all layers into arenas: the size of each arena, and each page's place.
-fn cut_arenas(plan: &PagePlan, layers: usize) -> (Vec<u64>, Vec<At>) {
-    let sizes: Vec<u64> = layer_pages(plan).iter().map(|page| lay_out(page).1).collect();
-    let (mut arenas, mut at) = (vec![0u64], Vec::with_capacity(layers * sizes.len()));
-    for (layer, number) in (0..layers).flat_map(|layer| (0..sizes.len()).map(move |number| (layer, number))) {
-        if !plan.loads(layer, number) {
-            at.push((usize::MAX, 0)); // nobody asks for it
-            continue;
-        }
-        let size = &sizes[number];
-        let last = arenas.last_mut().expect("never empty");
-        if *last > 0 && *last + size > ARENA_BYTES {
-            arenas.push(0);
-        }
-        let index = arenas.len() - 1;
-        at.push((index, arenas[index]));
-        arenas[index] += size;
-    }
-    let whole = |bytes: &mut u64| *bytes = bytes.next_multiple_of(4096).max(4096);
-    arenas.iter_mut().for_each(whole);
-    (arenas, at)
-}
-
 /// A stretch of memory that portions are written to from many threads.
 #[derive(Clone, Copy)]
 struct Memory(*mut u8);
@@ -165,22 +203,18 @@ struct Portion {
     to: Memory,
 }
 
-/// What fills a page that starts at `start`: the bytes of tensors that its pieces are made of.
-fn portions(weights: &Weights, layer: usize, page: &Page, start: *mut u8) -> Vec<Portion> {
-    let (offsets, _) = lay_out(page);
+/// What fills a piece that starts at `start`, which has room for it: the bytes of tensors that it is made of.
+fn portions(weights: &Weights, layer: usize, piece: &Piece, start: *mut u8) -> Vec<Portion> {
     let mut out = Vec::new();
-    for (piece, offset) in page.pieces.iter().zip(offsets) {
-        let inventory = weights.inventory();
-        for source in inventory.slot_sources(layer, piece.expert, piece.matrix, piece.bytes.clone()) {
-            let first = offset + source.at - piece.bytes.start;
-            let mut from = source.range.start;
-            while from < source.range.end {
-                let to = (from + PORTION_BYTES).min(source.range.end);
-                // SAFETY: the page's place in memory is as long as `lay_out` says, and sources lie within their piece.
-                let at = unsafe { start.add((first + from - source.range.start) as usize) };
-                out.push(Portion { role: source.role, range: from..to, to: Memory(at) });
-                from = to;
-            }
+    for source in weights.inventory().slot_sources(layer, piece.expert, piece.matrix, piece.bytes.clone()) {
+        let first = source.at - piece.bytes.start;
+        let mut from = source.range.start;
+        while from < source.range.end {
+            let to = (from + PORTION_BYTES).min(source.range.end);
+            // SAFETY: sources lie within their piece.
+            let at = unsafe { start.add((first + from - source.range.start) as usize) };
+            out.push(Portion { role: source.role, range: from..to, to: Memory(at) });
+            from = to;
         }
     }
     out
@@ -245,12 +279,12 @@ impl PageSource {
             }
             SourceKind::Relay => {
                 Self::enough_memory(request)?;
-                let (sizes, at) = cut_arenas(request.plan, request.layers);
+                let (places, sizes) = Places::new(request.plan, request.layers);
                 let mut arenas = sizes.iter().map(|bytes| anonymous(*bytes)).collect::<Result<Vec<_>, _>>()?;
                 let starts: Vec<Memory> = arenas.iter_mut().map(|arena| Memory(arena.as_mut_ptr())).collect();
-                Self::fill_arenas(request, &starts, &at, progress)?;
+                Self::fill_arenas(request, &starts, &places, progress)?;
                 let arenas = arenas.into_iter().map(HostBuffer::of).collect();
-                Ok(Bytes::Relay { arenas, at, fresh: Mutex::default() })
+                Ok(Bytes::Relay { arenas, places, relayed: Mutex::default() })
             }
         }
     }
@@ -273,7 +307,7 @@ impl PageSource {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Bytes, PageError> {
         Self::enough_memory(request)?;
-        let (sizes, at) = cut_arenas(request.plan, request.layers);
+        let (places, sizes) = Places::new(request.plan, request.layers);
         // Importing pins, and so touches, every page of memory: from many threads it is touched faster by filling it first.
         // Whether the driver imports at all is asked with a small piece.
         if kind == SourceKind::Imported {
@@ -294,32 +328,36 @@ impl PageSource {
             // SAFETY: nobody else knows of this memory yet.
             _ => arenas.iter().map(|arena| Memory(unsafe { arena.slice_mut::<u8>(0..4) }.as_mut_ptr())).collect(),
         };
-        Self::fill_arenas(request, &starts, &at, progress)?;
+        Self::fill_arenas(request, &starts, &places, progress)?;
         for map in maps {
             let (start, bytes) = (map.as_ptr().cast_mut(), map.len() as u64);
             // SAFETY: the mapping is that long, moves with its owner, and nobody writes it any more.
             arenas.push(unsafe { request.gpu.import("expert pages", start, bytes, Arc::new(map))? });
         }
-        Ok(Bytes::Resident { arenas, at })
+        Ok(Bytes::Resident { arenas, places })
     }
 
     fn fill_arenas(
         request: &SourceRequest<'_>,
         starts: &[Memory],
-        at: &[At],
+        places: &Places,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<(), PageError> {
         let reader = Reader::new();
-        let pages = layer_pages(request.plan);
+        let PageShape { experts, matrix_bytes, .. } = *request.plan.shape();
         let total = request.plan.bytes_per_pass();
         let mut done = 0;
         for layer in 0..request.layers {
             let mut work = Vec::new();
-            for (number, page) in pages.iter().enumerate().filter(|(number, _)| request.plan.loads(layer, *number)) {
-                let (arena, offset) = at[layer * pages.len() + number];
-                // SAFETY: `cut_arenas` placed the page within its arena.
-                work.extend(portions(request.weights, layer, page, unsafe { starts[arena].0.add(offset as usize) }));
-                done += page.bytes();
+            for expert in (0..experts).filter(|expert| !request.plan.stays(layer, *expert)) {
+                for (matrix, bytes) in ExpertMatrix::ALL.into_iter().zip(matrix_bytes).filter(|(_, bytes)| *bytes > 0) {
+                    let piece = Piece { expert, matrix, bytes: 0..bytes };
+                    let (arena, offset) = places.of(layer, &piece);
+                    // SAFETY: the matrix was placed within its arena.
+                    let start = unsafe { starts[arena].0.add(offset as usize) };
+                    work.extend(portions(request.weights, layer, &piece, start));
+                    done += bytes;
+                }
             }
             read_all(request.weights, &reader, request.threads, work)?;
             progress(done, total);
@@ -352,17 +390,50 @@ impl PageSource {
         self.kind
     }
 
+    /// What pages of `plan` are made of is here, however it was cut before.
+    pub fn serves(&self, plan: &PagePlan) -> bool {
+        match &self.bytes {
+            Bytes::Resident { places, .. } | Bytes::Relay { places, .. } => places.cover(plan),
+            Bytes::Mapped { .. } => true,
+            // Its buffers are as large as the largest page was.
+            Bytes::Staged { buffers, .. } => {
+                let largest = layer_pages(plan).iter().map(|page| lay_out(page).1).max().unwrap_or(0);
+                buffers.lock().expect("staging lock").iter().all(|(buffer, _)| buffer.size() >= largest)
+            }
+        }
+    }
+
+    /// Copies `pieces` of an expert to where `target` says, if it is kept where copies reach it.
+    pub fn load_expert<'a>(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        pieces: &[Piece],
+        target: impl Fn(&Piece) -> Place<'a>,
+    ) -> Result<Option<Ticket>, GpuError> {
+        let Bytes::Resident { arenas, places } = &self.bytes else { return Ok(None) };
+        if pieces.iter().any(|piece| places.at[layer * places.experts + piece.expert].is_none()) {
+            return Ok(None);
+        }
+        let copy = |piece: &Piece| {
+            let (arena, offset) = places.of(layer, piece);
+            let bytes = (piece.bytes.end - piece.bytes.start).next_multiple_of(4);
+            CopyRange::new(arenas[arena].at(offset), target(piece), bytes)
+        };
+        gpu.copy(Line::ToDevice, &by_ends(pieces.iter().map(copy).collect()), &[]).map(Some)
+    }
+
     /// The same bytes used in another way: memory that was lent or pinned can be relayed, and the other way round.
     pub fn used_as(self, kind: SourceKind) -> Result<PageSource, PageError> {
         use SourceKind::{Imported, Pinned, Relay};
         let bytes = match (self.bytes, kind) {
             (bytes, kind) if kind == self.kind => bytes,
-            (Bytes::Resident { arenas, at }, Relay) => Bytes::Relay { arenas, at, fresh: Mutex::default() },
+            (Bytes::Resident { arenas, places }, Relay) => Bytes::Relay { arenas, places, relayed: Mutex::default() },
             // What was never lent has no name for copies.
-            (Bytes::Relay { arenas, at, .. }, Imported | Pinned)
+            (Bytes::Relay { arenas, places, .. }, Imported | Pinned)
                 if arenas.iter().all(HostBuffer::reached_by_copies) =>
             {
-                Bytes::Resident { arenas, at }
+                Bytes::Resident { arenas, places }
             }
             _ => {
                 let cause = format!("the weights are {} and would have to be loaded again", self.kind);
@@ -390,6 +461,7 @@ impl PageSource {
         let (offsets, bytes) = lay_out(page);
         // A piece's last bytes may be no whole word; what is copied beyond them is never read.
         let length = |piece: &Piece| (piece.bytes.end - piece.bytes.start).next_multiple_of(4);
+        // Of buffers that hold a page's pieces one after the other.
         let from_buffer = |buffer: &HostBuffer, start: u64| -> Result<Ticket, GpuError> {
             let copies: Vec<CopyRange<'_>> = page
                 .pieces
@@ -400,9 +472,12 @@ impl PageSource {
             gpu.copy(Line::ToDevice, &by_ends(copies), after)
         };
         match &self.bytes {
-            Bytes::Resident { arenas, at } => {
-                let (arena, offset) = at[layer * pages.len() + number];
-                Ok(from_buffer(&arenas[arena], offset)?)
+            Bytes::Resident { arenas, places } => {
+                let copy = |piece: &Piece| {
+                    let (arena, offset) = places.of(layer, piece);
+                    CopyRange::new(arenas[arena].at(offset), target(piece), length(piece))
+                };
+                Ok(gpu.copy(Line::ToDevice, &by_ends(page.pieces.iter().map(copy).collect()), after)?)
             }
             Bytes::Mapped { files } => {
                 let checkpoint = weights.files().expect("the mapping is of files");
@@ -436,37 +511,55 @@ impl PageSource {
                 }
                 // SAFETY: the buffer's last copy has run, and this lock keeps others out.
                 let start = unsafe { buffer.slice_mut::<u8>(0..bytes) }.as_mut_ptr();
-                read_all(weights, reader, threads, portions(weights, layer, page, start))?;
+                // SAFETY: `lay_out` gave each piece room in the page.
+                let at = |offset: &u64| unsafe { start.add(*offset as usize) };
+                let pieces = page.pieces.iter().zip(&offsets);
+                let work = pieces.flat_map(|(piece, offset)| portions(weights, layer, piece, at(offset))).collect();
+                read_all(weights, reader, threads, work)?;
                 let ticket = from_buffer(buffer, 0)?;
                 *busy = Some(ticket);
                 Ok(ticket)
             }
-            Bytes::Relay { fresh, .. } => {
+            Bytes::Relay { relayed, .. } => {
                 let key = layer * pages.len() + number;
-                let mut fresh = fresh.lock().expect("relay lock");
-                // A page of the next pass may be pinned before this pass's is loaded: first in, first out.
-                let buffer =
-                    fresh.get_mut(&key).and_then(|pages| pages.pop_front()).expect("the schedule pins before it loads");
-                drop(fresh);
-                // The copy keeps the buffer's memory until it has run.
-                Ok(from_buffer(&buffer, 0)?)
+                let pinned = relayed.lock().expect("relay lock").pinned.get_mut(&key).and_then(VecDeque::pop_front);
+                let buffer = pinned.expect("the schedule pins before it loads");
+                let ticket = from_buffer(&buffer, 0)?;
+                relayed.lock().expect("relay lock").launched.push_back((buffer, ticket));
+                Ok(ticket)
             }
         }
     }
 
-    /// Relay: copies a page into fresh pinned memory, on the calling thread.
+    /// Relay: copies a page into pinned memory, on the calling thread.
     pub fn pin(&self, request: &LoadRequest<'_>) -> Result<(), PageError> {
-        let Bytes::Relay { arenas, at, fresh } = &self.bytes else { return Ok(()) };
+        let Bytes::Relay { arenas, places, relayed } = &self.bytes else { return Ok(()) };
         let pages = layer_pages(request.plan);
         let key = request.layer * pages.len() + request.number;
-        let (_, bytes) = lay_out(pages[request.number]);
-        let buffer = request.gpu.pinned("a relayed page", bytes)?;
-        let (arena, offset) = at[key];
-        // SAFETY: nobody else knows of this buffer yet, and nobody writes what was filled.
-        let (into, from) =
-            unsafe { (buffer.slice_mut::<u8>(0..bytes), arenas[arena].slice::<u8>(offset..offset + bytes)) };
-        into.copy_from_slice(from);
-        fresh.lock().expect("relay lock").entry(key).or_default().push_back(buffer);
+        // Memory whose copy was launched a layer ago is used again, if pages are not cut larger than they were then. What was launched
+        // runs by itself, so waiting for it blocks nobody.
+        let largest = pages.iter().map(|page| lay_out(page).1).max().expect("there is a page");
+        let used = {
+            let launched = &mut relayed.lock().expect("relay lock").launched;
+            if launched.len() > pages.len() { launched.pop_front() } else { None }
+        };
+        let buffer = match used.filter(|(buffer, _)| buffer.size() >= largest) {
+            Some((buffer, ticket)) => {
+                request.gpu.wait_for(ticket)?;
+                buffer
+            }
+            None => request.gpu.pinned("a relayed page", largest)?,
+        };
+        let page = pages[request.number];
+        for (piece, to) in page.pieces.iter().zip(lay_out(page).0) {
+            let (arena, from) = places.of(request.layer, piece);
+            let length = piece.bytes.end - piece.bytes.start;
+            // SAFETY: the last copy out of this buffer has run and nobody else knows of it now; nobody writes what was filled.
+            let (into, from) =
+                unsafe { (buffer.slice_mut::<u8>(to..to + length), arenas[arena].slice::<u8>(from..from + length)) };
+            into.copy_from_slice(from);
+        }
+        relayed.lock().expect("relay lock").pinned.entry(key).or_default().push_back(buffer);
         Ok(())
     }
 }

@@ -106,8 +106,10 @@ impl PagePlan {
         if resident > 0 {
             chunks.push(Chunk { experts: 0..resident, pages: Vec::new() });
         }
-        // Half the ring computes while the other half loads.
-        let chunk_size = (ring / 2).clamp(1, streamed.max(1));
+        // Half the ring computes while the other half loads. A layer is cut into chunks of about the same size: a last one of few
+        // experts would leave the link less time than it takes to attend.
+        let most = (ring / 2).max(1);
+        let chunk_size = streamed.div_ceil(streamed.div_ceil(most).max(1)).max(1);
         let mut first = resident;
         while first < experts {
             let end = (first + chunk_size).min(experts);

@@ -81,11 +81,12 @@ impl Case {
             cpu_attention: !gpu_attention,
             kv_to_device: gpu_attention,
             sampled: true,
+            workspace: 0,
         };
         let pages = (0..n).map(|page| page * experts / n..((page + 1) * experts).div_ceil(n)).collect();
         PassShape {
             layers: setting.shape.layers,
-            micro_batches: vec![rows; n],
+            micro_batches: (0..n).map(|number| MicroBatchShape { workspace: number % 2, ..rows }).collect(),
             groups: (0..n).map(|micro_batch| micro_batch..micro_batch + 1).collect(),
             chunks: vec![ChunkShape { pages }],
             kept: SpreadLayers::default(),
@@ -95,7 +96,6 @@ impl Case {
             loaded_pages: n,
             load_ahead: true,
             rows: RowPath::Copies,
-            workspaces: 2,
             relay: self.relay,
         }
     }

@@ -9,18 +9,20 @@
 //! static orders, **a task that gets cheaper never makes the pass longer**: more bandwidth is never predicted to be slower.
 //! Given up: contention is spread evenly over a pass, also where the schedule bunches it.
 
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::fit::{ModelBytes, Plan};
 use crate::execute::machine::workspace_block_bytes;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::{Page, PagePlan};
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, RowPath, ScheduleKind, SourceKind};
-use crate::profile::{Curve, Profile, RowTimes};
+use crate::policy::{AttentionPlace, KvDtype, Policy, RowPath, ScheduleKind, SourceKind};
+use crate::profile::{CONTENTION_TOKENS, Curve, Profile, RowTimes};
 use crate::schedule::{
-    ChunkShape, Cost, Lane, MicroBatchShape, OnItsWay, PassShape, SimulatedPass, Timeline, Work, build, simulate_pass,
+    ChunkShape, Cost, Lane, MicroBatchShape, OnItsWay, PassShape, Schedule, SimulatedPass, Timeline, Work, build,
+    simulate_pass,
 };
 
 /// The rows of one micro-batch in one pass.
@@ -44,13 +46,14 @@ impl RowsOf {
         self.decode + self.prompt
     }
 
-    fn shape(&self, attention: AttentionPlace) -> MicroBatchShape {
+    fn shape(&self, attention: AttentionPlace, workspace: usize) -> MicroBatchShape {
         let on_gpu = attention == AttentionPlace::Gpu;
         MicroBatchShape {
             gpu_attention: self.prompt > 0 || on_gpu && self.decode > 0,
             cpu_attention: !on_gpu && self.decode > 0,
             kv_to_device: self.uploaded_blocks > 0,
             sampled: self.sampled > 0,
+            workspace,
         }
     }
 }
@@ -149,7 +152,6 @@ pub fn pass_shape(
         loaded_pages: 0,
         load_ahead: policy.schedule != ScheduleKind::Serial,
         rows: policy.rows,
-        workspaces: policy.workspaces,
         relay,
     }
 }
@@ -227,14 +229,26 @@ impl Cut {
     pub fn new(plan: &Plan, pages: PagePlan, profile: &Profile) -> Result<Cut, CostError> {
         let source = Cut::source(plan);
         let relay = source == Some(SourceKind::Relay);
-        // A relayed page crosses the link as a pinned one.
-        let looked_for = if relay { Some(SourceKind::Pinned) } else { source };
+        let no_times = || CostError::NoPages(source.unwrap_or(SourceKind::Pinned));
+        let looked_for = match source {
+            // They cross the link as pinned ones.
+            Some(SourceKind::Relay | SourceKind::Staged) => Some(SourceKind::Pinned),
+            other => other,
+        };
+        // While some pages are read others cross the link: the slower of the two is what a page takes.
+        let disk = match source {
+            Some(SourceKind::Staged) => Some(&profile.disk.as_ref().ok_or_else(no_times)?.page_seconds),
+            _ => None,
+        };
         let all: Vec<&Page> = pages.chunks().iter().flat_map(|chunk| &chunk.pages).collect();
         let mut page_seconds = Vec::with_capacity(all.len());
         if !all.is_empty() {
             let curve = profile.link.pages(looked_for);
-            let curve = &curve.ok_or(CostError::NoPages(source.unwrap_or(SourceKind::Pinned)))?.seconds;
-            page_seconds.extend(all.iter().map(|page| page_time(curve, &profile.link.pieces, page)));
+            let curve = &curve.ok_or_else(no_times)?.seconds;
+            page_seconds.extend(all.iter().map(|page| {
+                let read = disk.map_or(0.0, |disk| disk.at(page.bytes() as f64));
+                page_time(curve, &profile.link.pieces, page).max(read)
+            }));
         }
         let page_bytes: Vec<u64> = all.iter().map(|page| page.bytes()).collect();
         let first_page = pages
@@ -254,8 +268,33 @@ impl Cut {
     }
 }
 
+/// Schedules that were built, for passes of the same shape: those of policies that differ in rows alone.
+#[derive(Debug, Default)]
+pub struct Schedules(Mutex<HashMap<(ScheduleKind, PassShape), Arc<Schedule>>>);
+
+impl Schedules {
+    /// So many are kept, then all are forgotten: one has thousands of tasks.
+    const MOST: usize = 48;
+
+    fn build(&self, kind: ScheduleKind, shape: PassShape) -> Arc<Schedule> {
+        let built = || self.0.lock().expect("nobody panics with it");
+        let key = (kind, shape);
+        if let Some(schedule) = built().get(&key) {
+            return schedule.clone();
+        }
+        let schedule = Arc::new(build(kind, &key.1));
+        let mut built = built();
+        if built.len() >= Self::MOST {
+            built.clear();
+        }
+        built.insert(key, schedule.clone());
+        schedule
+    }
+}
+
 /// A model under a policy on a machine: predicts passes.
 pub struct Predictor<'a> {
+    schedules: Arc<Schedules>,
     config: &'a ModelConfig,
     profile: &'a Profile,
     policy: Policy,
@@ -265,12 +304,28 @@ pub struct Predictor<'a> {
     kinds: [(Option<usize>, f64); 2],
 }
 
+/// Seconds of work of a kind in a pass, alone.
+#[derive(Debug, Clone, Copy, Default)]
+struct PassWork {
+    pages: f64,
+    uploads: f64,
+    kernels: f64,
+    /// Rows that cross the link: by kernels, or by copies either way.
+    row_kernels: f64,
+    copies_in: f64,
+    copies_out: f64,
+    attention: f64,
+    /// What the host's lane does beside attending.
+    cpu_beside: f64,
+}
+
 /// The costs of one pass's tasks.
 pub struct PassCosts<'a, 'p> {
     predictor: &'a Predictor<'p>,
     rows: &'a PassRows,
     /// What the work of a kind takes beside what else is in the pass, over what it takes alone.
     pages: f64,
+    copies_out: f64,
     kernels: f64,
     row_kernels: f64,
     attention: f64,
@@ -299,7 +354,12 @@ impl<'a> Predictor<'a> {
             let of = || layers().filter(move |layer| config.window(*layer).is_some() == windowed);
             (of().next(), of().count() as f64)
         };
-        Self { config, profile, policy, cut, rows, kinds: [kind(true), kind(false)] }
+        Self { schedules: Arc::default(), config, profile, policy, cut, rows, kinds: [kind(true), kind(false)] }
+    }
+
+    /// The same, with schedules that others have built.
+    pub fn sharing(self, schedules: &Arc<Schedules>) -> Self {
+        Self { schedules: schedules.clone(), ..self }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -309,6 +369,27 @@ impl<'a> Predictor<'a> {
     /// Bytes of pages that a pass streams.
     pub fn page_bytes(&self) -> f64 {
         self.cut.pass_bytes as f64
+    }
+
+    /// Seconds in which those of a pass cross the link, nothing beside them.
+    pub fn page_seconds(&self) -> f64 {
+        self.cut.pass_seconds
+    }
+
+    /// What the decode rows of a pass would take in either place, whatever the policy's is: seconds of attention on the CPU, of attention
+    /// on the GPU, and in which their contexts cross the link to it.
+    pub fn decode_attention(&self, rows: &PassRows) -> [f64; 3] {
+        let layers = self.config.shape.layers as f64;
+        let (mut on_cpu, mut on_gpu, mut contexts) = (0.0, 0.0, 0.0);
+        for of in rows.micro_batches.iter().filter(|of| of.decode > 0) {
+            let context = of.context / of.decode as f64;
+            on_cpu +=
+                self.kinds.iter().map(|(layer, n)| layer.map_or(0.0, |layer| n * self.attends(of, layer))).sum::<f64>();
+            on_gpu += layers * self.profile.gpu.decode_attention.at(of.decode as f64, context);
+            let blocks = of.decode as f64 * (context / BLOCK_TOKENS as f64).ceil();
+            contexts += layers * blocks * self.profile.link.pieces.at(workspace_block_bytes(self.config) as f64);
+        }
+        [on_cpu, on_gpu, contexts]
     }
 
     /// Bytes of keys and values that a layer's attention of a micro-batch reads.
@@ -330,8 +411,13 @@ impl<'a> Predictor<'a> {
 
     /// Seconds of attention on the CPU alone.
     fn cpu_attention(&self, of: &RowsOf, layer: usize) -> f64 {
+        if self.policy.attention == AttentionPlace::Gpu { 0.0 } else { self.attends(of, layer) }
+    }
+
+    /// The same if the CPU attends.
+    fn attends(&self, of: &RowsOf, layer: usize) -> f64 {
         let bytes = self.attended_bytes(of, layer);
-        if bytes == 0.0 || self.policy.attention == AttentionPlace::Gpu {
+        if bytes == 0.0 {
             return 0.0;
         }
         let context = of.context / of.decode as f64;
@@ -393,72 +479,93 @@ impl<'a> Predictor<'a> {
         all * share + gpu.experts_part.at(rows as f64)
     }
 
-    /// What each lane has to do in a pass, alone.
-    pub fn lanes(&self, rows: &PassRows) -> LaneSeconds {
-        let (mut kernels, mut row_kernels, mut attention, mut cpu_beside) = (0.0, 0.0, 0.0, 0.0);
-        let (mut rows_in, mut rows_out, mut uploads) = (0.0, 0.0, 0.0);
+    /// What a pass has to do, by kind of work, alone.
+    fn work(&self, rows: &PassRows) -> PassWork {
         let layers = self.config.shape.layers as f64;
         let gpu = &self.profile.gpu;
+        let on_cpu = self.policy.attention == AttentionPlace::Cpu;
+        let mut work = PassWork { pages: self.cut.pass_seconds, ..PassWork::default() };
+        let (mut rows_in, mut rows_out) = (0.0, 0.0);
         for of in &rows.micro_batches {
             let n = of.rows() as f64;
-            kernels += gpu.embed.at(n) + gpu.head.at(of.sampled as f64);
-            let stages = gpu.pre_attention.at(n) + gpu.post_attention.at(n) + self.gpu_attention(of);
-            kernels += layers * stages;
+            work.kernels += gpu.embed.at(n) + gpu.head.at(of.sampled as f64);
+            work.kernels += layers * (gpu.pre_attention.at(n) + gpu.post_attention.at(n) + self.gpu_attention(of));
             rows_out += layers * self.rows_to_host(of);
-            rows_in +=
-                layers * if self.policy.attention == AttentionPlace::Cpu { self.rows_to_device(of) } else { 0.0 };
-            uploads += layers * self.upload(of);
-            attention += self.cpu_attention_of_all(of);
-            cpu_beside += layers * self.cpu_beside(of);
+            rows_in += layers * if on_cpu { self.rows_to_device(of) } else { 0.0 };
+            work.uploads += layers * self.upload(of);
+            work.attention += self.cpu_attention_of_all(of);
+            work.cpu_beside += layers * self.cpu_beside(of);
         }
         for group in 0..rows.groups.len() {
             let n = Self::group_rows(rows, group);
-            kernels += layers * (0..self.cut.pages.chunks().len()).map(|chunk| self.experts(n, chunk)).sum::<f64>();
+            work.kernels +=
+                layers * (0..self.cut.pages.chunks().len()).map(|chunk| self.experts(n, chunk)).sum::<f64>();
         }
-        let pages = self.cut.pass_seconds;
-        if self.policy.rows == RowPath::Kernels {
-            row_kernels += rows_in + rows_out;
-            (rows_in, rows_out) = (0.0, 0.0);
+        match self.policy.rows {
+            RowPath::Kernels => work.row_kernels = rows_in + rows_out,
+            RowPath::Copies => (work.copies_in, work.copies_out) = (rows_in, rows_out),
         }
+        work
+    }
+
+    /// What each lane has to do in a pass, alone.
+    pub fn lanes(&self, rows: &PassRows) -> LaneSeconds {
+        let work = self.work(rows);
         LaneSeconds {
-            gpu: kernels + row_kernels,
-            to_device: pages + rows_in + uploads,
-            to_host: rows_out,
-            cpu: attention + cpu_beside,
+            gpu: work.kernels + work.row_kernels,
+            to_device: work.pages + work.copies_in + work.uploads,
+            to_host: work.copies_out,
+            cpu: work.attention + work.cpu_beside,
+        }
+    }
+
+    /// The same beside what else is in the pass: no schedule of it is faster than the longest.
+    pub fn lanes_beside(&self, rows: &PassRows) -> LaneSeconds {
+        let work = self.work(rows);
+        let costs = self.costs_of(rows, &work);
+        LaneSeconds {
+            gpu: costs.kernels * work.kernels + costs.row_kernels * work.row_kernels,
+            to_device: costs.pages * (work.pages + work.uploads) + work.copies_in,
+            to_host: costs.copies_out * work.copies_out,
+            cpu: costs.attention * work.attention + work.cpu_beside,
         }
     }
 
     /// The costs of a pass's tasks, what lanes share divided among them.
     pub fn costs<'b>(&'b self, rows: &'b PassRows) -> PassCosts<'b, 'a> {
-        let layers = self.config.shape.layers as f64;
-        let lanes = self.lanes(rows);
-        let pages = self.cut.pass_seconds;
-        let attention: f64 = rows.micro_batches.iter().map(|of| self.cpu_attention_of_all(of)).sum();
-        let row_kernels = match self.policy.rows {
-            RowPath::Copies => 0.0,
-            RowPath::Kernels => {
-                let both = |of: &RowsOf| self.rows_to_host(of) + self.rows_to_device(of);
-                layers * rows.micro_batches.iter().map(both).sum::<f64>()
-            }
-        };
-        let kernels = (lanes.gpu - row_kernels).max(0.0);
+        self.costs_of(rows, &self.work(rows))
+    }
+
+    fn costs_of<'b>(&'b self, rows: &'b PassRows, work: &PassWork) -> PassCosts<'b, 'a> {
+        let PassWork { pages, attention, kernels, row_kernels, copies_out, .. } = *work;
         let c = &self.profile.contention;
         let over = |seconds: f64, alone: f64| if alone > 0.0 { seconds / alone } else { 1.0 };
-        let beside_attention = beside(pages, attention, c.pages_beside_attention, c.attention_beside_pages);
+        // Short contexts, and those of 8 bits, ask less of the host's memory than what this was measured with.
+        let (threads, tokens) = (self.policy.threads, CONTENTION_TOKENS as f64);
+        let most = self.profile.cpu.attention_rate(KvDtype::F16, threads, tokens);
+        let share = self.attended_on_cpu(rows) / attention.max(1e-12) / most;
+        let (pages_factor, attention_factor) = c.of_attention(share);
+        let beside_attention = beside(pages, attention, pages_factor, attention_factor);
         let beside_kernels = beside(pages, kernels, c.pages_beside_kernels, c.kernels_beside_pages);
+        let link = &self.profile.link;
+        let beside_copies = beside(pages, copies_out, link.to_device_beside_to_host, link.to_host_beside_to_device);
         // What rows take of the link is not there for pages: kernels are on it for that long.
-        let link = self.profile.link.to_host.at(1e8) / 1e8;
         let crossing = match self.policy.rows {
             RowPath::Copies => 0.0,
-            RowPath::Kernels => self.row_bytes_to_device(rows) * link,
+            RowPath::Kernels => self.row_bytes_to_device(rows) * link.to_host.at(1e8) / 1e8,
         };
+        let beside_pages = |mine: f64, factor: f64, theirs: f64| over(beside(mine, pages, factor, theirs), mine);
         PassCosts {
             predictor: self,
             rows,
-            pages: over(beside_attention, pages) * over(beside_kernels, pages) * over(pages + crossing, pages),
-            kernels: over(beside(kernels, pages, c.kernels_beside_pages, c.pages_beside_kernels), kernels),
-            row_kernels: over(beside(row_kernels, pages, c.rows_beside_pages, 1.0), row_kernels),
-            attention: over(beside(attention, pages, c.attention_beside_pages, c.pages_beside_attention), attention),
+            pages: over(beside_attention, pages)
+                * over(beside_kernels, pages)
+                * over(beside_copies, pages)
+                * over(pages + crossing, pages),
+            copies_out: beside_pages(copies_out, link.to_host_beside_to_device, link.to_device_beside_to_host),
+            kernels: beside_pages(kernels, c.kernels_beside_pages, c.pages_beside_kernels),
+            row_kernels: beside_pages(row_kernels, c.rows_beside_pages, 1.0),
+            attention: beside_pages(attention, attention_factor, pages_factor),
         }
     }
 
@@ -473,7 +580,9 @@ impl<'a> Predictor<'a> {
 
     /// The shape of a pass, its first pages loaded by the one before as far as `loaded` says.
     pub fn shape(&self, rows: &PassRows, layers: usize, loaded: bool) -> PassShape {
-        let micro_batches = rows.micro_batches.iter().map(|of| of.shape(self.policy.attention)).collect();
+        let workspace = |number: usize| number % self.policy.workspaces;
+        let numbered = rows.micro_batches.iter().enumerate();
+        let micro_batches = numbered.map(|(number, of)| of.shape(self.policy.attention, workspace(number))).collect();
         let mut shape =
             pass_shape(self.config, &self.policy, &self.cut.pages, micro_batches, rows.groups.clone(), self.cut.relay);
         shape.layers = layers;
@@ -519,14 +628,13 @@ impl<'a> Predictor<'a> {
 
     /// The same with `few` of the layers; None where they do not repeat each other.
     fn steady_pass(&self, rows: &PassRows, few: usize, layers: usize) -> Option<f64> {
-        let first = self.simulate(rows, &self.shape(rows, few, false), &[]).0;
-        let mut way = first.on_their_way;
-        let shape = self.shape(rows, few, true);
-        let (mut pass, mut tasks) = (SimulatedPass::default(), 0);
+        let (costs, schedule) =
+            (self.costs(rows), self.schedules.build(self.policy.schedule, self.shape(rows, few, true)));
+        let (mut pass, mut tasks, mut way) = (SimulatedPass::default(), schedule.tasks.len(), Vec::new());
         // What one pass leaves on its way the next one leaves too, after one or two.
-        for _ in 0..4 {
+        for _ in 0..5 {
             let before = std::mem::take(&mut way);
-            (pass, tasks) = self.simulate(rows, &shape, &before);
+            pass = simulate_pass(&schedule, few, |work| costs.of(work), &before);
             way = std::mem::take(&mut pass.on_their_way);
             if same(&before, &way) {
                 break;
@@ -605,7 +713,10 @@ impl PassCosts<'_, '_> {
             Work::GpuAttention { micro_batch, .. } => {
                 kernel(predictor.gpu_attention(of(micro_batch)), of(micro_batch).rows())
             }
-            Work::RowsToHost { micro_batch, .. } => crossing(predictor.rows_to_host(of(micro_batch)), micro_batch),
+            Work::RowsToHost { micro_batch, .. } => {
+                let copies = if policy.rows == RowPath::Copies { self.copies_out } else { 1.0 };
+                crossing(copies * predictor.rows_to_host(of(micro_batch)), micro_batch)
+            }
             Work::RowsToDevice { micro_batch, .. } => crossing(predictor.rows_to_device(of(micro_batch)), micro_batch),
             Work::CpuAttention { layer, micro_batch } => {
                 let of = of(micro_batch);

@@ -182,6 +182,8 @@ impl Plan {
 const DEFAULT_SEQUENCES: usize = 256;
 /// Rows of a pass where nobody says: enough to fill the matrix units, little enough for small cards.
 const DEFAULT_PASS_ROWS: usize = 1024;
+/// Prompts so short that the blocks they leave half empty bound a pass, and not its rows, are not planned for.
+const SHORT_PROMPT_TOKENS: usize = 8;
 /// One attends on the CPU while the GPU computes the other's experts.
 const DEFAULT_MICRO_BATCHES: usize = 2;
 /// Middle of the 16-128 MiB over which copies run at full rate.
@@ -415,11 +417,15 @@ fn fit_with_pool(
     }
     let sequences_each = max_sequences.div_ceil(micro_batches);
     let one_sequence = blocks_for(max_model_len);
-    // One micro-batch's context comes while another attends.
-    let workspaces = 2.min(micro_batches);
+    // One micro-batch's context comes while another attends. Where only prompts attend on the GPU their contexts are few: where a
+    // workspace for each takes next to nothing, they come a layer ahead.
+    // Two prompts of full length side by side; and as many short ones as fill the rows of a pass: each takes a block.
+    let few = (2 * one_sequence).max(rows_per_micro_batch.div_ceil(SHORT_PROMPT_TOKENS));
+    let for_each = attention == AttentionPlace::Cpu
+        && (micro_batches * few) as u64 * layer_block_bytes <= machine.device_bytes / 64;
+    let workspaces = if for_each { micro_batches } else { 2.min(micro_batches) };
     let workspace_wanted = match attention {
-        // Two prompts of full length side by side; short ones pack many.
-        AttentionPlace::Cpu => 2 * one_sequence,
+        AttentionPlace::Cpu => few,
         // All contexts of a micro-batch, in a quarter of the memory: the rest is for experts.
         AttentionPlace::Gpu => ((sequences_each + 1) * one_sequence)
             .min((machine.device_bytes / 4 / workspaces as u64 / layer_block_bytes) as usize)

@@ -5,7 +5,7 @@
 //! does not weigh: that is the search's.
 //!
 //! [`search`] finds the best policy for a [`workload`] on a machine with a [`Profile`](crate::profile::Profile): it bounds, then
-//! simulates ([`cost`]) the schedule that would run. [`report`] says what came of it, [`compare`] how well a run was predicted.
+//! simulates ([`cost`]) the schedule that would run. [`unbuilt`] models what fulmen does not do, [`report`] says what came of it, [`compare`] how well a run was predicted.
 //!
 //! [`hrm`] has the roofline's equations: what bounds a policy, and what bounds the best of them. [`paper`] is the optimizer of the
 //! MoE-Lightning paper, for machines and models known by name ([`presets`]); [`published`] puts its predictions beside what the
@@ -23,6 +23,7 @@ pub mod presets;
 pub mod published;
 pub mod report;
 pub mod search;
+pub mod unbuilt;
 pub mod workload;
 
 pub use fit::{DEFAULT_PAGE_BYTES, MachineLimits, MemoryUse, ModelBytes, Plan, PlanError, Wishes, extents, fit};

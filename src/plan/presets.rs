@@ -267,17 +267,18 @@ impl HardwarePreset {
                 kernels_reach_host: true,
             },
             link: Link {
-                to_device: vec![
-                    page(SourceKind::Imported, link),
-                    page(SourceKind::Pinned, link),
-                    page(SourceKind::Staged, link.min(ASSUMED.disk_bytes_per_s)),
-                ],
+                to_device: vec![page(SourceKind::Imported, link), page(SourceKind::Pinned, link)],
                 to_host: Curve::linear(0.0, link),
                 pieces: Curve::linear(1e-6, link),
                 small_seconds: ASSUMED.small_copy_seconds,
                 to_device_beside_to_host: 1.0,
                 to_host_beside_to_device: 1.0,
             },
+            disk: Some(profile::Disk {
+                what: "none: assumed".to_owned(),
+                direct: true,
+                page_seconds: Curve::linear(0.0, ASSUMED.disk_bytes_per_s),
+            }),
             gpu: profile::Gpu {
                 copy_bytes_per_s: memory,
                 submit_seconds: ASSUMED.submit_seconds,

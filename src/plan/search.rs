@@ -11,21 +11,21 @@
 //! Guarantees: memory is a hard limit, counted buffer by buffer by the same [`fit`] that the engine opens with. The choice is the
 //! best of the grid: a bound is never above what simulation gives, so what is pruned cannot win. The grid does not depend on the
 //! machine, what fits a machine fits a larger one, and costs only fall where a machine is faster ([`cost`](super::cost)): **more memory or
-//! bandwidth never predicts less**. Given up: the grid's steps (a sixteenth of an octave in sequences), and expert computation on
-//! the CPU, which fulmen does not do.
+//! bandwidth never predicts less**. Given up: the grid's steps; in sequences a sixteenth of an octave, and where it can matter an eighth
+//! of that. What fulmen does not do is not in the grid: see [`unbuilt`](super::unbuilt).
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
-use super::cost::{CostError, Cut, CutKey, LaneSeconds, PassRows, Predictor};
+use super::cost::{CostError, Cut, CutKey, LaneSeconds, PassRows, Predictor, Schedules};
 use super::fit::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use super::workload::Workload;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
 use crate::memory::pages::PagePlan;
 use crate::model::ModelConfig;
-use crate::policy::{AttentionPlace, Policy, ScheduleKind};
+use crate::policy::{AttentionPlace, Policy, ScheduleKind, SourceKind};
 use crate::profile::Profile;
 
 /// What is planned for.
@@ -116,14 +116,21 @@ const PLACEMENTS: [Placement; 7] = [
     Placement::OneSlot,
 ];
 /// Page sizes that are tried.
-const PAGES: [u64; 3] = [32 << 20, 128 << 20, 8 << 20];
-/// Prompt rows of a pass that are tried: what the workload brings in steady state, times these. Decode rows come on top.
-const PROMPT_ROOM: [f64; 3] = [1.0, 2.0, 4.0];
-/// Sequences over a mean load of the pool that have to have room: they are not all of mean length at a time.
-const FLUCTUATION: f64 = 1.06;
+pub const PAGES: [u64; 4] = [64 << 20, 32 << 20, 128 << 20, 8 << 20];
+/// Prompt rows of a pass that are tried: what the workload brings in steady state, times these. Decode rows come on top. Not as many as it
+/// brings on average: prompts come as sequences happen to end, and where they have to wait for room the places of those stay empty.
+const PROMPT_ROOM: [f64; 2] = [1.5, 3.0];
+
+/// Blocks over the mean load of the pool that have to be there: sequences are not all of mean length at a time, but the more there
+/// are the nearer they come to it together.
+fn fluctuation(sequences: usize) -> f64 {
+    1.0 + (1.0 / (sequences.max(1) as f64).sqrt()).min(0.06)
+}
 
 /// Steps of the grid of sequences in an octave.
 const STEPS: u32 = 16;
+/// Parts of such a step that are looked at where they can matter.
+const BETWEEN: usize = 8;
 
 /// Numbers of sequences that are tried: so many to an octave, whole, and multiples of 16 from 32 on.
 pub fn sequence_grid() -> Vec<usize> {
@@ -209,10 +216,13 @@ impl Wishes {
 }
 
 /// A point of the grid.
+#[derive(Clone, Copy)]
 struct Candidate {
     wishes: Wishes,
     /// Only with a ring of two layers: smaller ones are candidates of their own.
     whole_ring: bool,
+    /// Prompt rows of a pass over those that the workload brings in steady state.
+    room: f64,
 }
 
 /// Cuts of the experts that policies share.
@@ -220,8 +230,21 @@ type Cuts = Mutex<HashMap<CutKey, Arc<Cut>>>;
 
 /// A candidate that fits, and what no schedule of it can beat.
 struct Bounded {
+    /// Its number among its like.
+    candidate: usize,
     plan: Plan,
     bound: f64,
+}
+
+/// How far a search has come.
+#[derive(Default)]
+struct Walk {
+    cuts: Cuts,
+    schedules: Arc<Schedules>,
+    seen: HashSet<Policy>,
+    choices: Vec<Choice>,
+    /// Tokens per second of the best of them.
+    best: f64,
 }
 
 impl Problem<'_> {
@@ -243,10 +266,56 @@ impl Problem<'_> {
         self.workload.requests.map_or(usize::MAX, |requests| requests.max(1) as usize)
     }
 
-    /// Rows of a pass in which `sequences` of the workload are under way, and of which prompts.
-    fn rows_of(&self, sequences: usize) -> (f64, f64) {
+    /// Rows of a pass in which `sequences` of the workload are under way, with room for so many times its prompt rows; or what is fixed.
+    fn pass_rows(&self, sequences: usize, times: f64) -> usize {
         let begun = sequences as f64 / self.workload.passes(usize::MAX);
-        (begun * self.workload.rows(), begun * self.workload.prompt_tokens)
+        let rows = begun * (self.workload.rows() + (times - 1.0) * self.workload.prompt_tokens);
+        self.wishes.pass_rows.unwrap_or(rows.max(sequences as f64).ceil() as usize)
+    }
+
+    /// The same policies as those of `grid` that `wanted` picks, with the numbers of sequences between theirs and the grid's next.
+    fn between_steps(&self, grid: &[Candidate], wanted: impl Fn(usize, f64) -> bool) -> Vec<Candidate> {
+        if self.wishes.max_sequences.is_some() {
+            return Vec::new();
+        }
+        let (steps, most) = (sequence_grid(), self.most_sequences());
+        let mut closer = Vec::new();
+        for (number, candidate) in grid.iter().enumerate() {
+            let n = candidate.wishes.max_sequences.expect("the grid's");
+            let next = steps.get(steps.partition_point(|step| *step <= n)).copied().unwrap_or(n).min(most);
+            if next <= n || !wanted(number, next as f64 / n as f64) {
+                continue;
+            }
+            let step = ((next - n) / BETWEEN).next_multiple_of(if n < 32 { 1 } else { 16 });
+            for n in (n..next).step_by(step.max(1)).skip(1) {
+                let micro_batches = candidate.wishes.micro_batches.expect("the grid's");
+                let pass_rows =
+                    self.wishes.pass_rows.or(Some(self.pass_rows(n, candidate.room).next_multiple_of(micro_batches)));
+                let wishes = Wishes { max_sequences: Some(n), pass_rows, ..candidate.wishes };
+                closer.push(Candidate { wishes, ..*candidate });
+            }
+        }
+        closer
+    }
+
+    /// The candidates that `wanted` picks, with experts that are read from disk instead of kept in the host's memory: those of which that
+    /// can give more than `best` tokens per second.
+    fn from_disk(&self, grid: &[Candidate], best: f64, wanted: impl Fn(usize) -> bool) -> Vec<Candidate> {
+        let Some(disk) = self.profile.disk.as_ref().filter(|_| self.wishes.source.is_none()) else { return Vec::new() };
+        let shape = &self.config.shape;
+        let all = (shape.layers * shape.experts) as u64 * self.bytes.expert();
+        let streamed = all.saturating_sub(self.limits.device_bytes) as f64;
+        // The disk's best rate; each sequence gives a token a pass at most.
+        let byte_seconds =
+            disk.page_seconds.points().iter().map(|(bytes, seconds)| seconds / bytes).fold(f64::INFINITY, f64::min);
+        let beats = |n: usize| n as f64 > best * streamed * byte_seconds;
+        let those = grid
+            .iter()
+            .enumerate()
+            .filter(|(number, one)| one.wishes.max_sequences.is_some_and(beats) && wanted(*number));
+        those
+            .map(|(_, one)| Candidate { wishes: Wishes { source: Some(SourceKind::Staged), ..one.wishes }, ..*one })
+            .collect()
     }
 
     /// The grid, with what is fixed.
@@ -274,19 +343,15 @@ impl Problem<'_> {
             None => &[AttentionPlace::Cpu, AttentionPlace::Gpu],
         };
         for n in sequences {
-            let (rows, prompt) = self.rows_of(n);
-            let mut room: Vec<usize> = match fixed.pass_rows {
-                Some(rows) => vec![rows],
-                None => PROMPT_ROOM.map(|times| (rows + (times - 1.0) * prompt).max(n as f64).ceil() as usize).to_vec(),
-            };
-            room.dedup();
+            let mut room = PROMPT_ROOM.map(|times| (times, self.pass_rows(n, times))).to_vec();
+            room.dedup_by_key(|(_, rows)| *rows);
             for (micro_batches, expert_groups) in SPLITS {
                 let micro_batches = fixed.micro_batches.unwrap_or(micro_batches);
                 let expert_groups = fixed.expert_groups.unwrap_or(expert_groups);
                 if micro_batches > n || expert_groups > micro_batches {
                     continue;
                 }
-                for pass_rows in &room {
+                for (times, pass_rows) in &room {
                     for attention in places {
                         let with = Wishes {
                             max_sequences: Some(n),
@@ -301,7 +366,7 @@ impl Problem<'_> {
                             threads: fixed.threads.or(Some(self.threads())),
                             ..*fixed
                         };
-                        self.add_placements(&with, &mut all);
+                        self.add_placements(&with, *times, &mut all);
                     }
                 }
                 if fixed.micro_batches.is_some() && fixed.expert_groups.is_some() {
@@ -313,7 +378,7 @@ impl Problem<'_> {
     }
 
     /// The same with every placement of experts and every size of pages.
-    fn add_placements(&self, with: &Wishes, all: &mut Vec<Candidate>) {
+    fn add_placements(&self, with: &Wishes, room: f64, all: &mut Vec<Candidate>) {
         let experts = self.config.shape.experts;
         let fixed = self.wishes.resident_experts.is_some() || self.wishes.ring_experts.is_some();
         let pages: &[u64] = if self.wishes.page_bytes.is_some() { &[0] } else { &PAGES };
@@ -328,7 +393,7 @@ impl Problem<'_> {
             for page in pages {
                 let page_bytes = self.wishes.page_bytes.or(Some(*page));
                 let wishes = Wishes { resident_experts: resident, ring_experts: ring, page_bytes, ..*with };
-                all.push(Candidate { wishes, whole_ring: !fixed && placement == PLACEMENTS[0] });
+                all.push(Candidate { wishes, whole_ring: !fixed && placement == PLACEMENTS[0], room });
             }
         }
     }
@@ -358,7 +423,9 @@ impl Problem<'_> {
         // The last block of a sequence is half full.
         let tokens = self.workload.context_tokens + BLOCK_TOKENS as f64 / 2.0;
         let sequences = policy.max_sequences.min(self.most_sequences());
-        let blocks = |sequences: usize| (sequences as f64 * tokens / BLOCK_TOKENS as f64 * FLUCTUATION).ceil() as usize;
+        let blocks = |sequences: usize| {
+            (sequences as f64 * tokens / BLOCK_TOKENS as f64 * fluctuation(sequences)).ceil() as usize
+        };
         let longest = self.workload.longest.div_ceil(BLOCK_TOKENS);
         let needed = blocks(sequences).max(longest);
         if needed > policy.kv_blocks {
@@ -444,7 +511,11 @@ impl Problem<'_> {
 
     /// A plan with what is predicted for it.
     pub fn predict(&self, plan: &Plan) -> Result<Choice, CostError> {
-        let predictor = Predictor::new(self.config, &self.bytes, plan, self.profile)?;
+        self.predict_sharing(plan, &Arc::default())
+    }
+
+    fn predict_sharing(&self, plan: &Plan, schedules: &Arc<Schedules>) -> Result<Choice, CostError> {
+        let predictor = Predictor::new(self.config, &self.bytes, plan, self.profile)?.sharing(schedules);
         let policy = &plan.policy;
         let (tokens_per_second, run_seconds, steady) =
             self.rate(policy, &|phase| predictor.pass_seconds(&self.rows(policy, phase)).max(1e-9));
@@ -500,7 +571,7 @@ impl Problem<'_> {
     }
 
     /// Fits a candidate, and bounds it where it has room for the workload.
-    fn bound(&self, candidate: &Candidate, cuts: &Cuts) -> Result<Bounded, SearchError> {
+    fn bound(&self, number: usize, candidate: &Candidate, cuts: &Cuts) -> Result<Bounded, SearchError> {
         let plan = self.fit(&candidate.wishes)?;
         let Policy { resident_experts, ring_experts, .. } = plan.policy;
         let streamed = self.config.shape.experts - resident_experts;
@@ -513,9 +584,9 @@ impl Problem<'_> {
         let cut = self.cut(&plan, cuts)?;
         let predictor = Predictor::with_cut(self.config, &plan, cut, self.profile);
         let policy = &plan.policy;
-        let longest = |phase: &PhaseTime| predictor.lanes(&self.rows(policy, phase)).longest().max(1e-9);
+        let longest = |phase: &PhaseTime| predictor.lanes_beside(&self.rows(policy, phase)).longest().max(1e-9);
         let bound = self.rate(policy, &longest).0;
-        Ok(Bounded { plan, bound })
+        Ok(Bounded { candidate: number, plan, bound })
     }
 
     fn cut(&self, plan: &Plan, cuts: &Cuts) -> Result<Arc<Cut>, CostError> {
@@ -528,71 +599,96 @@ impl Problem<'_> {
         Ok(cut)
     }
 
-    /// Every policy of the grid that fits and has room for the workload.
+    /// Every policy of the grid, and between its steps, that fits and has room for the workload.
     pub fn every_policy(&self) -> Vec<Plan> {
-        let mut seen = HashSet::new();
-        let cuts = Cuts::default();
-        let bounded: Vec<_> = self.grid().par_iter().filter_map(|one| self.bound(one, &cuts).ok()).collect();
-        bounded.into_iter().map(|one| one.plan).filter(|plan| seen.insert(plan.policy)).collect()
+        let mut walk = Walk::default();
+        let mut grid = self.grid();
+        grid.extend(self.from_disk(&grid, 0.0, |_| true));
+        grid.extend(self.between_steps(&grid, |_, _| true));
+        self.bounded(&grid, &mut walk).0.into_iter().map(|one| one.plan).collect()
     }
 
-    /// The best policy of the grid.
+    /// The best policy of the grid, and between its steps.
     pub fn search(&self) -> Result<Found, SearchError> {
-        let (grid, cuts) = (self.grid(), Cuts::default());
-        let bounded: Vec<Result<Bounded, SearchError>> = grid.par_iter().map(|one| self.bound(one, &cuts)).collect();
-        let mut seen: HashSet<Policy> = HashSet::new();
-        // Of the smallest policy, the one with the smallest ring: what stands in its way stands in the way of all.
-        let mut refused: Option<SearchError> = None;
+        let mut walk = Walk::default();
+        let mut grid = self.grid();
+        let (mut fitting, refused) = self.bounded(&grid, &mut walk);
+        self.simulate(&fitting, &mut walk)?;
+        // Where the host has no memory for experts beside so many sequences, they can be read from disk.
+        let kept: HashSet<usize> = fitting.iter().map(|one| one.candidate).collect();
+        let from_disk = self.from_disk(&grid, walk.best, |number| !kept.contains(&number));
+        let first = grid.len();
+        let (mut others, _) = self.bounded(&from_disk, &mut walk);
+        self.simulate(&others, &mut walk)?;
+        others.iter_mut().for_each(|one| one.candidate += first);
+        grid.extend(from_disk);
+        fitting.extend(others);
+        // So many more sequences bring at most so many more tokens.
+        let best = walk.best;
+        let mut bounds = vec![0.0f64; grid.len()];
+        fitting.iter().for_each(|one| bounds[one.candidate] = one.bound);
+        let closer = self.between_steps(&grid, |number, more| bounds[number] * more > best);
+        let (closer, _) = self.bounded(&closer, &mut walk);
+        self.simulate(&closer, &mut walk)?;
+
+        let (n_fitting, simulated) = (fitting.len() + closer.len(), walk.choices.len());
+        walk.choices.sort_by(|one, other| other.tokens_per_second.total_cmp(&one.tokens_per_second));
+        let mut choices = walk.choices.into_iter();
+        match (choices.next(), refused) {
+            (Some(best), _) => Ok(Found { best, runners_up: choices.collect(), fitting: n_fitting, simulated }),
+            (None, Some(error)) => Err(error),
+            // An empty grid: what is fixed contradicts itself.
+            (None, None) => Err(PlanError::Option {
+                option: "--micro-batches",
+                value: self.wishes.micro_batches.unwrap_or(1),
+                allowed: "at most the sequences that run at a time".into(),
+            }
+            .into()),
+        }
+    }
+
+    /// The candidates that fit and have room for the workload, each policy once. Beside them what stands in the way of the first one,
+    /// if anything does: of the smallest policy with the smallest ring, and so of all.
+    fn bounded(&self, candidates: &[Candidate], walk: &mut Walk) -> (Vec<Bounded>, Option<SearchError>) {
+        let numbered = candidates.par_iter().enumerate();
+        let bounded: Vec<_> = numbered.map(|(number, one)| self.bound(number, one, &walk.cuts)).collect();
         let size = |candidate: &Candidate| {
             let Wishes { max_sequences, micro_batches, attention, .. } = candidate.wishes;
             (max_sequences, micro_batches, attention)
         };
-        let smallest = grid.first().map(size);
-        let mut fitting: Vec<Bounded> = Vec::new();
-        for (candidate, bounded) in grid.iter().zip(bounded) {
+        let smallest = candidates.first().map(size);
+        let (mut fitting, mut refused) = (Vec::new(), None);
+        for (candidate, bounded) in candidates.iter().zip(bounded) {
             match bounded {
                 // Several wishes can come to the same policy.
-                Ok(bounded) if seen.insert(bounded.plan.policy) => fitting.push(bounded),
+                Ok(bounded) if walk.seen.insert(bounded.plan.policy) => fitting.push(bounded),
                 Ok(_) => {}
-                Err(error) => {
-                    if smallest == Some(size(candidate)) {
-                        refused = Some(error);
-                    }
-                }
+                Err(error) if smallest == Some(size(candidate)) => refused = Some(error),
+                Err(_) => {}
             }
         }
-        if fitting.is_empty() {
-            return Err(match refused {
-                Some(error) => error,
-                // An empty grid: what is fixed contradicts itself.
-                None => PlanError::Option {
-                    option: "--micro-batches",
-                    value: self.wishes.micro_batches.unwrap_or(1),
-                    allowed: "at most the sequences that run at a time".into(),
-                }
-                .into(),
-            });
-        }
+        (fitting, refused)
+    }
+
+    /// Simulates those that can beat the best so far, best bound first.
+    fn simulate(&self, fitting: &[Bounded], walk: &mut Walk) -> Result<(), SearchError> {
+        let mut fitting: Vec<&Bounded> = fitting.iter().collect();
         // Stable: among equals the earlier of the grid stays first.
         fitting.sort_by(|one, other| other.bound.total_cmp(&one.bound));
-        let mut choices: Vec<Choice> = Vec::new();
-        let mut best = 0.0f64;
         const AT_ONCE: usize = 16;
         for some in fitting.chunks(AT_ONCE) {
-            if some[0].bound <= best {
+            let some: Vec<&&Bounded> = some.iter().filter(|one| one.bound > walk.best).collect();
+            if some.is_empty() {
                 break;
             }
-            let predicted: Vec<_> = some.par_iter().map(|one| self.predict(&one.plan)).collect();
+            let predicted: Vec<_> =
+                some.par_iter().map(|one| self.predict_sharing(&one.plan, &walk.schedules)).collect();
             for choice in predicted {
                 let choice = choice?;
-                best = best.max(choice.tokens_per_second);
-                choices.push(choice);
+                walk.best = walk.best.max(choice.tokens_per_second);
+                walk.choices.push(choice);
             }
         }
-        let simulated = choices.len();
-        choices.sort_by(|one, other| other.tokens_per_second.total_cmp(&one.tokens_per_second));
-        let mut choices = choices.into_iter();
-        let best = choices.next().expect("the first of those that fit was simulated");
-        Ok(Found { best, runners_up: choices.collect(), fitting: fitting.len(), simulated })
+        Ok(())
     }
 }

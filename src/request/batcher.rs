@@ -26,7 +26,7 @@
 //!
 //! Given up: expectations fail, so blocks can run out; sequences keep their micro-batch until they end or are preempted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::memory::kv_cache::{
     BLOCK_TOKENS, BlockTable, KvCache, KvError, RestoreCause, RestoreError, RowPlace, SpillFile, SpilledTable,
@@ -114,12 +114,25 @@ struct Sequence {
     in_flight: bool,
 }
 
+impl Sequence {
+    fn holds_blocks(&self) -> bool {
+        matches!(&self.storage, Storage::Cache(table) if !table.blocks().is_empty())
+    }
+}
+
 /// See the module's text.
 pub struct Batcher {
     limits: BatchLimits,
     kv: KvCache,
     spill: SpillFile,
     sequences: BTreeMap<SequenceId, Sequence>,
+    // Who is where, so that planning a pass costs by what it plans and not by the square of what there is.
+    /// In no micro-batch.
+    queue: BTreeSet<SequenceId>,
+    /// By micro-batch.
+    members: Vec<BTreeSet<SequenceId>>,
+    /// Those that hold blocks and have no rows under way: who can make room.
+    idle: BTreeSet<SequenceId>,
     finished: u64,
     finished_tokens: u64,
     counters: BatchCounters,
@@ -142,6 +155,9 @@ impl Batcher {
             kv,
             spill,
             sequences: BTreeMap::new(),
+            queue: BTreeSet::new(),
+            members: vec![BTreeSet::new(); limits.micro_batches],
+            idle: BTreeSet::new(),
             finished: 0,
             finished_tokens: 0,
             counters: BatchCounters::default(),
@@ -172,7 +188,7 @@ impl Batcher {
 
     /// Sequences that are in no micro-batch: new or preempted.
     pub fn queued(&self) -> usize {
-        self.sequences.values().filter(|sequence| sequence.micro_batch.is_none()).count()
+        self.queue.len()
     }
 
     /// Puts a sequence into the queue. `max_new` tokens at most will be generated, or exactly as many where nothing can end it
@@ -192,6 +208,7 @@ impl Batcher {
         };
         let before = self.sequences.insert(id, sequence);
         debug_assert!(before.is_none(), "{id:?} was added before");
+        self.queue.insert(id);
     }
 
     /// Queues another completion of a sequence whose prompt is done. It shares the prompt's full blocks; the last few prompt
@@ -216,7 +233,11 @@ impl Batcher {
             micro_batch: None,
             in_flight: false,
         };
+        if sequence.holds_blocks() {
+            self.idle.insert(child);
+        }
         self.sequences.insert(child, sequence);
+        self.queue.insert(child);
     }
 
     /// Makes every queued sequence one that has been decoding: of its tokens, `generated(request)` are of its completion, and all
@@ -233,6 +254,7 @@ impl Batcher {
             (sequence.computed, sequence.prompt_len) = (stored, sequence.tokens.len() - generated(id.request));
             self.kv.reserve(table, stored).map_err(KvError::Warm)?;
             tables.push((id.request, &*table));
+            self.idle.insert(*id);
         }
         self.kv.make_up(&tables, threads);
         Ok(())
@@ -279,6 +301,7 @@ impl Batcher {
             if let Some(sequence) = self.sequences.get_mut(&row.sequence) {
                 sequence.computed = row.position + 1;
                 sequence.in_flight = false;
+                self.idle.insert(row.sequence);
             }
         }
     }
@@ -291,6 +314,11 @@ impl Batcher {
     /// A sequence has ended, well or not: its blocks are free.
     pub fn remove(&mut self, id: SequenceId) {
         let sequence = self.sequences.remove(&id).expect("a finished sequence is there");
+        self.idle.remove(&id);
+        match sequence.micro_batch {
+            Some(micro_batch) => self.members[micro_batch].remove(&id),
+            None => self.queue.remove(&id),
+        };
         self.finished += 1;
         self.finished_tokens += (sequence.tokens.len() - sequence.prompt_len) as u64;
         self.give_back(sequence.storage);
@@ -301,6 +329,9 @@ impl Batcher {
         for sequence in std::mem::take(&mut self.sequences).into_values() {
             self.give_back(sequence.storage);
         }
+        self.queue.clear();
+        self.members.iter_mut().for_each(BTreeSet::clear);
+        self.idle.clear();
     }
 
     fn give_back(&mut self, storage: Storage) {
@@ -318,8 +349,7 @@ impl Batcher {
     /// The rows of `micro_batch`'s next pass. Call when the ids of its last pass are known (or it had none).
     pub fn plan_micro_batch(&mut self, micro_batch: usize) -> Result<MicroBatchRows, KvError> {
         let mut plan = Plan { rows: Vec::new(), workspace: self.limits.workspace_blocks, workspace_short: false };
-        let members: Vec<SequenceId> =
-            self.sequences.iter().filter(|(_, s)| s.micro_batch == Some(micro_batch)).map(|(id, _)| *id).collect();
+        let members: Vec<SequenceId> = self.members[micro_batch].iter().copied().collect();
         let decoding = |s: &Sequence| s.computed >= s.prompt_len;
         // A member may be pushed out by an older one while this runs, so each is looked at anew.
         for decode in [true, false] {
@@ -330,27 +360,27 @@ impl Batcher {
             }
         }
         let quota = self.limits.max_sequences.div_ceil(self.limits.micro_batches);
-        let queue: Vec<SequenceId> =
-            self.sequences.iter().filter(|(_, s)| s.micro_batch.is_none()).map(|(id, _)| *id).collect();
+        let queue: Vec<SequenceId> = self.queue.iter().copied().collect();
+        let mut forecast = None;
         for id in queue {
-            let mut members = vec![0; self.limits.micro_batches];
-            self.sequences.values().filter_map(|s| s.micro_batch).for_each(|of| members[of] += 1);
-            let (in_micro_batch, running) = (members[micro_batch], members.iter().sum::<usize>());
+            let (in_micro_batch, running) = (self.members[micro_batch].len(), self.running());
             // Where blocks and not the quota bound it, the micro-batch that is planned first must not take what all free.
             let fair = running.div_ceil(self.limits.micro_batches) + 1;
             if plan.rows.len() >= self.limits.rows_per_micro_batch
                 || in_micro_batch >= quota
                 || running >= self.limits.max_sequences
-                || (in_micro_batch >= fair && !members.contains(&0))
+                || (in_micro_batch >= fair && self.members.iter().all(|members| !members.is_empty()))
                 // Else a stream of short sequences could keep a long one waiting for ever.
                 || plan.workspace_short
             {
                 break;
             }
-            if !self.admit(id)? {
+            if !self.admit(id, &mut forecast)? {
                 break; // the queue is served in order of age
             }
             self.sequences.get_mut(&id).expect("queued").micro_batch = Some(micro_batch);
+            self.queue.remove(&id);
+            self.members[micro_batch].insert(id);
             self.take_rows(id, &mut plan)?;
         }
         self.counters.peak_running = self.counters.peak_running.max(self.running());
@@ -360,7 +390,7 @@ impl Batcher {
     }
 
     fn running(&self) -> usize {
-        self.sequences.values().filter(|s| s.micro_batch.is_some()).count()
+        self.members.iter().map(BTreeSet::len).sum()
     }
 
     /// Plans the rows that `id` can have in this pass, with room for their keys and values.
@@ -383,6 +413,7 @@ impl Batcher {
         }
         let sequence = self.sequences.get_mut(&id).expect("still there");
         sequence.in_flight = true;
+        self.idle.remove(&id);
         if uses_workspace {
             plan.workspace -= end.div_ceil(BLOCK_TOKENS);
         }
@@ -413,11 +444,9 @@ impl Batcher {
     /// Spills the youngest sequence that may make room for `id`: younger than it, or in no micro-batch, and with no rows under way.
     /// False where there is none.
     fn preempt_for(&mut self, id: SequenceId) -> Result<bool, KvError> {
-        let victim = self.sequences.iter().rev().find(|(other, sequence)| {
-            let holds = matches!(&sequence.storage, Storage::Cache(table) if !table.blocks().is_empty());
-            **other != id && holds && !sequence.in_flight && (**other > id || sequence.micro_batch.is_none())
-        });
-        match victim.map(|(other, _)| *other) {
+        let victim =
+            self.idle.iter().rev().find(|other| **other > id || **other != id && self.queue.contains(other)).copied();
+        match victim {
             Some(victim) => self.preempt(victim).map(|()| true),
             None => Ok(false),
         }
@@ -438,7 +467,11 @@ impl Batcher {
                 );
                 self.counters.preemptions += 1;
                 self.counters.spilled_blocks += blocks;
-                sequence.micro_batch = None;
+                if let Some(micro_batch) = sequence.micro_batch.take() {
+                    self.members[micro_batch].remove(&id);
+                    self.queue.insert(id);
+                }
+                self.idle.remove(&id);
                 sequence.storage = Storage::Spilled(spilled);
                 Ok(())
             }
@@ -449,59 +482,36 @@ impl Batcher {
         }
     }
 
-    /// Most blocks that are expected to be taken at any time, if a queued sequence joins those that run and nobody else does.
-    fn peak_blocks(&self, candidate: &Sequence) -> usize {
-        let mean = match self.finished {
-            0..FIRST_EXPECTATIONS => FIRST_EXPECTED_TOKENS,
-            finished => (self.finished_tokens / finished) as usize + 1,
+    /// What the sequences that run are expected to hold, pass after pass.
+    fn forecast(&self) -> Forecast {
+        let mut forecast = Forecast {
+            mean: match self.finished {
+                0..FIRST_EXPECTATIONS => FIRST_EXPECTED_TOKENS,
+                finished => (self.finished_tokens / finished) as usize + 1,
+            },
+            taken: (self.kv.total_blocks() - self.kv.free_blocks()) as isize,
+            changes: vec![0],
+            preemptions: self.counters.preemptions,
         };
-        // What changes after so many passes.
-        let mut changes: Vec<isize> = vec![0];
-        let mut change = |pass: usize, blocks: isize| {
-            changes.resize(changes.len().max(pass + 1), 0);
-            changes[pass] += blocks;
-        };
-        for s in self.sequences.values().filter(|s| s.micro_batch.is_some()).chain([candidate]) {
-            let held = match &s.storage {
-                Storage::Cache(table) => table.blocks().len(),
-                Storage::Spilled(_) => 0,
-            };
-            let (tokens, generated) = (s.tokens.len(), s.tokens.len() - s.prompt_len);
-            let left = match s.reaches_limit {
-                true => s.limit - tokens,
-                // Older than the mean: who knows; half of it again.
-                false => mean.checked_sub(generated).unwrap_or(mean / 2).min(s.limit - tokens),
-            };
-            let last = (tokens + left).div_ceil(BLOCK_TOKENS).max(held);
-            let now = tokens.div_ceil(BLOCK_TOKENS).max(held);
-            change(0, (now - held) as isize);
-            for block in now..last {
-                // The pass that computes the block's first token.
-                change(block * BLOCK_TOKENS + 1 - tokens, 1);
-            }
-            // Shared blocks outlive it.
-            let shared = match &s.storage {
-                Storage::Cache(table) => self.kv.shared_blocks(table),
-                Storage::Spilled(_) => 0,
-            };
-            change(left + 1, shared as isize - last as isize);
+        for id in self.members.iter().flatten() {
+            forecast.join(&self.sequences[id], &self.kv);
         }
-        let mut taken = (self.kv.total_blocks() - self.kv.free_blocks()) as isize;
-        let peak = changes.iter().map(|change| {
-            taken += change;
-            taken
-        });
-        peak.max().unwrap_or(0).max(0) as usize
+        forecast
     }
 
     /// May a queued sequence run now? If so its spilled blocks are back.
-    fn admit(&mut self, id: SequenceId) -> Result<bool, KvError> {
-        let fits = self.peak_blocks(&self.sequences[&id]) <= self.kv.total_blocks();
+    fn admit(&mut self, id: SequenceId, forecast: &mut Option<Forecast>) -> Result<bool, KvError> {
+        let known = forecast.take().filter(|known| known.preemptions == self.counters.preemptions);
+        let known = known.unwrap_or_else(|| self.forecast());
+        let mut joined = known.clone();
+        joined.join(&self.sequences[&id], &self.kv);
+        let fits = joined.peak_blocks() <= self.kv.total_blocks();
         // The oldest of all may always come in: whoever runs is younger and can be pushed out.
-        let oldest = self.sequences.iter().all(|(other, s)| s.micro_batch.is_none() || *other > id);
+        let oldest = self.members.iter().all(|members| members.first().is_none_or(|first| *first > id));
         if !fits && !oldest {
             return Ok(false);
         }
+        *forecast = Some(joined);
         loop {
             let sequence = self.sequences.get_mut(&id).expect("queued");
             let Storage::Spilled(_) = sequence.storage else { return Ok(true) };
@@ -523,6 +533,59 @@ impl Batcher {
                 return Ok(false);
             }
         }
+    }
+}
+
+/// Blocks that sequences are expected to hold, pass after pass. Blocks that they take as expected change nothing about it.
+#[derive(Clone)]
+struct Forecast {
+    /// Tokens that a sequence generates in the mean.
+    mean: usize,
+    /// Blocks taken when it was made.
+    taken: isize,
+    /// What changes after so many passes.
+    changes: Vec<isize>,
+    /// Preemptions when it was made: another one makes it wrong.
+    preemptions: u64,
+}
+
+impl Forecast {
+    fn change(&mut self, pass: usize, blocks: isize) {
+        self.changes.resize(self.changes.len().max(pass + 1), 0);
+        self.changes[pass] += blocks;
+    }
+
+    /// A sequence goes on running from now.
+    fn join(&mut self, s: &Sequence, kv: &KvCache) {
+        // Shared blocks outlive it.
+        let (held, shared) = match &s.storage {
+            Storage::Cache(table) => (table.blocks().len(), kv.shared_blocks(table)),
+            Storage::Spilled(_) => (0, 0),
+        };
+        let (tokens, generated) = (s.tokens.len(), s.tokens.len() - s.prompt_len);
+        let left = match s.reaches_limit {
+            true => s.limit - tokens,
+            // Older than the mean: who knows; half of it again.
+            false => self.mean.checked_sub(generated).unwrap_or(self.mean / 2).min(s.limit - tokens),
+        };
+        let last = (tokens + left).div_ceil(BLOCK_TOKENS).max(held);
+        let now = tokens.div_ceil(BLOCK_TOKENS).max(held);
+        self.change(0, (now - held) as isize);
+        for block in now..last {
+            // The pass that computes the block's first token.
+            self.change(block * BLOCK_TOKENS + 1 - tokens, 1);
+        }
+        self.change(left + 1, shared as isize - last as isize);
+    }
+
+    /// Most blocks that are taken at any time, if nobody else comes in.
+    fn peak_blocks(&self) -> usize {
+        let mut taken = self.taken;
+        let peak = self.changes.iter().map(|change| {
+            taken += change;
+            taken
+        });
+        peak.max().unwrap_or(0).max(0) as usize
     }
 }
 

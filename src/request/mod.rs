@@ -120,7 +120,7 @@ pub struct PositionLogprobs {
 pub struct Completion {
     /// 0..n.
     pub index: usize,
-    /// The continuation alone: `echo` is the batch file's business.
+    /// The continuation alone: `echo` is the batch file's business. Empty where it was left to [`RequestOutput::make_texts`].
     pub text: String,
     pub token_ids: Vec<u32>,
     pub finish_reason: FinishReason,
@@ -133,8 +133,27 @@ pub struct Completion {
 #[derive(Debug, Clone, PartialEq)]
 pub struct RequestOutput {
     pub custom_id: String,
+    /// The request's.
+    pub params: SamplingParams,
     pub prompt_tokens: usize,
     pub result: Result<Vec<Completion>, RequestError>,
+}
+
+impl RequestOutput {
+    /// Makes the texts that a run left
+    /// ([`RunOptions::leave_texts`](crate::engine::RunOptions::leave_texts)): those of completions that no stop string could end.
+    pub fn make_texts(&mut self, tokenizer: &tokenizer::Tokenizer) {
+        if !self.params.stop.is_empty() {
+            return;
+        }
+        for completion in self.result.iter_mut().flatten() {
+            // The token that ended a completion has no text.
+            let n = completion.token_ids.len() - usize::from(completion.finish_reason == FinishReason::Stop);
+            let mut text = tokenizer::CompletionText::new(tokenizer, &self.params);
+            completion.token_ids[..n].iter().for_each(|token| drop(text.push(*token)));
+            completion.text = text.finish().0;
+        }
+    }
 }
 
 /// Why one request failed while the others went on.

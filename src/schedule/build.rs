@@ -17,6 +17,7 @@
 //! experts, the experts of all groups take turns chunk by chunk, so that a page still comes once a pass.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 
 use super::shape::PassShape;
 use super::task::{Lane, Schedule, TaskId, Work};
@@ -44,11 +45,39 @@ enum Pages {
     Share,
 }
 
+/// Of a few small numbers that nobody chooses to our harm: the planner builds thousands of schedules, and spent a fifth of its time in
+/// the standard one.
+#[derive(Default)]
+struct WorkHasher(u64);
+
+impl Hasher for WorkHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // Rotated so that the well-mixed high bits of the product come back to where the table looks.
+        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
+    }
+
+    fn write_usize(&mut self, number: usize) {
+        self.write_u64(number as u64);
+    }
+
+    fn write_isize(&mut self, number: isize) {
+        self.write_u64(number as u64);
+    }
+}
+
 /// A schedule in the making.
 struct Builder<'s> {
     shape: &'s PassShape,
     schedule: Schedule,
-    ids: HashMap<Work, TaskId>,
+    ids: HashMap<Work, TaskId, BuildHasherDefault<WorkHasher>>,
     last_on_lane: HashMap<Lane, TaskId>,
     /// Next page to send.
     page: usize,
@@ -66,7 +95,7 @@ impl<'s> Builder<'s> {
         Self {
             shape,
             schedule: Schedule::default(),
-            ids: HashMap::new(),
+            ids: HashMap::default(),
             last_on_lane: HashMap::new(),
             page: shape.loaded_pages,
             workspace: HashMap::new(),
@@ -84,7 +113,7 @@ impl<'s> Builder<'s> {
         if let Work::KvToDevice { micro_batch, .. } | Work::PreAttention { micro_batch, .. } = work
             && self.shape.micro_batches[micro_batch].gpu_attention
         {
-            after.extend(self.workspace.get(&(micro_batch % self.shape.workspaces)));
+            after.extend(self.workspace.get(&self.shape.micro_batches[micro_batch].workspace));
         }
         after.extend(self.barrier);
         if self.serial {
@@ -98,7 +127,7 @@ impl<'s> Builder<'s> {
         after.retain(|id| Some(*id) == on_lane && self.serial || self.schedule.task(*id).lane != lane);
         let id = self.schedule.push(work, lane, after);
         if let Work::GpuAttention { micro_batch, .. } = work {
-            self.workspace.insert(micro_batch % self.shape.workspaces, id);
+            self.workspace.insert(self.shape.micro_batches[micro_batch].workspace, id);
         }
         self.last_on_lane.insert(lane, id);
         self.ids.insert(work, id);
@@ -132,8 +161,9 @@ impl<'s> Builder<'s> {
     }
 
     fn kv_to_device(&mut self, layer: usize, micro_batch: usize) {
-        if self.shape.micro_batches[micro_batch].kv_to_device {
-            self.add(Work::KvToDevice { layer, micro_batch });
+        let upload = Work::KvToDevice { layer, micro_batch };
+        if self.shape.micro_batches[micro_batch].kv_to_device && !self.ids.contains_key(&upload) {
+            self.add(upload);
         }
     }
 
@@ -276,7 +306,8 @@ fn flexgen(shape: &PassShape, barrier: bool) -> Schedule {
         }
         // With one workspace, and across layers of one micro-batch, the context can only come when it is due.
         let next = (step + 1 < steps).then(|| at(step + 1));
-        let ahead = next.filter(|(_, other)| other % shape.workspaces != micro_batch % shape.workspaces);
+        let workspace = |micro_batch: usize| shape.micro_batches[micro_batch].workspace;
+        let ahead = next.filter(|(_, other)| workspace(*other) != workspace(micro_batch));
         if let Some((layer, micro_batch)) = ahead {
             b.kv_to_device(layer, micro_batch);
         }
@@ -376,12 +407,17 @@ fn pipelined(shape: &PassShape, ahead: usize, pages: Pages) -> Schedule {
 /// cpu  attention g1                               │ attention g0 (next layer)     │ attention g1 …
 /// h2d  pages of the next layer, without a pause
 /// ```
+///
+/// The context of a prompt that goes on is sent a layer early, between the pages of two layers: behind a whole layer of pages it
+/// would come late, and the GPU wait for it.
 fn grouped(shape: &PassShape) -> Schedule {
     let mut b = Builder::new(shape);
     b.embed_all();
     b.send_until(usize::MAX);
+    let mut early = Vec::new();
     for micro_batch in 0..shape.micro_batches.len() {
         b.begin(0, micro_batch);
+        early.push((1, micro_batch));
     }
     for layer in 0..shape.layers {
         let layer_fits = b.layer_fits();
@@ -389,10 +425,8 @@ fn grouped(shape: &PassShape) -> Schedule {
             members.clone().for_each(|micro_batch| b.post_attention(layer, micro_batch));
             if layer_fits {
                 (0..shape.chunks.len()).for_each(|chunk| b.experts(layer, group, chunk));
-                // In front of the pages for the slots that are free now: behind them, the context of a prompt that goes on would
-                // wait for a whole layer of pages, and the GPU with it.
-                begin_next(&mut b, layer, group);
-                b.send_until(usize::MAX);
+                begin_next(&mut b, layer, group, &mut early);
+                send_with_context(&mut b, &mut early);
             }
         }
         if !layer_fits {
@@ -400,10 +434,10 @@ fn grouped(shape: &PassShape) -> Schedule {
                 for group in 0..shape.groups.len() {
                     b.experts(layer, group, chunk);
                     if chunk + 1 == shape.chunks.len() {
-                        begin_next(&mut b, layer, group);
+                        begin_next(&mut b, layer, group, &mut early);
                     }
                 }
-                b.send_until(usize::MAX);
+                send_with_context(&mut b, &mut early);
             }
         }
     }
@@ -411,10 +445,24 @@ fn grouped(shape: &PassShape) -> Schedule {
     b.finish()
 }
 
-/// A group goes on to the next layer.
-fn begin_next(b: &mut Builder<'_>, layer: usize, group: usize) {
-    let shape = b.shape;
-    if layer + 1 < shape.layers {
-        shape.groups[group].clone().for_each(|micro_batch| b.begin(layer + 1, micro_batch));
+/// A group goes on to the next layer. What it will need in the one after that may follow early.
+fn begin_next(b: &mut Builder<'_>, layer: usize, group: usize, early: &mut Vec<(usize, usize)>) {
+    if layer + 1 < b.shape.layers {
+        for micro_batch in b.shape.groups[group].clone() {
+            b.begin(layer + 1, micro_batch);
+            early.push((layer + 2, micro_batch));
+        }
     }
+}
+
+/// Sends the pages whose slots are free, and after half a layer of them the contexts that can come `early`: those micro-batches
+/// have just begun to attend, and pages need not wait until they have.
+fn send_with_context(b: &mut Builder<'_>, early: &mut Vec<(usize, usize)>) {
+    b.send_until(b.page + b.shape.pages_per_layer().div_ceil(2));
+    for (layer, micro_batch) in early.drain(..) {
+        if layer < b.shape.layers && b.shape.has_own_workspace(micro_batch) {
+            b.kv_to_device(layer, micro_batch);
+        }
+    }
+    b.send_until(usize::MAX);
 }

@@ -154,7 +154,7 @@ fn check_workspaces(
             continue;
         }
         let attends = Work::GpuAttention { layer, micro_batch };
-        if let Some(earlier) = reader.insert(micro_batch % shape.workspaces, attends) {
+        if let Some(earlier) = reader.insert(rows.workspace, attends) {
             let upload = Work::KvToDevice { layer, micro_batch };
             for writer in rows.kv_to_device.then_some(upload).into_iter().chain([task.work]) {
                 if !before.orders(find(earlier)?, find(writer)?) {

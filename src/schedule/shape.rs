@@ -6,7 +6,7 @@ use super::task::{Lane, Work};
 use crate::policy::{RowPath, SpreadLayers};
 
 /// What one micro-batch brings to a pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MicroBatchShape {
     /// Some rows attend on the GPU.
     pub gpu_attention: bool,
@@ -16,17 +16,19 @@ pub struct MicroBatchShape {
     pub kv_to_device: bool,
     /// Some rows are sampled.
     pub sampled: bool,
+    /// The KV workspace on the GPU that its rows attend over; micro-batches may share one.
+    pub workspace: usize,
 }
 
 /// Experts that compute together, counted among those that stream, and the experts of each page that brings them. A chunk
 /// without pages is the residents.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ChunkShape {
     pub pages: Vec<Range<usize>>,
 }
 
 /// Everything that a builder has to know about a pass.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PassShape {
     pub layers: usize,
     /// Those that have rows in this pass.
@@ -47,8 +49,6 @@ pub struct PassShape {
     /// Load what fits of the next pass.
     pub load_ahead: bool,
     pub rows: RowPath,
-    /// KV workspaces on the GPU: micro-batch b uses number `b % workspaces`.
-    pub workspaces: usize,
     /// Pages are pinned one by one before they are loaded.
     pub relay: bool,
 }
@@ -100,6 +100,12 @@ impl PassShape {
     /// The expert group of a micro-batch.
     pub fn group_of(&self, micro_batch: usize) -> usize {
         self.groups.iter().position(|group| group.contains(&micro_batch)).expect("groups cover all micro-batches")
+    }
+
+    /// No other micro-batch attends over its workspace, so the next layer's context can come as soon as it has attended.
+    pub fn has_own_workspace(&self, micro_batch: usize) -> bool {
+        let workspace = self.micro_batches[micro_batch].workspace;
+        self.micro_batches.iter().filter(|rows| rows.gpu_attention && rows.workspace == workspace).count() == 1
     }
 
     pub fn pages_per_layer(&self) -> usize {

@@ -47,7 +47,7 @@ pub enum Work {
     RowsToDevice { layer: usize, micro_batch: usize },
     /// Output projection, residual, norm, router.
     PostAttention { layer: usize, micro_batch: usize },
-    /// One page of expert weights copied into fresh pinned memory: only where nothing is pinned before.
+    /// One page of expert weights copied into pinned memory: only where nothing is pinned before.
     PinPage { layer: usize, chunk: usize, page: usize },
     /// One page of expert weights into its slots.
     LoadPage { layer: usize, chunk: usize, page: usize },

@@ -33,12 +33,12 @@ impl Timeline {
 
     /// Time in which a lane ran at least one task. Copies of a lane may overlap at their edges; that is counted once.
     pub fn busy(&self, lane: Lane) -> Duration {
-        union(self.spans.iter().filter(|span| span.lane == lane && !matches!(span.work, Work::Barrier { .. })))
+        total(&merged(self.spans.iter().filter(|span| span.lane == lane && !matches!(span.work, Work::Barrier { .. }))))
     }
 
     /// Time in which some lane ran a task.
     pub fn busy_any(&self) -> Duration {
-        union(self.spans.iter().filter(|span| !matches!(span.work, Work::Barrier { .. })))
+        total(&merged(self.spans.iter().filter(|span| !matches!(span.work, Work::Barrier { .. }))))
     }
 
     /// Bytes that tasks of a lane moved.
@@ -53,18 +53,9 @@ impl Timeline {
 
     /// Pauses of a lane longer than `shortest`, between its first and its last task.
     pub fn gaps(&self, lane: Lane, shortest: Duration) -> Vec<(Duration, Duration)> {
-        let mut spans: Vec<_> =
-            self.spans.iter().filter(|span| span.lane == lane).map(|span| (span.start, span.end)).collect();
-        spans.sort_unstable();
-        let mut gaps = Vec::new();
-        let mut end = spans.first().map_or(Duration::ZERO, |span| span.1);
-        for (start, until) in spans {
-            if start > end + shortest {
-                gaps.push((end, start));
-            }
-            end = end.max(until);
-        }
-        gaps
+        let busy = merged(self.spans.iter().filter(|span| span.lane == lane));
+        let between = busy.windows(2).map(|pair| (pair[0].1, pair[1].0));
+        between.filter(|(from, to)| *to > *from + shortest).collect()
     }
 }
 
@@ -82,46 +73,52 @@ pub struct Idle {
 impl Timeline {
     /// The pauses of the lane to the GPU from its first task to its last, by what ran meanwhile.
     pub fn link_idle(&self) -> Idle {
-        let mut idle = Idle::default();
-        let merged = |lane: Lane| {
-            let mut spans: Vec<_> =
-                self.spans.iter().filter(|span| span.lane == lane).map(|span| (span.start, span.end)).collect();
-            spans.sort_unstable();
-            spans
-        };
-        let (gpu, cpu) = (merged(Lane::Gpu), merged(Lane::Cpu));
-        for (from, to) in self.gaps(Lane::HostToDevice, Duration::ZERO) {
-            // Pieces of the pause between starts and ends of others.
-            let inside = |at: &Duration| (from..to).contains(at);
-            let mut cuts: Vec<Duration> =
-                gpu.iter().chain(&cpu).flat_map(|span| [span.0, span.1]).filter(inside).collect();
-            cuts.extend([from, to]);
-            cuts.sort_unstable();
-            for piece in cuts.windows(2) {
-                let covered = |spans: &[(Duration, Duration)]| {
-                    spans.iter().any(|(start, end)| *start <= piece[0] && piece[1] <= *end)
-                };
-                let length = piece[1] - piece[0];
-                if covered(&gpu) {
-                    idle.gpu_busy += length;
-                } else if covered(&cpu) {
-                    idle.cpu_busy += length;
-                } else {
-                    idle.none_busy += length;
-                }
-            }
-        }
-        idle
+        let pauses = self.gaps(Lane::HostToDevice, Duration::ZERO);
+        let of = |lane: Lane| merged(self.spans.iter().filter(|span| span.lane == lane));
+        let gpu = of(Lane::Gpu);
+        let gpu_busy = total(&common(&pauses, &gpu));
+        let with_cpu = common(&pauses, &of(Lane::Cpu));
+        let cpu_busy = total(&with_cpu) - total(&common(&with_cpu, &gpu));
+        Idle { gpu_busy, cpu_busy, none_busy: total(&pauses) - gpu_busy - cpu_busy }
     }
 }
 
-fn union<'a>(spans: impl Iterator<Item = &'a Span>) -> Duration {
+/// From a moment to another.
+type Interval = (Duration, Duration);
+
+/// Time in which some span ran, in intervals that do not overlap, ascending.
+fn merged<'a>(spans: impl Iterator<Item = &'a Span>) -> Vec<Interval> {
     let mut spans: Vec<_> = spans.map(|span| (span.start, span.end)).collect();
     spans.sort_unstable();
-    let (mut total, mut end) = (Duration::ZERO, Duration::ZERO);
-    for (start, until) in spans {
-        total += until.saturating_sub(start.max(end));
-        end = end.max(until);
+    let mut merged: Vec<Interval> = Vec::new();
+    for (start, end) in spans {
+        match merged.last_mut() {
+            Some(last) if start <= last.1 => last.1 = last.1.max(end),
+            _ => merged.push((start, end)),
+        }
     }
-    total
+    merged
+}
+
+/// What two lists of such intervals have in common, in one sweep over both.
+fn common(a: &[Interval], b: &[Interval]) -> Vec<Interval> {
+    let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
+    let mut common = Vec::new();
+    while let (Some(one), Some(other)) = (a.peek(), b.peek()) {
+        let (start, end) = (one.0.max(other.0), one.1.min(other.1));
+        if start < end {
+            common.push((start, end));
+        }
+        // Whichever ends first meets nothing more.
+        if one.1 < other.1 {
+            a.next()
+        } else {
+            b.next()
+        };
+    }
+    common
+}
+
+fn total(intervals: &[Interval]) -> Duration {
+    intervals.iter().map(|(start, end)| end.saturating_sub(*start)).sum()
 }

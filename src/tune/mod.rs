@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use crate::gpu::{AdapterSummary, Gpu};
 use crate::kernels::cooperative::Tile;
+use crate::profile::cache_folder;
 
 pub use candidates::{Tried, tune};
 
@@ -186,13 +187,9 @@ impl Kept {
         Self { adapter, driver, version: env!("CARGO_PKG_VERSION").to_owned(), tiles, tried }
     }
 
-    /// `tiles` below `$FULMEN_CACHE_DIR`, else `$XDG_CACHE_HOME/fulmen`, else `~/.cache/fulmen`.
+    /// In `tiles` below the folder for caches.
     pub fn path(summary: &AdapterSummary) -> Result<PathBuf, KeptError> {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let folder = variable("FULMEN_CACHE_DIR")
-            .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("fulmen")))
-            .or_else(|| variable("HOME").map(|folder| folder.join(".cache").join("fulmen")))
-            .ok_or(KeptError::NoFolder)?;
+        let folder = cache_folder().ok_or(KeptError::NoFolder)?;
         let name = format!("{} {}", summary.name, summary.driver);
         let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
         let word: String = name.chars().map(plain).take(120).collect();

@@ -269,8 +269,36 @@ fn a_full_disk_ends_the_run() -> Result<(), Failed> {
     Ok(())
 }
 
+/// A line that comes is answered though the input stays open; a run that waits for the next one can be stopped.
+#[cfg(unix)]
+fn a_slow_pipe_holds_nothing_up() -> Result<(), Failed> {
+    use std::io::Write;
+    use std::os::unix::ffi::OsStrExt;
+
+    let folder = Folder::new();
+    let (input, output) = (folder.path("in.fifo"), folder.path("out.jsonl"));
+    let name = std::ffi::CString::new(input.as_os_str().as_bytes())?;
+    // SAFETY: the name ends with a zero.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0, "a pipe with a name");
+    let lines = short_tasks(2);
+    let mut running = run_batch(&input, &output).start();
+    // Opens when the command does.
+    let mut pipe = std::fs::OpenOptions::new().write(true).open(&input)?;
+    for (n, line) in lines.iter().enumerate() {
+        writeln!(pipe, "{line}")?;
+        running.wait_for_lines(&output, n + 1);
+    }
+    running.signal(libc::SIGTERM);
+    running.finish().ends(75).says(["2 lines answered, 0 of them with errors", "--resume goes on"]);
+    drop(pipe);
+    assert_eq!(results(&output).len(), 2);
+    Ok(())
+}
+
 pub fn on_adapter() -> Vec<Trial> {
     vec![
+        #[cfg(unix)]
+        Trial::test("batch::a_slow_pipe_holds_nothing_up", a_slow_pipe_holds_nothing_up),
         Trial::test("batch::one_sequence_at_a_time", gives_the_same(["--max-num-seqs", "1"])),
         Trial::test("batch::preemption_changes_nothing", preemption_changes_nothing),
         Trial::test("batch::shards_make_the_whole", shards_make_the_whole),

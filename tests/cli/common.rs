@@ -1,7 +1,8 @@
 //! Running the binary, and making and reading its files.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -173,15 +174,33 @@ impl Running {
         std::thread::sleep(Duration::from_millis(1));
     }
 
-    /// Waits until a file has so many whole lines. The command must not end before.
-    pub fn wait_for_lines(&mut self, path: &Path, n: usize) {
-        while std::fs::read(path).map_or(0, |bytes| bytes.iter().filter(|byte| **byte == b'\n').count()) < n {
+    /// Waits until a file has so many whole lines; `meanwhile` is called now and then. The command must not end before.
+    pub fn wait_for_lines_and(&mut self, path: &Path, n: usize, mut meanwhile: impl FnMut(&Running)) {
+        let (mut read, mut lines) = (0, 0);
+        loop {
+            // Only what came since: a long run's file is large.
+            if let Ok(mut file) = File::open(path) {
+                let mut new = Vec::new();
+                file.seek(SeekFrom::Start(read)).expect("a file");
+                file.read_to_end(&mut new).expect("a file");
+                read += new.len() as u64;
+                lines += new.iter().filter(|byte| **byte == b'\n').count();
+            }
+            if lines >= n {
+                return;
+            }
             self.check_deadline("output lines");
+            meanwhile(self);
             if let Some(status) = self.child.try_wait().expect("a child") {
                 self.stderr.extend(self.lines.iter().map(|line| line + "\n"));
                 panic!("{}: ended with {status} before {n} lines were written; stderr:\n{}", self.words, self.stderr);
             }
         }
+    }
+
+    /// Waits until a file has so many whole lines. The command must not end before.
+    pub fn wait_for_lines(&mut self, path: &Path, n: usize) {
+        self.wait_for_lines_and(path, n, |_| {});
     }
 
     /// Waits until a line on stderr begins so.

@@ -91,7 +91,7 @@ fn answer_from(builder: EngineBuilder, wishes: Wishes, requests: Vec<Request>) -
     let mut engine = prepared.load(&mut |_, _| {}).expect("golden loads");
     let mut answers = Answers { tokens: BTreeMap::new(), logits: BTreeMap::new() };
     let summary = engine
-        .run(&mut requests.into_iter(), RunOptions { every_logit: true }, &mut |event| {
+        .run(&mut requests.into_iter(), RunOptions { every_logit: true, ..RunOptions::default() }, &mut |event| {
             match event {
                 Event::Logits { custom_id, position, logits, .. } => {
                     let before = answers.logits.insert((custom_id.to_owned(), position), logits.to_vec());

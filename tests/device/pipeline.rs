@@ -319,6 +319,45 @@ fn a_lost_device_is_an_error() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Experts in host memory serve any cut of those that were loaded, bit for bit; others are refused.
+fn another_cut_needs_no_load() -> Result<(), Failed> {
+    let wishes = Wishes {
+        micro_batches: Some(3),
+        max_sequences: Some(6),
+        kv_bytes: Some(64 * 32 * 1024),
+        max_model_len: Some(256),
+        ..Wishes::default()
+    };
+    let base = run(&mut builder(&model(), wishes).prepare()?.load(&mut |_, _| {})?, requests())?.0;
+    let cut = |source, resident, extra, ring, page| Wishes {
+        source: Some(source),
+        resident_experts: Some(resident),
+        extra_residents: Some(extra),
+        ring_experts: Some(ring),
+        page_bytes: Some(page),
+        ..wishes
+    };
+    for source in [SourceKind::Pinned, SourceKind::Relay] {
+        let mut engine = builder(&model(), cut(source, 0, 0, 1, 20_000)).prepare()?.load(&mut |_, _| {})?;
+        for (resident, extra, ring, page) in [(0, 1, 5, 7_004), (2, 0, 3, 300_000), (1, 2, 2, 50_000)] {
+            engine = engine.reopen(cut(source, resident, extra, ring, page))?;
+            let policy = engine.plan().policy;
+            assert_eq!((policy.resident_experts, policy.extra_residents, policy.ring_experts), (resident, extra, ring));
+            assert_eq!(
+                run(&mut engine, requests())?.0,
+                base,
+                "{source}: {resident}+{extra} residents, ring {ring}, pages of {page}"
+            );
+        }
+    }
+    let engine = builder(&model(), cut(SourceKind::Pinned, 2, 0, 4, 20_000)).prepare()?.load(&mut |_, _| {})?;
+    match engine.reopen(cut(SourceKind::Pinned, 1, 0, 4, 20_000)) {
+        Err(EngineError::OtherPages) => Ok(()),
+        Err(error) => panic!("another error: {error}"),
+        Ok(_) => panic!("experts that were never loaded stream"),
+    }
+}
+
 /// Made-up weights: finite, balanced as real routers are, the same tokens whatever the schedule.
 fn made_up_weights_run() -> Result<(), Failed> {
     let sequences: Vec<WarmSequence> =
@@ -393,6 +432,7 @@ pub fn trials() -> Vec<Trial> {
         ),
         Trial::test("pipeline::a_source_that_fails_names_file_and_offset", a_source_that_fails_names_file_and_offset),
         Trial::test("pipeline::a_lost_device_is_an_error", a_lost_device_is_an_error),
+        Trial::test("pipeline::another_cut_needs_no_load", another_cut_needs_no_load),
         Trial::test("pipeline::made_up_weights_run", made_up_weights_run),
     ];
     for source in SourceKind::ALL {

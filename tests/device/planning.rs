@@ -32,6 +32,7 @@ fn profile() -> Arc<Profile> {
             precision: Precision::F32,
             device_bytes: limits.device_bytes,
             host_bytes: limits.host_bytes,
+            disk: &std::env::temp_dir(),
             budget: Duration::from_secs(2),
         };
         let mut said = Vec::new();
@@ -56,6 +57,7 @@ fn a_machine_is_measured() -> Result<(), Failed> {
         ("the head", &back.gpu.head),
         ("copies to the host", &back.link.to_host),
         ("pages", &back.link.to_device[0].seconds),
+        ("pages from disk", &back.disk.as_ref().expect("the temporary folder can be written").page_seconds),
     ] {
         let points = curve.points();
         assert!(points.len() > 1, "{what} is a curve: {points:?}");

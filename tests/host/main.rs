@@ -23,4 +23,5 @@ mod shaders;
 mod simulate;
 mod small_tokenizers;
 mod synthetic;
+mod timeline;
 mod units;

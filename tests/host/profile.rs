@@ -4,7 +4,7 @@ use fulmen::checkpoint::Synthetic;
 use fulmen::model::presets::preset;
 use fulmen::plan::presets::hardware;
 use fulmen::policy::Precision;
-use fulmen::profile::{Curve, Profile, ProfileError, Surface};
+use fulmen::profile::{Contention, Curve, Profile, ProfileError, Surface};
 use proptest::prelude::*;
 
 fn curve(points: &[(f64, f64)]) -> Curve {
@@ -48,6 +48,26 @@ fn a_surface_is_straight_between_its_curves() {
     for (x, z, y) in [(2.0, 50.0, 2.0), (2.0, 100.0, 2.0), (2.0, 150.0, 4.0), (2.0, 200.0, 6.0), (2.0, 400.0, 12.0)] {
         assert!((surface.at(x, z) - y).abs() < 1e-12, "{x}, {z}: {}", surface.at(x, z));
     }
+}
+
+/// Attention at 80 GB/s and pages at 40 got 100 together: 64 and 36. What asks for 20 more than there is, in all, slows down.
+#[test]
+fn memory_is_contended_by_what_asks_for_more_than_there_is() {
+    let contention = Contention {
+        pages_beside_attention: 40.0 / 36.0,
+        attention_beside_pages: 80.0 / 64.0,
+        attention_bytes_per_s: 80e9,
+        page_bytes_per_s: 40e9,
+        ..Contention::NONE
+    };
+    let close = |one: (f64, f64), other: (f64, f64)| (one.0 - other.0).abs() < 1e-12 && (one.1 - other.1).abs() < 1e-12;
+    assert!(close(contention.of_attention(1.0), (40.0 / 36.0, 1.25)));
+    assert!(close(contention.of_attention(2.0), (40.0 / 36.0, 1.25)), "never more than was measured");
+    assert!(close(contention.of_attention(0.875), (1.0 + 0.5 / 9.0, 1.125)), "10 of 20 too many");
+    assert!(close(contention.of_attention(0.75), (1.0, 1.0)), "60 and 40 is what there is");
+    assert!(close(contention.of_attention(0.0), (1.0, 1.0)));
+    let unknown = Contention { attention_bytes_per_s: 0.0, page_bytes_per_s: 0.0, ..contention };
+    assert!(close(unknown.of_attention(0.1), (40.0 / 36.0, 1.25)), "a profile that does not say when");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Text ⇄ tokens: what is certain comes out at once, and never anything else.
 
 use fulmen::request::tokenizer::{CompletionText, SpecialTokens, StopMatcher, TextStream, Tokenizer, TokenizerError};
-use fulmen::request::{SamplingParams, StopReason};
+use fulmen::request::{Completion, FinishReason, RequestError, RequestOutput, SamplingParams, StopReason};
 use proptest::prelude::*;
 
 use crate::small_tokenizers::{UNALIGNED_ID, byte_level, sentence_piece};
@@ -233,4 +233,36 @@ proptest! {
     fn any_file_is_opened_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
         let _ = Tokenizer::from_json(&bytes, SpecialTokens::default());
     }
+}
+
+/// Texts made after a run are those that come piece by piece: without the token that ended a completion, and never where a stop string
+/// had the say.
+#[test]
+fn texts_that_a_run_left_are_made_later() {
+    let tokenizer = sentence_piece();
+    let ids = tokenizer.encode("the then he", false).unwrap();
+    let completion = |finish_reason| Completion {
+        index: 0,
+        text: String::new(),
+        token_ids: ids.clone(),
+        finish_reason,
+        stop_reason: None,
+        logprobs: None,
+    };
+    let both = vec![completion(FinishReason::Length), completion(FinishReason::Stop)];
+    let output = |stop: &[&str], result| RequestOutput {
+        custom_id: "a".into(),
+        params: SamplingParams { stop: stop.iter().map(|stop| stop.to_string()).collect(), ..Default::default() },
+        prompt_tokens: 1,
+        result,
+    };
+    let texts = |mut output: RequestOutput| -> Vec<String> {
+        output.make_texts(&tokenizer);
+        output.result.into_iter().flatten().map(|completion| completion.text).collect()
+    };
+    let [whole, but_one] = [&ids[..], &ids[..ids.len() - 1]].map(|ids| pieces(&tokenizer, ids).concat());
+    assert!(whole.len() > but_one.len() && !but_one.is_empty());
+    assert_eq!(texts(output(&[], Ok(both.clone()))), [whole, but_one]);
+    assert_eq!(texts(output(&["x"], Ok(both))), ["", ""], "the run has made them");
+    assert_eq!(texts(output(&[], Err(RequestError::Invalid("no".into())))), [""; 0]);
 }

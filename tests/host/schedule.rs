@@ -1,8 +1,9 @@
 //! Schedules as data: what any builder makes passes `check`, what is broken does not; and lanes that run as late or as early as
 //! they may compute the same.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Condvar, Mutex};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use fulmen::execute::{Device, Host, Started, run};
@@ -14,10 +15,10 @@ use proptest::prelude::*;
 
 /// Decode rows that attend on the CPU.
 const DECODE: MicroBatchShape =
-    MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true };
+    MicroBatchShape { gpu_attention: false, cpu_attention: true, kv_to_device: false, sampled: true, workspace: 0 };
 /// Decode rows, and a later chunk of a prompt.
 const MIXED: MicroBatchShape =
-    MicroBatchShape { gpu_attention: true, cpu_attention: true, kv_to_device: true, sampled: true };
+    MicroBatchShape { gpu_attention: true, cpu_attention: true, kv_to_device: true, sampled: true, workspace: 0 };
 
 /// Experts `streamed` of a layer through a ring of `ring`, two pages for each chunk of half a ring; residents in front.
 fn chunks(residents: bool, streamed: usize, ring: usize) -> Vec<ChunkShape> {
@@ -37,6 +38,13 @@ fn chunks(residents: bool, streamed: usize, ring: usize) -> Vec<ChunkShape> {
     chunks
 }
 
+/// Micro-batches that share so many workspaces in turn.
+fn sharing(workspaces: usize, micro_batches: Vec<MicroBatchShape>) -> Vec<MicroBatchShape> {
+    let numbered = micro_batches.into_iter().enumerate();
+    numbered.map(|(number, rows)| MicroBatchShape { workspace: number % workspaces, ..rows }).collect()
+}
+
+/// Two workspaces.
 fn shape(
     layers: usize,
     micro_batches: Vec<MicroBatchShape>,
@@ -47,7 +55,7 @@ fn shape(
     let n = micro_batches.len();
     PassShape {
         layers,
-        micro_batches,
+        micro_batches: sharing(2, micro_batches),
         groups: (0..n).step_by(group_size).map(|first| first..(first + group_size).min(n)).collect(),
         chunks: chunks(true, streamed, ring),
         kept: SpreadLayers::default(),
@@ -57,7 +65,6 @@ fn shape(
         loaded_pages: 0,
         load_ahead: true,
         rows: RowPath::Kernels,
-        workspaces: 2.min(n),
         relay: false,
     }
 }
@@ -70,11 +77,12 @@ fn small() -> PassShape {
 fn pass_shapes() -> impl Strategy<Value = PassShape> {
     let micro_batch = any::<[bool; 4]>().prop_map(|[gpu_attention, cpu_attention, kv_to_device, sampled]| {
         // What lies in the host cache goes to the GPU only for somebody who attends there.
-        MicroBatchShape { gpu_attention, cpu_attention, kv_to_device: kv_to_device && gpu_attention, sampled }
+        let kv_to_device = kv_to_device && gpu_attention;
+        MicroBatchShape { gpu_attention, cpu_attention, kv_to_device, sampled, workspace: 0 }
     });
     let micro_batches = prop::collection::vec(micro_batch, 1..6);
     let experts = (any::<bool>(), 0usize..6, 1usize..13);
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 1usize..4, 0usize..5, 0usize..4);
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 1usize..6, 0usize..5, 0usize..4);
     (1usize..5, micro_batches, 1usize..4, experts, flags).prop_map(
         |(layers, micro_batches, group_size, (residents, streamed, ring), flags)| {
             let (copies, load_ahead, relay, workspaces, loaded_pages, kept) = flags;
@@ -89,7 +97,7 @@ fn pass_shapes() -> impl Strategy<Value = PassShape> {
             }
             shape.rows = if copies { RowPath::Copies } else { RowPath::Kernels };
             (shape.load_ahead, shape.relay) = (true, relay);
-            shape.workspaces = workspaces.min(shape.micro_batches.len());
+            shape.micro_batches = sharing(workspaces, shape.micro_batches);
             // No more was loaded ahead than fits the ring.
             shape.loaded_pages = loaded_pages.min(shape.pages_ahead());
             shape.load_ahead = load_ahead;
@@ -241,13 +249,13 @@ impl<'s> Model<'s> {
         match work {
             Work::Embed { micro_batch: b } => self.set("x", b, &[b as u64]),
             Work::KvToDevice { layer, micro_batch: b } => {
-                self.set("workspace", b % self.shape.workspaces, &[layer as u64, b as u64]);
+                self.set("workspace", self.shape.micro_batches[b].workspace, &[layer as u64, b as u64]);
             }
             Work::PreAttention { layer, micro_batch: b } => {
                 let x = self.get("x", b);
                 self.set("qkv", b, &[layer as u64, x]);
                 if self.shape.micro_batches[b].gpu_attention {
-                    let workspace = b % self.shape.workspaces;
+                    let workspace = self.shape.micro_batches[b].workspace;
                     // Without an upload the workspace begins anew.
                     let before =
                         if self.shape.micro_batches[b].kv_to_device { self.get("workspace", workspace) } else { 7 };
@@ -267,7 +275,8 @@ impl<'s> Model<'s> {
                 self.set("host attention", b, &[rows, cache]);
             }
             Work::GpuAttention { micro_batch: b, .. } => {
-                let (workspace, qkv) = (self.get("workspace", b % self.shape.workspaces), self.get("qkv", b));
+                let (workspace, qkv) =
+                    (self.get("workspace", self.shape.micro_batches[b].workspace), self.get("qkv", b));
                 self.set("gpu attention", b, &[workspace, qkv]);
             }
             Work::RowsToDevice { micro_batch: b, .. } => {
@@ -383,9 +392,8 @@ fn broken_schedules_are_refused_by_name() {
     case("ChunksOutOfOrder", broken);
 
     // A prompt without decode rows: nothing but the rule keeps its rows from being overwritten.
-    let prompt = MicroBatchShape { gpu_attention: true, cpu_attention: false, kv_to_device: true, sampled: true };
-    let mut prompts =
-        PassShape { micro_batches: vec![prompt; 2], rows: RowPath::Copies, workspaces: 2, ..shape.clone() };
+    let prompt = MicroBatchShape { cpu_attention: false, ..MIXED };
+    let mut prompts = PassShape { micro_batches: sharing(2, vec![prompt; 2]), rows: RowPath::Copies, ..shape.clone() };
     prompts.groups = vec![0..1, 1..2];
     let mut case = |name, schedule| cases.push((name, schedule, prompts.clone()));
     let (pre, out) = (Work::PreAttention { layer: 1, micro_batch: b0 }, Work::RowsToHost { layer: 0, micro_batch: b0 });
@@ -403,7 +411,7 @@ fn broken_schedules_are_refused_by_name() {
     broken.tasks[store.0].after.clear();
     broken.tasks[sample.0] = Task { work, lane: Lane::Cpu, after: Vec::new() };
     cases.push(("ResultNotThere", broken, prompts.clone()));
-    let one = PassShape { workspaces: 1, ..prompts.clone() };
+    let one = PassShape { micro_batches: vec![prompt; 2], ..prompts.clone() };
     let (upload, attends) =
         (Work::KvToDevice { layer: 0, micro_batch: b1 }, Work::GpuAttention { layer: 0, micro_batch: b0 });
     cases.push(("WorkspaceOverwritten", loosened(ScheduleKind::Grouped, &one, upload, attends), one.clone()));
@@ -448,33 +456,50 @@ fn schedules_print_like_this() {
     insta::assert_snapshot!("fastdecode", layer_1(ScheduleKind::FastDecode));
     insta::assert_snapshot!("flexgen_c", layer_1(ScheduleKind::FlexGenC));
     insta::assert_snapshot!("grouped", layer_1(ScheduleKind::Grouped));
-    let on_gpu = MicroBatchShape { gpu_attention: true, cpu_attention: false, kv_to_device: true, sampled: true };
-    let shape = PassShape { micro_batches: vec![on_gpu; 3], workspaces: 2, ..shape.clone() };
+    let on_gpu = MicroBatchShape { cpu_attention: false, ..MIXED };
+    let shape = PassShape { micro_batches: sharing(2, vec![on_gpu; 3]), ..shape.clone() };
     let text = build(ScheduleKind::FlexGen, &shape).to_string();
     let middle: Vec<&str> = text.lines().skip_while(|line| !line.contains("barrier 2")).skip(1).take(24).collect();
     insta::assert_snapshot!("flexgen", middle.iter().map(|line| &line[6..]).collect::<Vec<_>>().join("\n"));
 }
 
-/// A device whose tasks take known times, and one task of which may fail.
+/// A device that notes what it is handed, in order; one task may fail.
 struct Fake<'s> {
     schedule: &'s Schedule,
     fails: Option<Work>,
-    /// When each device lane is free again.
-    free: Mutex<HashMap<Lane, Instant>>,
-    spans: Mutex<HashMap<usize, (Instant, Instant)>>,
-    started: Mutex<Vec<Work>>,
+    started: Mutex<Vec<(TaskId, Instant)>>,
+    /// Something was started.
+    changed: Condvar,
+    /// The thread that may wait for it: the host's lane.
+    host: ThreadId,
 }
 
 #[derive(Debug, thiserror::Error)]
 #[error("it broke")]
 struct Broke;
 
-const TASK: Duration = Duration::from_millis(3);
+/// Far longer than it takes to start a few dozen tasks on any machine: then they never would.
+const NEVER: Duration = Duration::from_secs(60);
 
 impl<'s> Fake<'s> {
     fn new(schedule: &'s Schedule, fails: Option<Work>) -> Self {
-        let (free, spans, started) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Self { schedule, fails, free, spans, started }
+        let host = std::thread::current().id();
+        Self { schedule, fails, started: Mutex::default(), changed: Condvar::new(), host }
+    }
+
+    /// Blocks until every task of `wanted` has been started.
+    fn wait_for(&self, wanted: &[TaskId], meanwhile: &Task) {
+        let missing = |started: &[(TaskId, Instant)]| {
+            wanted
+                .iter()
+                .find(|id| started.iter().all(|(other, _)| other != *id))
+                .map(|id| self.schedule.task(*id).work)
+        };
+        let started = self.started.lock().unwrap();
+        let waited = self.changed.wait_timeout_while(started, NEVER, |started| missing(started).is_some());
+        if let Some(work) = missing(&waited.unwrap().0) {
+            panic!("{work} does not start while {} runs, on which it does not depend", meanwhile.work);
+        }
     }
 }
 
@@ -486,28 +511,26 @@ impl Device for Fake<'_> {
         if self.fails == Some(task.work) {
             return Err(Broke);
         }
-        self.started.lock().unwrap().push(task.work);
-        let mut free = self.free.lock().unwrap();
-        let mut spans = self.spans.lock().unwrap();
-        let mut start = Instant::now().max(free.get(&task.lane).copied().unwrap_or_else(Instant::now));
+        let mut started = self.started.lock().unwrap();
         for ticket in after {
             assert_ne!(self.schedule.tasks[*ticket].lane, Lane::Cpu, "results of the host have no ticket");
-            start = start.max(spans[ticket].1);
+            assert!(started.iter().any(|(other, _)| other.0 == *ticket), "the device has what {} waits for", task.work);
         }
-        free.insert(task.lane, start + TASK);
-        spans.insert(id.0, (start, start + TASK));
+        started.push((id, Instant::now()));
+        self.changed.notify_all();
         Ok(Started::Ticket(id.0))
     }
 
     fn wait(&self, ticket: usize) -> Result<(), Broke> {
-        let end = self.spans.lock().unwrap()[&ticket].1;
-        std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        assert_eq!(std::thread::current().id(), self.host, "no lane of the device waits for the device");
+        assert!(self.started.lock().unwrap().iter().any(|(other, _)| other.0 == ticket));
         Ok(())
     }
 
     fn take_spans(&self, tickets: &[usize]) -> Result<Vec<Option<(Instant, Instant)>>, Broke> {
-        let spans = self.spans.lock().unwrap();
-        Ok(tickets.iter().map(|ticket| Some(spans[ticket])).collect())
+        let started: HashMap<usize, Instant> =
+            self.started.lock().unwrap().iter().map(|(id, at)| (id.0, *at)).collect();
+        Ok(tickets.iter().map(|ticket| Some((started[ticket], started[ticket]))).collect())
     }
 
     fn size(&self, work: Work) -> (u64, usize) {
@@ -515,30 +538,56 @@ impl Device for Fake<'_> {
     }
 }
 
-struct FakeHost {
+struct FakeHost<'f> {
     fails: Option<Work>,
     done: Vec<Work>,
+    device: &'f Fake<'f>,
 }
 
-impl Host<Broke> for FakeHost {
-    fn perform(&mut self, _id: TaskId, task: &Task) -> Result<(), Broke> {
+impl Host<Broke> for FakeHost<'_> {
+    /// Does not end before the device has been handed all that need not wait for it.
+    fn perform(&mut self, id: TaskId, task: &Task) -> Result<(), Broke> {
         if self.fails == Some(task.work) {
             return Err(Broke);
         }
-        std::thread::sleep(TASK);
+        if self.fails.is_none() && self.device.fails.is_none() {
+            let later = that_wait_for(self.device.schedule, id);
+            let beside: Vec<TaskId> =
+                self.device.schedule.ids().filter(|(_, task)| !task.lane.is_host()).map(|(id, _)| id).collect();
+            let beside: Vec<TaskId> = beside.into_iter().filter(|id| !later.contains(id)).collect();
+            self.device.wait_for(&beside, task);
+            let started = self.device.started.lock().unwrap();
+            let early = started.iter().find(|(id, _)| later.contains(id));
+            assert!(early.is_none(), "{early:?} starts before the end of {}", task.work);
+        }
         self.done.push(task.work);
         Ok(())
     }
 }
 
-/// Lanes overlap: the pass takes far less than its tasks one after the other. Every dependency is kept, in measured time.
+/// Tasks that cannot start before `id` has ended: what depends on it, what comes after it on its lane, and so on.
+fn that_wait_for(schedule: &Schedule, id: TaskId) -> HashSet<TaskId> {
+    let mut later = HashSet::from([id]);
+    let mut lanes = HashSet::from([schedule.task(id).lane]);
+    // In the static order a task comes after what it depends on.
+    for (other, task) in schedule.ids().skip_while(|(other, _)| *other != id).skip(1) {
+        if lanes.contains(&task.lane) || task.after.iter().any(|after| later.contains(after)) {
+            lanes.insert(task.lane);
+            later.insert(other);
+        }
+    }
+    later
+}
+
+/// Lanes overlap: while a task of the host runs, every task of the device that does not wait for it is started, and none that
+/// does. Every dependency is kept, in measured time.
 #[test]
 fn lanes_run_side_by_side() {
     let shape = small();
     for kind in [ScheduleKind::Grouped, ScheduleKind::CgoPipe] {
         let schedule = build(kind, &shape);
         let fake = Fake::new(&schedule, None);
-        let mut host = FakeHost { fails: None, done: Vec::new() };
+        let mut host = FakeHost { fails: None, done: Vec::new(), device: &fake };
         let mut carried = Vec::new();
         let timeline =
             run(&schedule, &fake, &mut host, Instant::now(), shape.layers, &mut carried).expect("nothing fails");
@@ -548,12 +597,9 @@ fn lanes_run_side_by_side() {
             timeline.spans.iter().map(|span| (span.task, (span.start, span.end))).collect();
         for (id, task) in schedule.ids().filter(|(id, _)| at.contains_key(id)) {
             for after in &task.after {
-                assert!(at[after].1 <= at[&id].0 + Duration::from_micros(50), "{kind}: {} before its time", task.work);
+                assert!(at[after].1 <= at[&id].0, "{kind}: {} before its time", task.work);
             }
         }
-        // One after the other they would take this long. A loaded machine may sleep longer, the ratio stays.
-        let alone: Duration = timeline.spans.iter().map(|span| span.end - span.start).sum();
-        assert!(timeline.duration() < alone.mul_f64(0.8), "{kind}: {:?} of {alone:?}", timeline.duration());
         assert_eq!(timeline.page_bytes(), 1000 * (shape.page_numbers().len() - shape.pages_ahead()) as u64);
 
         // The next pass finds them loaded, and their times are in its timeline.
@@ -575,10 +621,12 @@ fn a_task_that_fails_is_named_and_stops_all_lanes() {
     ] {
         let on_host = matches!(work, Work::CpuAttention { .. });
         let fake = Fake::new(&schedule, (!on_host).then_some(work));
-        let mut host = FakeHost { fails: on_host.then_some(work), done: Vec::new() };
+        let mut host = FakeHost { fails: on_host.then_some(work), done: Vec::new(), device: &fake };
         let error = run(&schedule, &fake, &mut host, Instant::now(), shape.layers, &mut Vec::new()).unwrap_err();
         assert_eq!(error.to_string(), format!("{name}: it broke"));
-        let started = fake.started.into_inner().unwrap();
-        assert!(started.iter().chain(&host.done).all(|work| !matches!(work, Work::Sample { .. } | Work::Head { .. })));
+        let started = fake.started.lock().unwrap();
+        let started = started.iter().map(|(id, _)| schedule.task(*id).work);
+        let ran: Vec<Work> = started.chain(host.done).collect();
+        assert!(ran.iter().all(|work| !matches!(work, Work::Sample { .. } | Work::Head { .. })));
     }
 }

@@ -47,7 +47,7 @@ pub struct Arguments {
     /// Passes in front of them that do not
     #[arg(long, value_name = "N", default_value_t = 3)]
     warm_up: usize,
-    /// Schedules to run, in order: a schedule's name, with +relay for pages through fresh pinned memory, +copies or +kernels for how
+    /// Schedules to run, in order: a schedule's name, with +relay for pages that are pinned one by one, +copies or +kernels for how
     /// rows cross the link, +mN for N micro-batches [default: all that there are]
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     schedules: Vec<Entry>,

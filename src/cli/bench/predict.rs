@@ -2,7 +2,10 @@
 //!
 //! Decode in steady state ([`Engine::run_warm`]) under policies that are drawn by a printed seed, then under the policy that the
 //! search chooses for such decoding and under its neighbours, one step in each direction of the grid. Each is predicted from the
-//! profile before it is measured. Policies that cut experts alike share what is loaded.
+//! profile before it is measured. All experts are loaded into host memory once, also those that a policy keeps on the GPU, and all
+//! policies run from there; the search is told that so much less of it is left.
+//!
+//! The most device memory that buffers had at a time is held against what was planned: a policy that takes more fails the run.
 
 use std::time::{Duration, Instant};
 
@@ -10,17 +13,17 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
 
-use super::super::open::{EngineArguments, load, model_config, say_prepared};
+use super::super::open::{EngineArguments, load, model_config};
 use super::super::{OK, Usage, print_line};
 use crate::checkpoint::synthetic::Random;
-use crate::engine::{Engine, EngineBuilder, EngineError, WarmSequence};
+use crate::engine::{Engine, WarmSequence};
 use crate::memory::kv_cache::KvLayout;
 use crate::model::ModelConfig;
 use crate::plan::cost::{PassRows, Predictor};
-use crate::plan::search::{Problem, SPLITS, sequence_grid};
+use crate::plan::search::{PAGES, Problem, SPLITS, sequence_grid};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes, Plan, Wishes, fit};
-use crate::policy::{AttentionPlace, KvDtype};
+use crate::policy::{AttentionPlace, KvDtype, Policy};
 use crate::profile::Profile;
 use crate::schedule::Lane;
 use crate::units::human_bytes;
@@ -75,6 +78,9 @@ struct Case {
     swept: bool,
 }
 
+/// The policy that the search chose; it runs first and last.
+const CHOSEN: [&str; 2] = ["chosen", "chosen, again"];
+
 /// What became of it.
 struct Outcome {
     label: String,
@@ -84,6 +90,9 @@ struct Outcome {
     measured: f64,
     /// Predicted over measured time of each lane.
     lanes: Vec<(Lane, Option<f64>)>,
+    /// Most device memory that buffers had at a time, and what the driver counts at the end, for everything.
+    peak: u64,
+    used: Option<u64>,
 }
 
 impl Outcome {
@@ -121,7 +130,11 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let bench = Bench { config: &config, bytes, limits, profile: &profile, arguments: &arguments };
     let mut cases = bench.drawn()?;
     if arguments.sweep {
-        cases.extend(bench.around_the_choice()?);
+        // The choice and its nearest neighbours go first, what is further away last: there may be no time for all.
+        let mut swept = bench.around_the_choice()?;
+        let near = swept.len().min(10);
+        swept.splice(near..near, cases);
+        cases = swept;
     }
     say!("seed {}: {} policies", arguments.seed, cases.len());
     let started = Instant::now();
@@ -129,70 +142,61 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     if !arguments.json {
         print_line(HEADINGS)?;
     }
-    // Policies that cut experts alike one after the other.
-    let cut = |plan: &Plan| {
-        let p = &plan.policy;
-        (p.page_bytes, p.resident_experts, p.extra_residents, p.ring_experts)
-    };
+    // One pool for all of them.
     let mut planned: Vec<(Case, Plan)> = Vec::new();
     for case in cases {
         match fit(&config, &bytes, &limits, &case.wishes) {
             Ok(plan) if !bench.attends(&plan) => say!("{}: its contexts do not fit a workspace on the GPU", case.label),
-            Ok(plan) if plan.memory.host_weights == 0 && plan.streamed_bytes_per_pass > 0 => {
-                say!("{}: beside its keys and values the host has no memory for experts", case.label);
-            }
             Ok(plan) => planned.push((case, plan)),
             Err(error) => say!("{}: {error}", case.label),
         }
     }
-    let mut cuts: Vec<(u64, usize, usize, usize)> = Vec::new();
-    for (_, plan) in &planned {
-        if !cuts.contains(&cut(plan)) {
-            cuts.push(cut(plan));
-        }
+    let pool = planned.iter().map(|(_, plan)| plan.memory.kv_pool).max();
+    let pool = Wishes { kv_bytes: pool, ..Wishes::default() };
+    // Experts of all layers stream from the host's memory where none stays; how is each policy's own affair.
+    let all = Wishes { resident_experts: Some(0), ring_experts: Some(1), ..least };
+    let builder = builder.wishes(Wishes { kv_bytes: pool.kv_bytes, ..all });
+    let prepared = builder.prepare()?;
+    if prepared.plan().memory.host_weights == 0 {
+        bail!(
+            "beside {} of keys and values the host's memory has no room for the experts (--host-memory, --most-sequences)",
+            human_bytes(pool.kv_bytes.unwrap_or(0))
+        );
     }
-    for one in cuts {
-        let alike: Vec<&(Case, Plan)> = planned.iter().filter(|(_, plan)| cut(plan) == one).collect();
-        // One pool for all of them.
-        let pool = alike.iter().map(|(_, plan)| plan.memory.kv_pool).max();
-        let mut engine: Option<Engine> = None;
-        for (case, _) in alike {
-            if started.elapsed() > Duration::from_secs(arguments.seconds) {
-                say!("{}: left out, the time is over", case.label);
-                continue;
-            }
-            let wishes = Wishes { kv_bytes: pool, ..case.wishes };
-            let opened = match engine.take() {
-                Some(engine) => {
-                    let source = engine.page_source().map(|source| source.kind());
-                    engine.reopen(Wishes { source, ..wishes })
-                }
-                None => open(&builder, wishes),
-            };
-            let mut opened = opened.with_context(|| case.label.clone())?;
-            let outcome = bench.measure(&mut opened, case)?;
-            if !arguments.json {
-                print_line(line(&outcome))?;
-            }
-            outcomes.push(outcome);
-            engine = Some(opened);
+    let mut engine = load(prepared)?;
+    let source = engine.page_source().map(|source| source.kind());
+    for (case, plan) in planned {
+        if started.elapsed() > Duration::from_secs(arguments.seconds) {
+            say!("{}: left out, the time is over", case.label);
+            continue;
         }
+        let streams = plan.streamed_bytes_per_pass > 0;
+        let wishes = Wishes { kv_bytes: pool.kv_bytes, source: source.filter(|_| streams), ..case.wishes };
+        if let Err(error) = fit(&config, &bytes, &limits, &Wishes { source: None, ..wishes }) {
+            say!("{}: beside the others' keys and values: {error}", case.label);
+            continue;
+        }
+        engine = engine.reopen(wishes).with_context(|| case.label.clone())?;
+        let outcome = bench.measure(&mut engine, &case)?;
+        if !arguments.json {
+            print_line(line(&outcome))?;
+        }
+        outcomes.push(outcome);
     }
     conclude(&outcomes);
     if arguments.json {
         let rows: Vec<_> = outcomes.iter().map(row).collect();
         print_line(serde_json::to_string_pretty(&json!({ "seed": arguments.seed, "policies": rows }))?)?;
     }
-    Ok(OK)
-}
-
-fn open(builder: &EngineBuilder, wishes: Wishes) -> Result<Engine, EngineError> {
-    let prepared = builder.clone().wishes(wishes).prepare()?;
-    say_prepared(&prepared);
-    match load(prepared) {
-        Ok(engine) => Ok(engine),
-        Err(error) => Err(error.downcast::<EngineError>().expect("loading fails with the engine's errors")),
+    if let Some(o) = outcomes.iter().find(|o| o.peak > o.plan.memory.device()) {
+        bail!(
+            "{}: {} of device memory were taken, {} planned",
+            o.label,
+            human_bytes(o.peak),
+            human_bytes(o.plan.memory.device())
+        );
     }
+    Ok(OK)
 }
 
 impl Bench<'_> {
@@ -228,6 +232,11 @@ impl Bench<'_> {
         }
     }
 
+    /// Bytes of the experts of all layers.
+    fn all_experts(&self) -> u64 {
+        (self.config.shape.layers * self.config.shape.experts) as u64 * self.bytes.expert()
+    }
+
     /// The workspace has room for all that attends on the GPU at a time.
     fn attends(&self, plan: &Plan) -> bool {
         let policy = &plan.policy;
@@ -240,7 +249,7 @@ impl Bench<'_> {
         let mut random = Random::new(self.arguments.seed);
         let mut pick = |n: usize| (random.bits() % n as u64) as usize;
         let most = self.arguments.most_sequences;
-        let pages = [8u64 << 20, 32 << 20, 128 << 20];
+        let pages = [8u64 << 20, 32 << 20, 128 << 20]; // far apart
         let mut cases = Vec::new();
         // The extremes are always among them: sequences, splits and pages go through all of their values in a drawn order.
         let (first, step) = (pick(4), [1, 3][pick(2)]);
@@ -291,6 +300,10 @@ impl Bench<'_> {
         };
         let started = Instant::now();
         let found = problem.search()?;
+        // Again without the memory in which experts lie that stay on the GPU.
+        let twice = found.best.plan.memory.host_weights.abs_diff(self.all_experts());
+        let host_bytes = self.limits.host_bytes.saturating_sub(twice);
+        let found = Problem { limits: MachineLimits { host_bytes, ..self.limits }, ..problem }.search()?;
         let policy = found.best.plan.policy;
         say!(
             "the search chose among {} in {:.1} s: {:.1} tok/s predicted\n{}",
@@ -300,44 +313,67 @@ impl Bench<'_> {
             found.best.plan
         );
         let split = (policy.micro_batches, policy.expert_groups);
+        let streams = policy.resident_experts < self.config.shape.experts;
+        // As many residents as each has room for.
         let of = |n: usize, split: (usize, usize), attention: AttentionPlace| Wishes {
-            resident_experts: Some(policy.resident_experts),
-            extra_residents: Some(policy.extra_residents),
-            ring_experts: (policy.resident_experts < self.config.shape.experts).then_some(policy.ring_experts),
-            page_bytes: (policy.resident_experts < self.config.shape.experts).then_some(policy.page_bytes),
+            ring_experts: streams.then_some(policy.ring_experts),
+            page_bytes: streams.then_some(policy.page_bytes),
             ..self.decoding(n, split, attention)
         };
         let n = policy.max_sequences;
-        let mut cases = vec![Case { label: "chosen".into(), wishes: of(n, split, policy.attention), swept: true }];
+        let residents = Wishes {
+            resident_experts: Some(policy.resident_experts),
+            extra_residents: Some(policy.extra_residents),
+            ..of(n, split, policy.attention)
+        };
+        let mut cases = vec![Case { label: CHOSEN[0].into(), wishes: residents, swept: true }];
         let mut add = |label: String, wishes: Wishes| cases.push(Case { label, wishes, swept: true });
+        // One step each way first, then further away, as far as there is time.
+        let ordered = |mut values: Vec<u64>, own: u64| {
+            values.sort_unstable();
+            values.retain(|value| *value != own);
+            let above = values.partition_point(|value| *value < own);
+            let next = [above.checked_sub(1), Some(above)].into_iter().flatten();
+            next.filter_map(|at| values.get(at).copied()).collect::<Vec<u64>>()
+        };
         let grid = sequence_grid();
         let at = grid.partition_point(|other| *other < n);
-        let around = [at.wrapping_sub(1), at + 1, at.wrapping_sub(12), at.wrapping_sub(24)];
-        for other in around.into_iter().filter_map(|index| grid.get(index)).filter(|other| **other != n) {
+        let place = SPLITS.iter().position(|other| *other == split).unwrap_or(0);
+        let mut splits: Vec<usize> =
+            (0..SPLITS.len()).filter(|other| *other != place && SPLITS[*other].0 <= n).collect();
+        splits.sort_by_key(|other| other.abs_diff(place));
+        let (near, far) = splits.split_at(splits.len().min(2));
+        for other in
+            [at.wrapping_sub(1), at + 1].into_iter().filter_map(|index| grid.get(index)).filter(|other| **other != n)
+        {
             add(format!("{other} sequences"), of(*other, split, policy.attention));
         }
-        let place = SPLITS.iter().position(|other| *other == split).unwrap_or(0);
-        let mut nearest: Vec<usize> =
-            (0..SPLITS.len()).filter(|other| *other != place && SPLITS[*other].0 <= n).collect();
-        nearest.sort_by_key(|other| other.abs_diff(place));
-        for other in nearest.into_iter().take(6) {
-            let (micro_batches, groups) = SPLITS[other];
-            add(format!("{micro_batches} micro-batches, {groups} groups"), of(n, SPLITS[other], policy.attention));
+        let split_into = |other: &usize| {
+            let (micro_batches, groups) = SPLITS[*other];
+            (format!("{micro_batches} micro-batches, {groups} groups"), of(n, SPLITS[*other], policy.attention))
+        };
+        near.iter().map(split_into).for_each(|(label, wishes)| add(label, wishes));
+        let wishes = of(n, split, policy.attention);
+        if streams {
+            for page in ordered(PAGES.to_vec(), policy.page_bytes) {
+                add(format!("pages of {}", human_bytes(page)), Wishes { page_bytes: Some(page), ..wishes });
+            }
+            let experts = self.config.shape.experts as u64;
+            let rings = [1, 2, 4, 6, 8].map(|quarters| (quarters * experts).div_ceil(4)).to_vec();
+            for ring in ordered(rings, policy.ring_experts as u64) {
+                add(format!("a ring of {ring}"), Wishes { ring_experts: Some(ring as usize), ..wishes });
+            }
         }
         let other = match policy.attention {
             AttentionPlace::Cpu => AttentionPlace::Gpu,
             AttentionPlace::Gpu => AttentionPlace::Cpu,
         };
         add(format!("attention on the {}", other.name()), of(n, split, other));
-        if policy.resident_experts < self.config.shape.experts {
-            for page in [8u64 << 20, 32 << 20, 128 << 20].into_iter().filter(|page| *page != policy.page_bytes) {
-                let wishes = of(n, split, policy.attention);
-                add(format!("pages of {}", human_bytes(page)), Wishes { page_bytes: Some(page), ..wishes });
-            }
-            let experts = self.config.shape.experts;
-            let wishes = of(n, split, policy.attention);
-            add("a ring of one layer".into(), Wishes { ring_experts: Some(experts), ..wishes });
+        far.iter().take(4).map(split_into).for_each(|(label, wishes)| add(label, wishes));
+        if let Some(other) = at.checked_sub(12).map(|index| grid[index]) {
+            add(format!("{other} sequences"), of(other, split, policy.attention));
         }
+        add(CHOSEN[1].into(), residents);
         Ok(cases)
     }
 
@@ -365,30 +401,33 @@ impl Bench<'_> {
         let measured = steps.get(steps.len() / 2).copied().unwrap_or(summary.elapsed.as_secs_f64());
         let comparison = summary.comparison.unwrap_or_default();
         let lanes = comparison.lanes.iter().map(|(lane, pair)| (*lane, pair.ratio())).collect();
-        Ok(Outcome { label: case.label.clone(), swept: case.swept, plan, predicted, measured, lanes })
+        let (peak, used) = (engine.gpu().take_peak_bytes(), engine.gpu().used_memory_bytes());
+        Ok(Outcome { label: case.label.clone(), swept: case.swept, plan, predicted, measured, lanes, peak, used })
     }
 }
 
-const HEADINGS: &str = "policy                      sequences  micro-b. groups  attention  pages      resident ring   predicted    measured   ratio     tok/s   lanes";
+const HEADINGS: &str = "policy                      sequences  micro-b. groups  attention  pages      resident ring   predicted    measured   ratio     tok/s   peak of planned        lanes";
 
 fn line(o: &Outcome) -> String {
     let p = &o.plan.policy;
     let ratio = |ratio: Option<f64>| ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
     let lanes: Vec<String> = o.lanes.iter().map(|(lane, of)| format!("{} {}", lane.name(), ratio(*of))).collect();
     format!(
-        "{:<28}{:>9}{:>10}{:>7}  {:<11}{:<11}{:>8}{:>5}{:>9.1} ms{:>9.1} ms{:>8.3}{:>10.1}   {}",
+        "{:<28}{:>9}{:>10}{:>7}  {:<11}{:<11}{:>8}{:>5}{:>9.1} ms{:>9.1} ms{:>8.3}{:>10.1}   {} of {}   {}",
         o.label,
         p.max_sequences,
         p.micro_batches,
         p.expert_groups,
         p.attention.name(),
         human_bytes(p.page_bytes),
-        p.resident_experts,
+        format!("{}+{}", p.resident_experts, p.extra_residents),
         p.ring_experts,
         o.predicted * 1e3,
         o.measured * 1e3,
         o.predicted / o.measured,
         o.rate(o.measured),
+        human_bytes(o.peak),
+        human_bytes(o.plan.memory.device()),
         lanes.join(", "),
     )
 }
@@ -399,8 +438,28 @@ fn row(o: &Outcome) -> serde_json::Value {
     json!({
         "label": o.label, "swept": o.swept, "policy": o.plan.policy, "predicted_seconds": o.predicted,
         "measured_seconds": o.measured, "ratio": o.predicted / o.measured, "tokens_per_second": o.rate(o.measured),
-        "lane_ratios": lanes,
+        "lane_ratios": lanes, "device_bytes_peak": o.peak, "device_bytes_planned": o.plan.memory.device(),
+        "device_bytes_by_driver": o.used,
     })
+}
+
+/// How far policies differ.
+fn ranges(of: &[&Outcome]) -> String {
+    let range = |what: fn(&Policy) -> u64| {
+        let values = of.iter().map(|o| what(&o.plan.policy));
+        (values.clone().min().unwrap_or(0), values.max().unwrap_or(0))
+    };
+    let (fewest, most) = range(|policy| policy.max_sequences as u64);
+    let (micro_batch, largest) = range(|policy| policy.max_sequences.div_ceil(policy.micro_batches) as u64);
+    let (group, groups) = range(|policy| policy.expert_groups as u64);
+    let (page, pages) = range(|policy| policy.page_bytes);
+    let on_cpu = of.iter().filter(|o| o.plan.policy.attention == AttentionPlace::Cpu).count();
+    format!(
+        "{fewest} to {most} sequences in micro-batches of {micro_batch} to {largest} and {group} to {groups} groups, pages of {} to {}, {on_cpu} \
+         attend on the CPU",
+        human_bytes(page),
+        human_bytes(pages),
+    )
 }
 
 /// The worst prediction, and how far the choice is from the best of its sweep.
@@ -411,8 +470,9 @@ fn conclude(outcomes: &[Outcome]) {
         if let Some(worst) = of.iter().max_by(|a, b| off(a).total_cmp(&off(b))) {
             let mean = of.iter().map(off).sum::<f64>() / of.len() as f64;
             say!(
-                "{} {what}: predictions are off by {:.1} % on average, at most by {:.1} % ({})",
+                "{} {what} ({}): predictions are off by {:.1} % on average, at most by {:.1} % ({})",
                 of.len(),
+                ranges(&of),
                 100.0 * mean,
                 100.0 * off(worst),
                 worst.label
@@ -421,13 +481,13 @@ fn conclude(outcomes: &[Outcome]) {
     }
     let swept = || outcomes.iter().filter(|o| o.swept);
     let best = swept().max_by(|a, b| a.rate(a.measured).total_cmp(&b.rate(b.measured)));
-    let chosen = swept().find(|o| o.label == "chosen");
-    if let (Some(best), Some(chosen)) = (best, chosen) {
-        let (top, own) = (best.rate(best.measured), chosen.rate(chosen.measured));
+    let chosen: Vec<f64> = swept().filter(|o| CHOSEN.contains(&o.label.as_str())).map(|o| o.rate(o.measured)).collect();
+    if let (Some(best), false) = (best, chosen.is_empty()) {
+        let (top, own) = (best.rate(best.measured), chosen.iter().sum::<f64>() / chosen.len() as f64);
         say!(
             "chosen: {own:.1} tok/s, {:.1} % below the best of {} ({}, {top:.1} tok/s)",
             100.0 * (1.0 - own / top),
-            swept().count(),
+            swept().count() + 1 - chosen.len(),
             best.label
         );
     }

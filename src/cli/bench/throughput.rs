@@ -7,7 +7,8 @@
 //!
 //! **The bound** is the link's and the host memory's, for the best policy and not for ours: requests as host memory holds (95 % of
 //! it without the experts), a pass in the time in which the experts that do not fit on the GPU cross the link with nothing else
-//! running. It counts neither kernels nor attention nor edges.
+//! running. It counts neither kernels nor attention nor edges. Host memory that holds all experts is the bound's usual assumption, and
+//! one can do better: what stays on the GPU needs no place on the host. A second, tighter bound counts that memory as requests'.
 //!
 //! **Rivals** run one batch from its first prompt to its last token, and reserve room for all tokens that it will have. Their decode
 //! passes are timed here at half of the completion, where contexts have their mean; for their prefill they are granted the time
@@ -30,7 +31,9 @@ use crate::memory::host_memory;
 use crate::memory::kv_cache::KvLayout;
 use crate::model::ModelConfig;
 use crate::plan::Wishes;
+use crate::plan::compare::Comparison;
 use crate::plan::hrm::{Bound, Hierarchy, Level, SteadyState, steady_state_bound};
+use crate::plan::workload::Workload as Lengths;
 use crate::policy::{ScheduleKind, SourceKind};
 use crate::request::lengths::{self, Length, MT_BENCH_PROMPTS};
 use crate::request::{Request, SamplingParams};
@@ -66,8 +69,8 @@ pub struct Arguments {
     /// Passes in front of them that do not
     #[arg(long, value_name = "N", default_value_t = 3)]
     warm_up: usize,
-    /// Other ways to run it: a schedule's name as in `bench pipeline`, with +mN for N micro-batches, +relay for pages through fresh pinned
-    /// memory, +padded for prompts of equal length
+    /// Other ways to run it: a schedule's name as in `bench pipeline`, with +mN for N micro-batches, +relay for pages that are pinned one
+    /// by one, +padded for prompts of equal length
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     rivals: Vec<Rival>,
     /// Passes of each rival that count
@@ -265,6 +268,12 @@ struct Outcome {
     preemptions: u64,
     bound: Bound,
     bound_sequences: f64,
+    /// With no host copy of the experts that stay on the GPU.
+    tight_bound: Bound,
+    /// Tokens per second as predicted from the lengths, before anything ran; None where the machine was not measured.
+    predicted: Option<f64>,
+    /// The passes as they were, predicted one by one.
+    comparison: Option<Comparison>,
 }
 
 impl Outcome {
@@ -274,6 +283,11 @@ impl Outcome {
 
     fn tokens_per_second(&self) -> f64 {
         self.per_second(self.generated)
+    }
+
+    /// Without experts that must cross the link for want of room, the link bounds nothing.
+    fn is_bounded(&self) -> bool {
+        self.bound.tokens_per_second.is_finite()
     }
 }
 
@@ -287,6 +301,7 @@ struct RivalOutcome {
     total: Duration,
     generated: usize,
     busy: Vec<(Lane, f64)>,
+    comparison: Option<Comparison>,
 }
 
 impl RivalOutcome {
@@ -397,11 +412,17 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         let ours = outcomes.last().expect("one workload");
         let gpu_seconds_per_row = gpu_seconds_per_prompt_row(&mut engine, &ours.workload)?;
         for (index, rival) in arguments.rivals.iter().enumerate() {
-            let measured;
-            (engine, measured) =
-                run_rival(engine, *rival, &ours.workload, &fixed, &wishes, gpu_seconds_per_row, link_rate, &arguments)?;
+            let (lengths, asked) = rival_batch(&engine, *rival, &ours.workload, &fixed, &wishes);
+            if let Err(cause) = engine.plan_again(&asked) {
+                say!(
+                    "{rival} cannot run beside the same pages: {cause}; more micro-batches (+mN) or fewer residents make room"
+                );
+                continue;
+            }
+            engine = engine.reopen(asked)?;
+            let measured = run_rival(&mut engine, *rival, &lengths, gpu_seconds_per_row, link_rate, &arguments)?;
             if !arguments.json {
-                print_rival(&measured, ours, index == 0)?;
+                print_rival(&measured, rivals.last(), ours, index == 0)?;
             }
             rivals.push(measured);
         }
@@ -434,6 +455,8 @@ fn steady_state(
     arguments: &Arguments,
 ) -> Result<(Outcome, Vec<Timeline>)> {
     let passes = arguments.warm_up + arguments.passes;
+    let lengths = workload.lengths.iter().map(|length| (length.prompt, length.generated));
+    let predicted = Lengths::of(lengths, None).and_then(|lengths| engine.predict(lengths));
     let sequences = workload.running(engine.plan().policy.max_sequences);
     let mut bar = progress::PassProgress::new(&workload.name, passes);
     let started = Instant::now();
@@ -471,6 +494,7 @@ fn steady_state(
     };
     let unbounded = Level { flops_per_s: f64::INFINITY, bytes_per_s: f64::INFINITY };
     let hierarchy = Hierarchy { device: unbounded, host: unbounded, link_bytes_per_s: link_rate };
+    let tight = SteadyState { kv_memory_bytes: (0.95 * total_host as f64 - state.weight_bytes).max(0.0), ..state };
     let outcome = Outcome {
         workload: workload.clone(),
         sequences: sequences.len(),
@@ -486,6 +510,9 @@ fn steady_state(
         preemptions: summary.batch.preemptions,
         bound: steady_state_bound(&hierarchy, &state),
         bound_sequences: state.requests(),
+        tight_bound: steady_state_bound(&hierarchy, &tight),
+        predicted: predicted.map(|choice| choice.tokens_per_second),
+        comparison: summary.comparison,
     };
     Ok((outcome, timelines))
 }
@@ -509,38 +536,30 @@ fn gpu_seconds_per_prompt_row(engine: &mut Engine, workload: &Workload) -> Resul
     Ok(busy.as_secs_f64() / rows as f64)
 }
 
-/// One batch by another way: its decode passes at half of their completion.
-#[allow(clippy::too_many_arguments, reason = "what is the same for all rivals, once")]
-fn run_rival(
-    engine: Engine,
+/// A rival's batch, as the pool has room for it to the last token, and the policy that it runs under.
+fn rival_batch(
+    engine: &Engine,
     rival: Rival,
     workload: &Workload,
     fixed: &dyn Fn(Wishes) -> Wishes,
     wishes: &Wishes,
-    gpu_seconds_per_row: f64,
-    link_rate: f64,
-    arguments: &Arguments,
-) -> Result<(Engine, RivalOutcome)> {
+) -> (Vec<Length>, Wishes) {
     let kv_blocks = engine.plan().policy.kv_blocks;
-    let prompt = |length: &Length| if rival.padded { workload.longest_prompt() } else { length.prompt };
-    let reserved = |length: &Length| KvLayout::blocks_for(prompt(length) + length.generated);
-    // The batch that the pool has room for, to the last token.
+    let longest_prompt = workload.longest_prompt();
     let mut taken = 0;
     let lengths: Vec<Length> = workload
         .lengths
         .iter()
         .cycle()
+        .map(|length| Length { prompt: if rival.padded { longest_prompt } else { length.prompt }, ..*length })
         .take_while(|length| {
-            taken += reserved(length);
+            taken += KvLayout::blocks_for(length.prompt + length.generated);
             taken <= kv_blocks
         })
-        .copied()
+        .take(wishes.max_sequences.unwrap_or(usize::MAX))
         .collect();
-    let most = wishes.max_sequences.unwrap_or(usize::MAX);
-    let lengths = &lengths[..lengths.len().min(most)];
     let entry = rival.entry;
     let micro_batches = entry.micro_batches.or(wishes.micro_batches).unwrap_or(4).min(lengths.len().max(1));
-    let passes = 1 + arguments.rival_passes;
     let mut asked = fixed(Wishes {
         schedule: Some(entry.kind),
         rows: entry.rows.or(wishes.rows),
@@ -556,18 +575,30 @@ fn run_rival(
         (false, SourceKind::Relay) => SourceKind::Imported,
         (false, kind) => kind,
     });
-    let mut engine = engine.reopen(asked)?;
+    (lengths, asked)
+}
+
+/// One batch by another way: its decode passes at half of their completion.
+fn run_rival(
+    engine: &mut Engine,
+    rival: Rival,
+    lengths: &[Length],
+    gpu_seconds_per_row: f64,
+    link_rate: f64,
+    arguments: &Arguments,
+) -> Result<RivalOutcome> {
+    let passes = 1 + arguments.rival_passes;
     let sequences: Vec<WarmSequence> = lengths
         .iter()
         .map(|length| {
             let age = (length.generated / 2).max(1);
-            WarmSequence { prompt: prompt(length), generated: age, left: passes + 1 }
+            WarmSequence { prompt: length.prompt, generated: age, left: passes + 1 }
         })
         .collect();
     let mut bar = progress::PassProgress::new(&rival.to_string(), passes);
     let mut ends = vec![Instant::now()];
     let mut timelines = Vec::new();
-    engine.run_warm(&sequences, &mut std::iter::empty(), passes, &mut |report| {
+    let (summary, _) = engine.run_warm(&sequences, &mut std::iter::empty(), passes, &mut |report| {
         ends.push(Instant::now());
         bar.update(ends.len() - 1);
         if ends.len() > 2 {
@@ -580,31 +611,34 @@ fn run_rival(
     steps.sort_unstable();
     let step = steps[steps.len() / 2];
     let all = Timeline { spans: timelines.iter().flat_map(|timeline| timeline.spans.iter().copied()).collect() };
-    let prompt_rows: usize = lengths.iter().map(prompt).sum();
+    let prompt_rows: usize = lengths.iter().map(|length| length.prompt).sum();
     let generated: usize = lengths.iter().map(|length| length.generated).sum();
     // A batch is done when its longest answer is; all its rows stay to the end.
     let decode_passes = lengths.iter().map(|length| length.generated).max().unwrap_or(1) - 1;
     let prefill = Duration::from_secs_f64(prompt_rows as f64 * gpu_seconds_per_row);
     // One trip of the weights over the link at least. A relay takes as long for it as in a pass of decode rows.
-    let trip = if entry.relay {
+    let trip = if rival.entry.relay {
         step
     } else {
         Duration::from_secs_f64(engine.plan().streamed_bytes_per_pass as f64 / link_rate)
     };
     let prefill = prefill.max(trip);
-    Ok((
-        engine,
-        RivalOutcome {
-            rival,
-            sequences: lengths.len(),
-            micro_batches,
-            step,
-            prefill,
-            total: prefill + step * decode_passes as u32,
-            generated,
-            busy: Lane::ALL.map(|lane| (lane, all.busy(lane).as_secs_f64() / wall.as_secs_f64())).to_vec(),
-        },
-    ))
+    Ok(RivalOutcome {
+        rival,
+        sequences: lengths.len(),
+        micro_batches: engine.plan().policy.micro_batches,
+        step,
+        prefill,
+        total: prefill + step * decode_passes as u32,
+        generated,
+        busy: Lane::ALL.map(|lane| (lane, all.busy(lane).as_secs_f64() / wall.as_secs_f64())).to_vec(),
+        comparison: summary.comparison,
+    })
+}
+
+/// Predicted over measured time of passes.
+fn ratio(comparison: Option<&Comparison>) -> Option<f64> {
+    comparison.and_then(|comparison| comparison.all.ratio())
 }
 
 fn percent(share: f64) -> String {
@@ -624,7 +658,7 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
     let each = |n: usize| format!("{:.0} a pass", n as f64 / o.passes as f64);
     let pages = o.page_bytes as f64 / o.wall.as_secs_f64();
     print_line(format!(
-        "{:<16}{:>8}{:>16}{:>13}{:>11}{:>11.1}{:>14.1}{:>14.1}{:>10}{:>13.1}{:>9}",
+        "{:<16}{:>8}{:>16}{:>13}{:>11}{:>11.1}{:>14.1}{:>14}{:>10}{:>13.1}{:>9}",
         o.workload.name,
         o.sequences,
         each(o.prompt_rows),
@@ -632,21 +666,36 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
         format!("{:.3} s", o.wall.as_secs_f64() / o.passes as f64),
         o.tokens_per_second(),
         o.per_second(o.prompt_rows),
-        o.bound.tokens_per_second,
-        percent(o.tokens_per_second() / o.bound.tokens_per_second),
+        if o.is_bounded() { format!("{:.1}", o.bound.tokens_per_second) } else { "none".to_owned() },
+        if o.is_bounded() { percent(o.tokens_per_second() / o.bound.tokens_per_second) } else { String::new() },
         pages / 1e9,
         percent(pages / link_rate),
     ))?;
+    if let Some(predicted) = o.predicted {
+        let passes = ratio(o.comparison.as_ref())
+            .map_or_else(String::new, |ratio| format!("; the passes as they came, {ratio:.3} x"));
+        print_line(format!(
+            "    predicted from the lengths: {predicted:.1} tok/s, {:.3} x what was measured{passes}",
+            predicted / o.tokens_per_second()
+        ))?;
+    }
     if emulated {
         return Ok(()); // copies that were held back are not seen as such
     }
     let wall = o.wall.as_secs_f64();
     let share = |idle: Duration| percent(idle.as_secs_f64() / wall);
+    let bound = if o.is_bounded() {
+        let (n, seconds) = (o.bound_sequences, o.bound.pass_seconds);
+        let (roof, tight) = (o.bound.binding().roof.name(), o.tight_bound.tokens_per_second);
+        let share = percent(o.tokens_per_second() / tight);
+        format!(
+            "{n:.0} requests in passes of {seconds:.3} s, the {roof} binds; {tight:.1} tok/s if what stays on the GPU has no copy on the host ({share})"
+        )
+    } else {
+        "none, all experts would fit on the GPU".to_owned()
+    };
     print_line(format!(
-        "    bound: {:.0} requests in passes of {:.3} s, the {} binds; busy: {}; no lane {}; preemptions {}",
-        o.bound_sequences,
-        o.bound.pass_seconds,
-        o.bound.binding().roof.name(),
+        "    bound: {bound}; busy: {}; no lane {}; preemptions {}",
         lanes(&o.busy),
         percent(1.0 - o.busy_any),
         o.preemptions,
@@ -659,15 +708,16 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
     ))
 }
 
-fn print_rival(r: &RivalOutcome, ours: &Outcome, first: bool) -> Result<()> {
+/// Listed from the slowest to the fastest, each line's ratio to the one above is what one more change gives.
+fn print_rival(r: &RivalOutcome, above: Option<&RivalOutcome>, ours: &Outcome, first: bool) -> Result<()> {
     if first {
         print_line(format!("\nrivals on {}, one batch each", ours.workload.name))?;
         print_line(
-            "way                        sequences  micro-b.   decode pass   prefill     batch      tok/s   ours is",
+            "way                        sequences  micro-b.   decode pass   prefill     batch      tok/s  above x   ours is  predicted",
         )?;
     }
     print_line(format!(
-        "{:<27}{:>9}{:>10}{:>14}{:>10}{:>10}{:>11.1}{:>10}   {}",
+        "{:<27}{:>9}{:>10}{:>14}{:>10}{:>10}{:>11.1}{:>9}{:>10}{:>11}   {}",
         r.rival.to_string(),
         r.sequences,
         r.micro_batches,
@@ -675,7 +725,9 @@ fn print_rival(r: &RivalOutcome, ours: &Outcome, first: bool) -> Result<()> {
         format!("{:.1} s", r.prefill.as_secs_f64()),
         format!("{:.0} s", r.total.as_secs_f64()),
         r.tokens_per_second(),
+        above.map_or_else(String::new, |above| format!("{:.2}", r.tokens_per_second() / above.tokens_per_second())),
         format!("{:.2} x", ours.tokens_per_second() / r.tokens_per_second()),
+        ratio(r.comparison.as_ref()).map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2} x")),
         lanes(&r.busy),
     ))
 }
@@ -709,7 +761,9 @@ fn document(
                 "speed_pp": o.per_second(o.prompt_rows), "speed_tg": o.tokens_per_second(), "t": wall,
                 "speed": (o.prompt_rows + o.generated) as f64 / wall,
                 "bound": o.bound, "bound_sequences": o.bound_sequences,
-                "share_of_bound": o.tokens_per_second() / o.bound.tokens_per_second,
+                "share_of_bound": o.tokens_per_second() / o.bound.tokens_per_second, "tight_bound": o.tight_bound,
+                "predicted_tokens_per_second": o.predicted,
+                "prediction": o.comparison.as_ref().map(Comparison::json),
                 "page_bytes": o.page_bytes, "share_of_link": o.page_bytes as f64 / wall / link_rate,
                 "busy_share": shares(&o.busy), "any_busy_share": o.busy_any,
                 "link_idle_seconds": {
@@ -727,7 +781,7 @@ fn document(
                 "way": r.rival.to_string(), "sequences": r.sequences, "micro_batches": r.micro_batches,
                 "decode_pass_seconds": r.step.as_secs_f64(), "prefill_seconds": r.prefill.as_secs_f64(),
                 "batch_seconds": r.total.as_secs_f64(), "tokens_per_second": r.tokens_per_second(),
-                "busy_share": shares(&r.busy),
+                "busy_share": shares(&r.busy), "prediction": r.comparison.as_ref().map(Comparison::json),
             })
         })
         .collect();

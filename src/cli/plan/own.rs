@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::super::lengths;
 use super::super::open::{Text, model_config};
-use super::super::{OK, Usage, print_line};
+use super::super::{OK, Usage, has_weights, print_line};
 use super::{Arguments, Lines};
 use crate::checkpoint::{Checkpoint, Inventory, Synthetic};
 use crate::plan::cost::{LaneSeconds, Predictor};
@@ -17,6 +17,7 @@ use crate::plan::plot::{self, Picture, three};
 use crate::plan::presets::{ASSUMED, hardware};
 use crate::plan::report::{Gain, binding, flags, gains, hierarchy, why_behind};
 use crate::plan::search::{Choice, Found, PhaseTime, Problem};
+use crate::plan::unbuilt::{Unbuilt, unbuilt};
 use crate::plan::workload::Workload;
 use crate::plan::{MachineLimits, ModelBytes};
 use crate::policy::Policy;
@@ -43,6 +44,7 @@ struct Answer<'a> {
     decode: PhaseTime,
     binding: Load,
     gains: Vec<Gain>,
+    unbuilt: Vec<Unbuilt>,
     flags: Vec<String>,
 }
 
@@ -94,6 +96,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         decode,
         binding: binding(&problem, &found.best)?,
         gains: gains(&problem, &found.best)?,
+        unbuilt: unbuilt(&problem, &found.best)?,
         // How many threads a machine has no data sheet says.
         flags: flags(&found.best.plan.policy, problem.config)
             .into_iter()
@@ -115,10 +118,6 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 /// The model's name and tensors: of its checkpoint, or as its config.json alone promises them.
 fn model(arguments: &Arguments) -> Result<(String, Inventory)> {
     let (name, _) = arguments.shape()?;
-    let has_weights = |folder: &Path| {
-        let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        names.into_iter().any(|path| path.extension().is_some_and(|ending| ending == "safetensors"))
-    };
     let inventory = match &arguments.model {
         Some(folder) if has_weights(folder) => Checkpoint::open(folder)?.inventory().clone(),
         folder => {
@@ -270,6 +269,19 @@ fn table(answer: &Answer<'_>, runners_up: usize) -> String {
         let label = if index == 0 { "gains" } else { "" };
         lines.add(label, format_args!("{}: {:+.1} %", gain.what, 100.0 * (gain.ratio - 1.0)));
     }
+    for (index, of) in answer.unbuilt.iter().enumerate() {
+        let label = if index == 0 { "not built" } else { "" };
+        lines.add(
+            label,
+            format_args!(
+                "{}: modelled with {:.0} % of the {}, {:+.1} %",
+                of.option,
+                100.0 * of.share,
+                of.of,
+                100.0 * (of.ratio - 1.0)
+            ),
+        );
+    }
     lines.add("flags", answer.flags.join(" "));
     for (index, other) in others.iter().take(runners_up).enumerate() {
         let behind = 100.0 * (1.0 - other.tokens_per_second / best.tokens_per_second);
@@ -321,6 +333,7 @@ fn object(answer: &Answer<'_>, runners_up: usize) -> Result<Value> {
         "device_bytes": { "needed": memory.device(), "allowed": limits.device_bytes },
         "host_bytes": { "needed": memory.host(), "allowed": limits.host_bytes },
         "gains": answer.gains,
+        "modelled_not_built": answer.unbuilt,
         "search": { "fitting": fitting, "simulated": simulated, "seconds": answer.search_seconds },
         "runners_up": behind,
     }))

@@ -134,10 +134,10 @@ pub struct BatchReader<R> {
     over: bool,
 }
 
-impl BatchReader<Box<dyn BufRead>> {
+impl BatchReader<Box<dyn BufRead + Send>> {
     /// A file, or standard input for `-`.
     pub fn open(path: &Path, options: ReadOptions) -> io::Result<Self> {
-        let input: Box<dyn BufRead> = if path == Path::new("-") {
+        let input: Box<dyn BufRead + Send> = if path == Path::new("-") {
             Box::new(BufReader::new(io::stdin()))
         } else {
             Box::new(BufReader::with_capacity(1 << 16, File::open(path)?))

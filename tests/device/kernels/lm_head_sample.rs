@@ -28,7 +28,7 @@ fn check(what: &str, logits: &[f32], vocab: usize) {
             continue;
         }
         // Each term is off by its own rounding (2^-24), that of logit - max (up to 2^-24 of a difference of at most 2 max,
-        // times the term) and exp's 3 + 2 |x| ulp; the sum of V positive terms by V / 256 + 8 roundings. The logarithm turns
+        // times the term) and exp's 3 + 2 |x| ulp; the sum of V positive terms by V / 256 + 8 roundings, or 8 + 6. The logarithm turns
         // relative into absolute, and the last addition rounds to the result's size.
         let largest = logits[row * vocab..][..vocab].iter().filter(|l| l.is_finite()).fold(0f32, |a, l| a.max(l.abs()));
         let roundings = 16.0 + 6.0 * largest as f64 + vocab as f64 / 256.0;
@@ -48,9 +48,10 @@ pub fn trials() -> Vec<Trial> {
             Ok(())
         }),
         Trial::test("lm_head_sample::the_first_of_equal_logits_wins", || {
-            let vocab = 600;
             let mut random = Random::new(21);
-            for (first, second) in [(0, 599), (255, 256), (1, 257), (5, 4 + 256), (300, 301)] {
+            let wide = [(0, 599), (255, 256), (1, 257), (5, 4 + 256), (300, 301)].map(|pair| (600, pair));
+            let narrow = [(0, 449), (63, 64), (1, 65), (5, 4 + 64), (300, 301)].map(|pair| (450, pair));
+            for (vocab, (first, second)) in wide.into_iter().chain(narrow) {
                 for value in [3.5f32, -0.25, 1e-42] {
                     let mut logits: Vec<f32> = random.values(vocab).iter().map(|v| value - 1.0 - v.abs()).collect();
                     (logits[first], logits[second]) = (value, value);
@@ -64,31 +65,33 @@ pub fn trials() -> Vec<Trial> {
             Ok(())
         }),
         Trial::test("lm_head_sample::reports_nan_and_infinity", || {
-            let vocab = 523;
             let mut random = Random::new(22);
             let nans = [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(0xffff_ffff)];
-            for nan in nans {
-                for at in [0, 255, 256, 522] {
-                    let mut logits = random.values(3 * vocab);
-                    logits[vocab + at] = nan;
-                    check(&format!("{:08x} at {at} of the second row", nan.to_bits()), &logits, vocab);
+            for (vocab, places) in [(523, [0, 255, 256, 522]), (450, [0, 63, 64, 449])] {
+                for nan in nans {
+                    for at in places {
+                        let mut logits = random.values(3 * vocab);
+                        logits[vocab + at] = nan;
+                        check(&format!("{:08x} at {at} of the second row", nan.to_bits()), &logits, vocab);
+                    }
                 }
-            }
-            check("nothing but NaN", &vec![f32::NAN; vocab], vocab);
-            check("nothing but minus infinity", &vec![f32::NEG_INFINITY; vocab], vocab);
-            for infinity in [f32::INFINITY, f32::NEG_INFINITY] {
-                let mut logits = random.values(vocab);
-                logits[400] = infinity;
-                check(&format!("one {infinity}"), &logits, vocab);
+                check("nothing but NaN", &vec![f32::NAN; vocab], vocab);
+                check("nothing but minus infinity", &vec![f32::NEG_INFINITY; vocab], vocab);
+                for infinity in [f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut logits = random.values(vocab);
+                    logits[400] = infinity;
+                    check(&format!("one {infinity}"), &logits, vocab);
+                }
             }
             Ok(())
         }),
         Trial::test("lm_head_sample::a_row_alone_has_the_bits_it_has_among_others", || {
-            let vocab = 777;
-            let logits = Random::new(23).values(6 * vocab);
-            let together = samples(&logits, vocab);
-            for (row, expected) in logits.chunks_exact(vocab).zip(together) {
-                assert_eq!(samples(row, vocab), [expected]);
+            for vocab in [777, 450] {
+                let logits = Random::new(23).values(6 * vocab);
+                let together = samples(&logits, vocab);
+                for (row, expected) in logits.chunks_exact(vocab).zip(together) {
+                    assert_eq!(samples(row, vocab), [expected]);
+                }
             }
             Ok(())
         }),
