@@ -14,7 +14,7 @@
 //! ```
 //!
 //! Elements are f16, or 8-bit integers with a scale for each row of each head ([`KvDtype`]): then 32 scales (f16) follow each
-//! 32 rows, and the integers lie in the pairs in which `cpu::attention` multiplies them, two columns of K, `[K / 2][32][2]`, or two
+//! 32 rows, and the integers lie in the pairs in which `cpu::attention` multiplies them, two columns of K, `[4][K / 2][8][2]`, or two
 //! tokens of V, `[16][K][2]`. How a row gets its scale and integers is [`mod@crate::reference::kv_quantise`]; what the cache holds are numbers
 //! that f16 holds exactly, so attention here, attention on the GPU (whose blocks are f16) and a copy between them read the same.
 //!
@@ -46,6 +46,10 @@ use crate::reference::kv_quantise::quantise;
 
 /// Tokens of a block. Also the step of attention's online softmax, hence part of a row's reduction order.
 pub const BLOCK_TOKENS: usize = 32;
+
+/// Tokens whose 8-bit keys lie together, pair of columns by pair: as many as a register of pairs takes. More, and a new token would
+/// touch more lines of memory.
+pub const KEY_GROUP: usize = 8;
 
 /// What one token's K and V look like, in every layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,7 +188,10 @@ impl KvLayout {
     #[inline]
     fn integer_at(&self, half: Half, slot: usize, column: usize) -> usize {
         match half {
-            Half::Keys => (column / 2 * BLOCK_TOKENS + slot) * 2 + column % 2,
+            Half::Keys => {
+                let pair = slot / KEY_GROUP * (self.head_width / 2) + column / 2;
+                (pair * KEY_GROUP + slot % KEY_GROUP) * 2 + column % 2
+            }
             Half::Values => (slot / 2 * self.head_width + column) * 2 + slot % 2,
         }
     }
@@ -630,8 +637,9 @@ fn scatter(layout: &KvLayout, block: &mut [u8], slot: usize, row: &[u8]) {
                 let row = &new[..width];
                 match half {
                     Half::Keys => {
-                        for (pairs, pair) in integers.chunks_exact_mut(2 * BLOCK_TOKENS).zip(row.chunks_exact(2)) {
-                            pairs[2 * slot..][..2].copy_from_slice(pair);
+                        let group = &mut integers[slot / KEY_GROUP * KEY_GROUP * width..][..KEY_GROUP * width];
+                        for (pairs, pair) in group.chunks_exact_mut(2 * KEY_GROUP).zip(row.chunks_exact(2)) {
+                            pairs[2 * (slot % KEY_GROUP)..][..2].copy_from_slice(pair);
                         }
                     }
                     Half::Values => {

@@ -151,7 +151,8 @@ fn rows_of_integers_lie_in_front_of_their_scales() {
         for (half, values) in [(&block[keys.clone()], false), (&block[keys.end..][..keys.len()], true)] {
             let (integers, scales) = half.split_at(BLOCK_TOKENS * INT8.head_width);
             for (column, integer) in [127, -127i8, 64, 1, 0, -2].into_iter().enumerate() {
-                let at = if values { 4 / 2 * 2 * 6 + 2 * column } else { column / 2 * 64 + 2 * 4 + column % 2 };
+                // Slots 4 and 5: in the first group of 8 keys, a pair of values.
+                let at = if values { 4 / 2 * 2 * 6 + 2 * column } else { column / 2 * 16 + 2 * 4 + column % 2 };
                 let step = if values { 1 } else { 2 };
                 assert_eq!([at, at + step].map(|at| integers[at] as i8), [integer; 2], "{column}, values {values}");
             }

@@ -190,8 +190,16 @@ impl<const VNNI: bool> Integers for I16x16<VNNI> {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn add(a: __m256i, b: __m256i) -> __m256i {
-        _mm256_add_epi32(a, b)
+    unsafe fn load(from: *const [i16; 2]) -> __m256i {
+        // SAFETY: good for 8 pairs, says the caller: 32 bytes.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn store_tokens(sums: __m256i, to: *mut f32) {
+        // SAFETY: good for 8 tokens, says the caller.
+        unsafe { _mm256_storeu_ps(to, _mm256_cvtepi32_ps(sums)) }
     }
 
     #[inline]

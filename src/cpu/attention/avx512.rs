@@ -194,8 +194,17 @@ impl<const VNNI: bool> Integers for I16x32<VNNI> {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn add(a: __m512i, b: __m512i) -> __m512i {
-        _mm512_add_epi32(a, b)
+    unsafe fn load(from: *const [i16; 2]) -> __m512i {
+        // SAFETY: good for 16 pairs, says the caller: 64 bytes.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn store_tokens(sums: __m512i, to: *mut f32) {
+        let sums = _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64::<1>(sums));
+        // SAFETY: good for 8 tokens, says the caller.
+        unsafe { _mm256_storeu_ps(to, _mm256_cvtepi32_ps(sums)) }
     }
 
     #[inline]

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{BLOCK_TOKENS, BlockTable, KvCache, KvDtype, KvLayout};
+use super::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvDtype, KvLayout};
 
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
 pub(super) const WIDEST: usize = 16;
@@ -223,7 +223,9 @@ pub(super) struct Scratch {
     pub q: Vec<CacheLine>,
     /// `[heads, BLOCK_TOKENS]`: one block's scores, then its weights.
     pub weights: Vec<CacheLine>,
-    /// Both as 16-bit integers, where K and V are integers; `[heads]` scales of the queries.
+    /// Both as 16-bit integers, where K and V are integers: one query, `[padded]`; all of them, each pair in every lane of KEY_GROUP,
+    /// and their scales, `[heads]`; the weights.
+    pub q_rounded: Vec<CacheLine>,
     pub q_pairs: Vec<CacheLine>,
     pub weight_pairs: Vec<CacheLine>,
     pub q_scales: Vec<f32>,
@@ -241,7 +243,8 @@ impl Scratch {
             heads,
             q: zeros(heads * state.padded),
             weights: zeros(heads * BLOCK_TOKENS),
-            q_pairs: zeros((heads * state.padded / 2).next_multiple_of(WIDEST)),
+            q_rounded: zeros((state.padded / 2).next_multiple_of(WIDEST)),
+            q_pairs: zeros(heads * state.padded / 2 * KEY_GROUP),
             weight_pairs: zeros(heads * BLOCK_TOKENS / 2),
             q_scales: vec![0.0; heads],
             new_max: vec![0.0; heads],

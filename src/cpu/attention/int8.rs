@@ -17,13 +17,14 @@
 //! Sums are exact, so their order is nobody's concern. Where K is above 512, queries get fewer bits, so that a sum still fits.
 //!
 //! The cache keeps these elements in pairs, as instructions take them (`memory::kv_cache`): two columns of a token in K, two tokens of a
-//! column in V. A register of scores then holds tokens, one of the output columns, and nothing is summed across lanes.
+//! column in V. A register of scores then holds tokens, one of the output columns, and at most two lanes are summed.
 
 #![expect(clippy::needless_range_loop)]
 
 use half::f16;
 
 use super::BLOCK_TOKENS;
+use super::KEY_GROUP;
 use super::group::{Ahead, CacheLines, Group, Lanes, Scratch, State, WIDEST, floats, softmax_step};
 
 /// Registers of integers beside those of f32 lanes: pairs of 16 bits in as many lanes, and sums of 32.
@@ -43,11 +44,14 @@ pub(super) trait Integers {
     unsafe fn zero() -> Self::Sums;
     /// A pair of 8-bit integers for each lane.
     unsafe fn widen(from: *const [i8; 2]) -> Self::Pairs;
+    /// A register of pairs.
+    unsafe fn load(from: *const [i16; 2]) -> Self::Pairs;
     /// One pair in all lanes.
     unsafe fn splat(from: *const [i16; 2]) -> Self::Pairs;
     /// `sums + a.0 · b.0 + a.1 · b.1`, lane by lane.
     unsafe fn add_products(sums: Self::Sums, a: Self::Pairs, b: Self::Pairs) -> Self::Sums;
-    unsafe fn add(a: Self::Sums, b: Self::Sums) -> Self::Sums;
+    /// Stores the sum of each token as f32, of registers whose lanes are [`tokens`] of one pair of columns, then of the next.
+    unsafe fn store_tokens(sums: Self::Sums, to: *mut f32);
     unsafe fn to_f32(sums: Self::Sums) -> Self::Floats;
     /// The nearest integers of numbers in ±32767, one for each lane. Anything for others.
     unsafe fn store_rounded(numbers: Self::Floats, to: *mut i16);
@@ -68,20 +72,26 @@ pub(super) trait Integers {
 pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     let heads = scratch.heads;
     scratch.state.begin(group.sinks);
-    let Scratch { q, q_scales, q_pairs, weights, weight_pairs, weight_scales, new_max, state, .. } = scratch;
+    let Scratch { q, q_rounded, q_scales, q_pairs, weights, weight_pairs, weight_scales, new_max, state, .. } = scratch;
     let State { head_width, padded, max, weight_sums, out } = state;
     let (head_width, padded) = (*head_width, *padded);
     let (out, weight_sums) = (floats(out), floats(weight_sums));
     let (q, weights) = (floats(q), floats(weights));
-    let (q_pairs, weight_pairs) = (words(q_pairs), words(weight_pairs));
+    let q_pairs: &mut [[i16; 2]] = bytemuck::cast_slice_mut(q_pairs);
+    let weight_pairs = words(weight_pairs);
     for (head, row) in group.q.chunks_exact(head_width).enumerate() {
         let padded_row = &mut q[head * padded..][..padded];
         padded_row[..head_width].copy_from_slice(row);
         // SAFETY: the caller vouches for the CPU; the padding is zeros.
-        unsafe {
-            let pairs = &mut q_pairs[head * padded..][..padded];
+        let pairs = unsafe {
+            let rounded = &mut words(q_rounded)[..padded];
             q_scales[head] =
-                group.scale * round::<I>(padded_row, largest_of::<I>(padded_row), largest_query(head_width), pairs);
+                group.scale * round::<I>(padded_row, largest_of::<I>(padded_row), largest_query(head_width), rounded);
+            bytemuck::cast_slice::<i16, [i16; 2]>(rounded)
+        };
+        let spread = &mut q_pairs[head * padded / 2 * KEY_GROUP..][..padded / 2 * KEY_GROUP];
+        for (lanes, pair) in spread.chunks_exact_mut(tokens::<I>()).zip(pairs) {
+            lanes.fill(*pair);
         }
     }
 
@@ -133,6 +143,11 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, e
     if let Some(earlier) = earlier {
         earlier.merge(&scratch.state);
     }
+}
+
+/// Tokens in a register of keys. Where there is room for twice as many lanes, the next pair of columns follows.
+const fn tokens<I: Integers>() -> usize {
+    if I::Floats::COUNT < KEY_GROUP { I::Floats::COUNT } else { KEY_GROUP }
 }
 
 fn words(lines: &mut [super::group::CacheLine]) -> &mut [i16] {
@@ -229,8 +244,9 @@ struct Block {
 ///
 /// Callers of any method owe it:
 /// * the CPU has the instruction set that `I` stands for;
-/// * pointers to K: `[K / 2, BLOCK_TOKENS, 2]`; to V: `[BLOCK_TOKENS / 2, K, 2]`; to queries or outputs: `[heads, padded]`, from the
-///   first head that the method is to take; to weights: `[heads, BLOCK_TOKENS]`, likewise.
+/// * pointers to K: `[BLOCK_TOKENS / KEY_GROUP, K / 2, KEY_GROUP, 2]` and scales behind; to V: `[BLOCK_TOKENS / 2, K, 2]`; to queries:
+///   `[heads, padded / 2 · KEY_GROUP]`, each pair in as many lanes as a register has [`tokens`], from the first head that the method is to
+///   take; to outputs: `[heads, padded]`; to weights: `[heads, BLOCK_TOKENS]`, likewise.
 impl Block {
     /// `weights[head, slot] = q[head] · keys[slot]`, in integers.
     #[inline(always)]
@@ -238,7 +254,7 @@ impl Block {
         &self,
         heads: usize,
         keys: *const u8,
-        q: *const i16,
+        q: *const [i16; 2],
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
@@ -246,109 +262,72 @@ impl Block {
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
-            let at = |head: usize| (q.add(head * self.padded).cast::<[i16; 2]>(), weights.add(head * BLOCK_TOKENS));
+            let at = |head: usize| (q.add(head * self.padded / 2 * KEY_GROUP), weights.add(head * BLOCK_TOKENS));
             if I::Floats::TILE == 16 {
-                while head + 8 <= heads {
+                while head + 4 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<I, 8, 2, 1>(keys, q, weights, ahead);
-                    head += 8;
-                }
-                if head + 4 <= heads {
-                    let (q, weights) = at(head);
-                    self.score_heads::<I, 4, 2, 2>(keys, q, weights, ahead);
+                    self.score_heads::<I, 4, 4>(keys, q, weights, ahead);
                     head += 4;
                 }
-                if head + 2 <= heads {
+            } else {
+                while head + 4 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<I, 2, 2, 4>(keys, q, weights, ahead);
-                    head += 2;
+                    self.score_heads::<I, 4, 2>(keys, q, weights, ahead);
+                    head += 4;
                 }
-                if head < heads {
-                    let (q, weights) = at(head);
-                    self.score_heads::<I, 1, 2, 4>(keys, q, weights, ahead);
-                }
-                return;
-            }
-            while head + 4 <= heads {
-                let (q, weights) = at(head);
-                self.score_heads::<I, 4, 2, 1>(keys, q, weights, ahead);
-                head += 4;
             }
             if head + 2 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<I, 2, 4, 1>(keys, q, weights, ahead);
+                self.score_heads::<I, 2, 4>(keys, q, weights, ahead);
                 head += 2;
             }
             if head < heads {
                 let (q, weights) = at(head);
-                self.score_heads::<I, 1, 4, 2>(keys, q, weights, ahead);
+                self.score_heads::<I, 1, 4>(keys, q, weights, ahead);
             }
         }
     }
 
-    /// `REGISTERS` of tokens at a time; `PARTS` sums for each, so that one need not wait for the last.
+    /// `REGISTERS` of tokens at a time.
     #[inline(always)]
-    unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize, const PARTS: usize>(
+    unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
         &self,
         keys: *const [i8; 2],
         q: *const [i16; 2],
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
-        let lanes = I::Floats::COUNT;
-        // SAFETY: as the caller's, and every step stays below BLOCK_TOKENS and K / 2.
+        let (lanes, tokens) = (I::Floats::COUNT, tokens::<I>());
+        let pairs = self.head_width / 2;
+        // A last register of one pair only reads on into what follows, and takes it times 0.
+        let steps = pairs.div_ceil(lanes / tokens);
+        // SAFETY: as the caller's: every step stays below BLOCK_TOKENS and K / 2, or in the scales behind.
         unsafe {
-            for slot in (0..BLOCK_TOKENS).step_by(REGISTERS * lanes) {
-                let keys = keys.add(slot);
-                let mut sums = [[[I::zero(); REGISTERS]; HEADS]; PARTS];
-                let pairs = self.head_width / 2;
-                let bytes = PARTS * REGISTERS * lanes * size_of::<[i8; 2]>();
-                let mut ahead = ahead.steps(pairs / PARTS, bytes);
-                let mut pair = 0;
-                while pair + PARTS <= pairs {
+            for slot in (0..BLOCK_TOKENS).step_by(REGISTERS * tokens) {
+                let group = |slot: usize| keys.add(slot / KEY_GROUP * KEY_GROUP * pairs + slot % KEY_GROUP);
+                let mut sums = [[I::zero(); REGISTERS]; HEADS];
+                let bytes = REGISTERS * lanes * size_of::<[i8; 2]>();
+                let mut ahead = ahead.steps(steps, bytes);
+                for step in 0..steps {
                     ahead.fetch(bytes);
-                    for part in 0..PARTS {
-                        self.score_pair::<I, HEADS, REGISTERS>(keys, pair + part, q, &mut sums[part]);
+                    let pair = step * (lanes / tokens);
+                    let mut row = [I::splat(q); REGISTERS];
+                    for register in 0..REGISTERS {
+                        row[register] = I::widen(group(slot + register * tokens).add(pair * KEY_GROUP));
                     }
-                    pair += PARTS;
-                }
-                while pair < pairs {
-                    self.score_pair::<I, HEADS, REGISTERS>(keys, pair, q, &mut sums[0]);
-                    pair += 1;
+                    for head in 0..HEADS {
+                        let query = I::load(q.add(head * self.padded / 2 * KEY_GROUP + pair * tokens));
+                        for register in 0..REGISTERS {
+                            let sum = &mut sums[head][register];
+                            *sum = I::add_products(*sum, row[register], query);
+                        }
+                    }
                 }
                 for head in 0..HEADS {
                     for register in 0..REGISTERS {
-                        let mut sum = sums[0][head][register];
-                        for part in 1..PARTS {
-                            sum = I::add(sum, sums[part][head][register]);
-                        }
-                        I::to_f32(sum).store(weights.add(head * BLOCK_TOKENS + slot + register * lanes));
+                        let to = weights.add(head * BLOCK_TOKENS + slot + register * tokens);
+                        I::store_tokens(sums[head][register], to);
                     }
-                }
-            }
-        }
-    }
-
-    /// One pair of columns; `keys` points at the first token's first pair.
-    #[inline(always)]
-    unsafe fn score_pair<I: Integers, const HEADS: usize, const REGISTERS: usize>(
-        &self,
-        keys: *const [i8; 2],
-        pair: usize,
-        q: *const [i16; 2],
-        sums: &mut [[I::Sums; REGISTERS]; HEADS],
-    ) {
-        // SAFETY: as the caller's: the pair is below K / 2.
-        unsafe {
-            let mut row = [I::splat(q); REGISTERS];
-            for register in 0..REGISTERS {
-                row[register] = I::widen(keys.add(pair * BLOCK_TOKENS + register * I::Floats::COUNT));
-            }
-            for head in 0..HEADS {
-                let query = I::splat(q.add(head * self.padded / 2 + pair));
-                for register in 0..REGISTERS {
-                    let sum = &mut sums[head][register];
-                    *sum = I::add_products(*sum, row[register], query);
                 }
             }
         }

@@ -51,7 +51,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::isa::{Isa, Level};
-use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, KvLayout};
+use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvLayout};
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
 use group::{Group, Scratch, State};

@@ -166,8 +166,16 @@ impl Integers for I16x8 {
 
     #[inline]
     #[target_feature(enable = "neon")]
-    unsafe fn add(a: int32x4_t, b: int32x4_t) -> int32x4_t {
-        vaddq_s32(a, b)
+    unsafe fn load(from: *const [i16; 2]) -> int16x8_t {
+        // SAFETY: good for 4 pairs, says the caller: 16 bytes.
+        unsafe { vld1q_s16(from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn store_tokens(sums: int32x4_t, to: *mut f32) {
+        // SAFETY: good for 4 tokens, says the caller.
+        unsafe { vst1q_f32(to, vcvtq_f32_s32(sums)) }
     }
 
     #[inline]

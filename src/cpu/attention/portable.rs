@@ -144,8 +144,15 @@ impl Integers for I16x8 {
     }
 
     #[inline(always)]
-    unsafe fn add(a: [i32; 4], b: [i32; 4]) -> [i32; 4] {
-        std::array::from_fn(|lane| a[lane].wrapping_add(b[lane]))
+    unsafe fn load(from: *const [i16; 2]) -> [[i16; 2]; 4] {
+        // SAFETY: good for 4 pairs, says the caller; an array of them is aligned as one.
+        unsafe { from.cast::<[[i16; 2]; 4]>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_tokens(sums: [i32; 4], to: *mut f32) {
+        // SAFETY: good for 4 tokens, says the caller; an array of f32 is aligned as an f32.
+        unsafe { to.cast::<[f32; 4]>().write(sums.map(|sum| sum as f32)) }
     }
 
     #[inline(always)]
