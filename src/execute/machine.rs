@@ -35,7 +35,7 @@ use crate::kernels::{
     qk_norm, rms_norm, rotary, router_topk,
     slabs::{Layout, N_SLABS, Place},
 };
-use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::kv_cache::{BLOCK_TOKENS, Half, KvLayout};
 use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
@@ -797,9 +797,9 @@ impl Machine {
             unsafe {
                 let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
                 let into = staging.bytes.slice_mut::<f16>(to..to + bytes);
-                for (half, into) in into.chunks_exact_mut(half_elements).enumerate() {
-                    let from = from.add(half * layout.half_bytes());
-                    layout.read_half_at(from, upload.tokens, &mut into[..upload.tokens * head_width]);
+                for (index, into) in into.chunks_exact_mut(half_elements).enumerate() {
+                    let (half, from) = (Half::BOTH[index % 2], from.add(index * layout.half_bytes()));
+                    layout.read_half_at(half, from, upload.tokens, &mut into[..upload.tokens * head_width]);
                 }
             }
             copies.push(CopyRange::new(staging.bytes.at(to), workspace.blocks.at(to), bytes));
