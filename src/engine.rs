@@ -583,6 +583,8 @@ pub struct PassReport<'a> {
     pub timeline: &'a Timeline,
     /// Sequences in the queue, new and preempted.
     pub queued: usize,
+    /// How well the run's passes were predicted up to this one, where there is a profile.
+    pub comparison: Option<&'a Comparison>,
 }
 
 /// Passes of a run that are all predicted; of later ones, which are like them, every so manyth. A prediction takes milliseconds.
@@ -970,7 +972,9 @@ impl Engine {
             "pass has run"
         );
         let micro_batches = micro_batches.iter().map(|of| &of.rows).collect();
-        answers.tell(Event::Pass(PassReport { micro_batches, schedule: &schedule, timeline: &timeline, queued }));
+        let comparison = summary.comparison.as_ref();
+        let report = PassReport { micro_batches, schedule: &schedule, timeline: &timeline, queued, comparison };
+        answers.tell(Event::Pass(report));
         Ok(())
     }
 }

@@ -300,7 +300,7 @@ impl Problem<'_> {
 
     /// The candidates that `wanted` picks, with experts that are read from disk instead of kept in the host's memory: those of which that
     /// can give more than `best` tokens per second.
-    fn from_disk(&self, grid: &[Candidate], best: f64, wanted: impl Fn(usize) -> bool) -> Vec<Candidate> {
+    fn staged(&self, grid: &[Candidate], best: f64, wanted: impl Fn(usize) -> bool) -> Vec<Candidate> {
         let Some(disk) = self.profile.disk.as_ref().filter(|_| self.wishes.source.is_none()) else { return Vec::new() };
         let shape = &self.config.shape;
         let all = (shape.layers * shape.experts) as u64 * self.bytes.expert();
@@ -603,7 +603,7 @@ impl Problem<'_> {
     pub fn every_policy(&self) -> Vec<Plan> {
         let mut walk = Walk::default();
         let mut grid = self.grid();
-        grid.extend(self.from_disk(&grid, 0.0, |_| true));
+        grid.extend(self.staged(&grid, 0.0, |_| true));
         grid.extend(self.between_steps(&grid, |_, _| true));
         self.bounded(&grid, &mut walk).0.into_iter().map(|one| one.plan).collect()
     }
@@ -616,7 +616,7 @@ impl Problem<'_> {
         self.simulate(&fitting, &mut walk)?;
         // Where the host has no memory for experts beside so many sequences, they can be read from disk.
         let kept: HashSet<usize> = fitting.iter().map(|one| one.candidate).collect();
-        let from_disk = self.from_disk(&grid, walk.best, |number| !kept.contains(&number));
+        let from_disk = self.staged(&grid, walk.best, |number| !kept.contains(&number));
         let first = grid.len();
         let (mut others, _) = self.bounded(&from_disk, &mut walk);
         self.simulate(&others, &mut walk)?;
