@@ -1,12 +1,14 @@
 // halves[t, k] = x[t, x_offset + k] / scales[t] as f16, 0 from n_in to n_padded.   One workgroup per row, rows in turn.
 // scales[t] is the power of two that brings the greatest magnitude of row t into 2^14 .. 2^15: below f16's greatest number, with as
 // much room as there is for the smaller ones. It is at least 2^-100, and 1 for a row that is 0 or not finite.
+// Rows 0 .. n_rows, or those between two entries of bounds.
 // Reference: src/reference/half_rows.rs      Needs: shared/f16
-struct Params { n_rows: u32, n_in: u32, n_padded: u32, x_stride: u32, x_offset: u32 }
+struct Params { n_rows: u32, n_in: u32, n_padded: u32, x_stride: u32, x_offset: u32, first_bound: u32, end_bound: u32 }
 var<immediate> params: Params;
 @group(0) @binding(0) var<storage, read>       x: array<f32>;      // [T, x_stride], columns x_offset .. x_offset + n_in
 @group(0) @binding(1) var<storage, read_write> halves: array<u32>; // [T, n_padded] f16, two to a word, low half first
 @group(0) @binding(2) var<storage, read_write> scales: array<f32>; // [T]
+@group(0) @binding(3) var<storage, read>       bounds: array<u32>; // ascending, up to n_rows; where first_bound < end_bound
 
 const WG_SIZE: u32 = 256u;
 var<workgroup> greatest: array<u32, WG_SIZE>;
@@ -17,7 +19,13 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    for (var row = workgroup.x; row < params.n_rows; row += workgroups.x) {
+    var first_row = 0u;
+    var end_row = params.n_rows;
+    if params.first_bound < params.end_bound {
+        first_row = bounds[params.first_bound];
+        end_row = bounds[params.end_bound];
+    }
+    for (var row = first_row + workgroup.x; row < end_row; row += workgroups.x) {
         let start = row * params.x_stride + params.x_offset;
         // Magnitudes order as their bits do, with those that are not finite last.
         // Eight loads are under way together; those past the end repeat the last one.

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Inventory, Synthetic, Weights};
@@ -600,23 +601,14 @@ pub struct RunOptions {
 
 /// Where a run's requests come from. An iterator of requests is one that always has the next at hand.
 pub trait Requests {
-    /// The next one. With `wait` there is nothing else to do until it is there; without, sequences are running meanwhile.
-    fn next_request(&mut self, wait: bool) -> NextRequest;
-}
-
-/// What [`Requests`] have to say.
-#[derive(Debug, Clone, PartialEq)]
-pub enum NextRequest {
-    Request(Request),
-    /// Not yet: ask again after the next pass.
-    NotYet,
-    /// There are no more.
-    End,
+    /// The next one, None at the end, pending where it is not there yet: then the run asks again after its next pass. With `wait` there is
+    /// nothing else to do until it is there.
+    fn next_request(&mut self, wait: bool) -> Poll<Option<Request>>;
 }
 
 impl<I: Iterator<Item = Request>> Requests for I {
-    fn next_request(&mut self, _wait: bool) -> NextRequest {
-        self.next().map_or(NextRequest::End, NextRequest::Request)
+    fn next_request(&mut self, _wait: bool) -> Poll<Option<Request>> {
+        Poll::Ready(self.next())
     }
 }
 
@@ -853,9 +845,9 @@ impl Engine {
             // Enough in the queue that a whole pass of sequences can be replaced at once.
             while !exhausted && !answers.broken_off() && self.batcher.queued() < self.plan.policy.max_sequences {
                 match requests.next_request(self.batcher.is_empty()) {
-                    NextRequest::Request(request) => answers.accept(request, &mut self.batcher),
-                    NextRequest::NotYet => break,
-                    NextRequest::End => exhausted = true,
+                    Poll::Ready(Some(request)) => answers.accept(request, &mut self.batcher),
+                    Poll::Ready(None) => exhausted = true,
+                    Poll::Pending => break,
                 }
             }
             (summary.requests, summary.failed) = (answers.accepted(), answers.failed());

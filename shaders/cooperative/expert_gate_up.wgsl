@@ -6,10 +6,9 @@ struct Params {
     n_assignments: u32, n_experts: u32, n_chosen: u32, d_model: u32, expert_width: u32,
     row_stride: u32, k_stride: u32, up_first: u32, scales_at: u32,
     biased: u32, limit: f32,
-    x_units: u32,
 }
 var<immediate> params: Params;
-@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;     // [T, x_units * 4]
+@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;     // [T, D up to a multiple of 256]
 @group(0) @binding(1) var<storage, read>       scales: array<f32>;      // [T]
 @group(0) @binding(2) var<storage, read>       permutation: array<u32>; // [T * A] assignment of each sorted position
 @group(0) @binding(3) var<storage, read>       offsets: array<u32>;     // [E + 1] first sorted position of each expert

@@ -3,12 +3,11 @@
 // Reference: src/reference/matmul.rs
 struct Params {
     n_rows: u32, n_out: u32, n_in: u32,
-    x_units: u32,
     y_stride: u32, y_offset: u32,
     accumulate: u32,
 }
 var<immediate> params: Params;
-@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;   // [T, x_units * 4]
+@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;   // [T, n_in up to a multiple of 256]
 @group(0) @binding(1) var<storage, read>       scales: array<f32>;    // [T]
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;         // [T, y_stride], columns y_offset .. y_offset + n_out
 

@@ -28,6 +28,7 @@ use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, 
 use crate::kernels::decode_attention::{Parts, SPLIT_TOKENS, parts_of};
 use crate::kernels::half_rows::{HalfRows, padded};
 use crate::kernels::lm_head_sample::Sample;
+use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::prompt_attention::Tile;
 use crate::kernels::{
     add_bias, cooperative, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up,
@@ -35,7 +36,7 @@ use crate::kernels::{
     qk_norm, rms_norm, rotary, router_topk,
     slabs::{Layout, N_SLABS, Place},
 };
-use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::kv_cache::{BLOCK_TOKENS, Half, KvLayout};
 use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
@@ -705,7 +706,10 @@ impl Machine {
         };
         let widest_window = self.config.widest_window().unwrap_or(0) as u32;
         let parts = Parts::new(&attended(&rows.decode), widest_window, self.extents.kept_parts());
-        let tile_tokens = prompt_attention::tile_tokens(&self.attention_shape(0));
+        let tile_tokens = match self.prompt_cut() {
+            Some(cut) => cut.tile_tokens(&self.attention_shape(0)),
+            None => prompt_attention::tile_tokens(&self.attention_shape(0)),
+        };
         let tiles = prompt_attention::tiles(&attended(&rows.prompt), tile_tokens);
         let buffers = &mut self.micro_batches[micro_batch];
         (buffers.rows, buffers.parts, buffers.tiles) = (rows, parts, tiles);
@@ -797,9 +801,9 @@ impl Machine {
             unsafe {
                 let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
                 let into = staging.bytes.slice_mut::<f16>(to..to + bytes);
-                for (half, into) in into.chunks_exact_mut(half_elements).enumerate() {
-                    let from = from.add(half * layout.half_bytes());
-                    layout.read_half_at(from, upload.tokens, &mut into[..upload.tokens * head_width]);
+                for (index, into) in into.chunks_exact_mut(half_elements).enumerate() {
+                    let (half, from) = (Half::BOTH[index % 2], from.add(index * layout.half_bytes()));
+                    layout.read_half_at(half, from, upload.tokens, &mut into[..upload.tokens * head_width]);
                 }
             }
             copies.push(CopyRange::new(staging.bytes.at(to), workspace.blocks.at(to), bytes));
@@ -1067,6 +1071,12 @@ impl Machine {
         }
     }
 
+    /// How prompt rows attend on cooperative matrices: in the f16 class, where their kernel has a text for these heads.
+    fn prompt_cut(&self) -> Option<Cut> {
+        let shape = self.attention_shape(0);
+        self.halves.as_ref().map(|_| Cut::of(&shape)).filter(|cut| cut.fits(&shape))
+    }
+
     /// Prompt rows, and decode rows where [`DeviceRows::decode`] named any, attend over the workspace.
     pub fn gpu_attention(&self, layer: usize, micro_batch: usize, after: &[Ticket]) -> Result<Ticket, GpuError> {
         let buffers = &self.micro_batches[micro_batch];
@@ -1085,7 +1095,10 @@ impl Machine {
         let lists = [buffers.decode_parts.whole(), buffers.decode_wholes.whole()];
         decode_attention::record(r, &shape, &buffers.parts.batches, lists, scratch, bindings)?;
         let tiles = (buffers.prompt_tiles.whole(), buffers.tiles.len());
-        prompt_attention::record(r, &shape, tiles, bindings)?;
+        match self.prompt_cut() {
+            Some(cut) => cooperative::prompt_attention::record(r, &shape, cut, tiles, bindings)?,
+            None => prompt_attention::record(r, &shape, tiles, bindings)?,
+        }
         recorder.submit_after(after)
     }
 
@@ -1300,13 +1313,17 @@ impl Machine {
                 // Slots start at multiples of 256 bytes.
                 let weights = (self.expert_dtype, true);
                 let bindings =
-                    cooperative::expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                    expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 let tile = self.tiles.gate_up(n_assignments / n_experts);
                 cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
                 let hidden = self.halves.as_ref().expect("there are in this class").hidden();
-                half_rows::record(r, half_rows::Params::dense(n_assignments, expert_width), h, hidden)?;
+                // Of this chunk's experts: other chunks' rows have been there, or will be.
+                let experts = &self.plan.chunks()[chunk].experts;
+                let experts = [experts.start as u32, experts.end as u32];
+                let params = half_rows::Params::dense(n_assignments, expert_width);
+                half_rows::record_between(r, params, experts, offsets, h, hidden)?;
                 let (places, bias, h) = (down_places, down_bias, hidden);
-                let bindings = cooperative::expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
+                let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
                 let tile = self.tiles.down(n_assignments / n_experts);
                 cooperative::expert_down::record(r, weights, tile, down_params, bindings)?;
             }

@@ -89,6 +89,8 @@ pub struct Gpu {
     limits: wgpu::Limits,
     faults: Arc<Faults>,
     test_faults: TestFaults,
+    /// [`TestFaults::emulated_matrices`], where it is of use.
+    pub(super) emulates_cooperative: bool,
     taken: Arc<AtomicU64>,
     /// Most that was taken.
     peak: AtomicU64,
@@ -137,12 +139,14 @@ pub struct TestFaults {
     pub lost_after: Option<u64>,
     /// Shared device buffers beyond so many bytes in all are refused.
     pub device_bytes: Option<u64>,
+    /// No fault, but a machine that is not there either: where the adapter has no cooperative matrices but has f16, they are emulated.
+    pub emulated_matrices: bool,
 }
 
 impl std::str::FromStr for TestFaults {
     type Err = String;
 
-    /// `pinned-refused,import-refused,lost-after=40,device-bytes=1000000`, any of them.
+    /// `pinned-refused,import-refused,lost-after=40,device-bytes=1000000,emulated-matrices`, any of them.
     fn from_str(text: &str) -> Result<Self, String> {
         let mut faults = TestFaults::default();
         for word in text.split(',').filter(|word| !word.is_empty()) {
@@ -151,6 +155,7 @@ impl std::str::FromStr for TestFaults {
             match name {
                 "pinned-refused" => faults.pinned_refused = true,
                 "import-refused" => faults.import_refused = true,
+                "emulated-matrices" => faults.emulated_matrices = true,
                 "lost-after" => faults.lost_after = Some(number()?),
                 "device-bytes" => faults.device_bytes = Some(number()?),
                 _ => return Err(format!("'{word}' is no test fault")),
@@ -299,8 +304,12 @@ impl Gpu {
         let limits = wgpu::Limits { max_immediate_size: MAX_PARAM_BYTES, ..adapter.limits() };
         let timestamps = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         let mut features = wgpu::Features::IMMEDIATES | adapter.features() & timestamps;
+        let f16 = wgpu::Features::SHADER_F16;
+        let emulates = !summary.cooperative && options.test_faults.emulated_matrices && adapter.features().contains(f16);
         if summary.cooperative {
             features |= cooperative_features();
+        } else if emulates {
+            features |= f16;
         }
         let open = |cause: String| GpuError::Open { adapter: summary.name.clone(), cause };
         let faults = Arc::new(Faults::default());
@@ -346,6 +355,7 @@ impl Gpu {
             limits,
             faults,
             test_faults: options.test_faults,
+            emulates_cooperative: emulates,
             pace: options.link_pace.map(|bytes_per_s| Pace { bytes_per_s, free_at: Mutex::new(Instant::now()) }),
             taken: Arc::new(AtomicU64::new(0)),
             peak: AtomicU64::new(0),
@@ -367,9 +377,9 @@ impl Gpu {
         &self.summary
     }
 
-    /// Kernels may use cooperative matrices; see [`AdapterSummary::cooperative`].
+    /// Kernels may use cooperative matrices; see [`AdapterSummary::cooperative`] and [`TestFaults::emulated_matrices`].
     pub fn cooperative(&self) -> bool {
-        self.summary.cooperative
+        self.summary.cooperative || self.emulates_cooperative
     }
 
     /// Largest storage binding in bytes.

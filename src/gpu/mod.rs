@@ -9,6 +9,7 @@
 
 mod buffer;
 mod device;
+mod emulated;
 mod pipeline;
 mod recorder;
 mod timing;

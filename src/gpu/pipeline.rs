@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use super::device::{Gpu, GpuError};
+use super::emulated;
 use crate::checkpoint::Dtype;
 
 /// How a kernel uses a storage binding. Parameters are immediates and no binding.
@@ -250,6 +251,9 @@ impl Pipelines {
                 return Err(fail(format!("patch finds no '{}'", patch.from)));
             }
             source = source.replace(&patch.from, &patch.to);
+        }
+        if self.gpu.emulates_cooperative && emulated::is_needed(&source) {
+            source = emulated::emulate(&source);
         }
         let device = &self.gpu.device;
         let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);

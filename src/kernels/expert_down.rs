@@ -53,9 +53,10 @@ pub static EXPERT_DOWN: Kernel = Kernel {
 
 /// What [`record`] binds.
 #[derive(Clone, Copy)]
-pub struct Bindings<'a> {
-    /// `[T * A, F]` f32, by sorted position, from [`expert_gate_up`](super::expert_gate_up).
-    pub h: Slice<'a>,
+pub struct Bindings<'a, H = Slice<'a>> {
+    /// `[T * A, F]` by sorted position, from [`expert_gate_up`](super::expert_gate_up): f32 in a slice, or f16 in
+    /// [`HalfRows`](super::half_rows::HalfRows).
+    pub h: H,
     /// `[T * A]` u32 from [`expert_sort`](super::expert_sort).
     pub permutation: Slice<'a>,
     /// `[E + 1]` u32 from [`expert_sort`](super::expert_sort).

@@ -74,9 +74,9 @@ pub static EXPERT_GATE_UP: Kernel = Kernel {
 
 /// What [`record`] binds.
 #[derive(Clone, Copy)]
-pub struct Bindings<'a> {
-    /// `[T, D]` f32
-    pub x: Slice<'a>,
+pub struct Bindings<'a, X = Slice<'a>> {
+    /// `[T, D]`, f32 in a slice or f16 in [`HalfRows`](super::half_rows::HalfRows).
+    pub x: X,
     /// `[T * A]` u32 from [`expert_sort`](super::expert_sort).
     pub permutation: Slice<'a>,
     /// `[E + 1]` u32 from [`expert_sort`](super::expert_sort).

@@ -16,6 +16,9 @@ params! {
         pub x_stride: u32,
         /// Column of x that becomes column 0.
         pub x_offset: u32,
+        /// Only the rows between these two entries of a list of bounds. Both 0: all of them.
+        pub first_bound: u32,
+        pub end_bound: u32,
     }
 }
 
@@ -27,7 +30,7 @@ pub const fn padded(n_in: u32) -> u32 {
 impl Params {
     /// All of rows `[T, n_in]`.
     pub fn dense(n_rows: u32, n_in: u32) -> Self {
-        Self { n_rows, n_in, n_padded: padded(n_in), x_stride: n_in, x_offset: 0 }
+        Self { n_rows, n_in, n_padded: padded(n_in), x_stride: n_in, x_offset: 0, first_bound: 0, end_bound: 0 }
     }
 }
 
@@ -37,7 +40,7 @@ pub static HALF_ROWS: Kernel = Kernel {
         Part::Text(include_str!("../../shaders/shared/f16.wgsl")),
         Part::Text(include_str!("../../shaders/half_rows.wgsl")),
     ],
-    bindings: &[Read, ReadWrite, ReadWrite],
+    bindings: &[Read, ReadWrite, ReadWrite, Read],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
     tunables: &[],
@@ -52,6 +55,21 @@ pub struct HalfRows<'a> {
 
 /// `halves[t, k] = x[t, x_offset + k] / scales[t]`; see [`reference`](crate::reference::half_rows).
 pub fn record(recorder: &mut Recorder<'_>, params: Params, x: Slice<'_>, halves: HalfRows<'_>) -> Result<(), GpuError> {
+    // No bounds, so any buffer will do for them.
+    record_between(recorder, params, [0, 0], x, x, halves)
+}
+
+/// The same of rows `bounds[first] .. bounds[end]` alone, of which the device alone knows where they are. `[0, 0]`: of all.
+pub fn record_between(
+    recorder: &mut Recorder<'_>,
+    params: Params,
+    [first_bound, end_bound]: [u32; 2],
+    bounds: Slice<'_>,
+    x: Slice<'_>,
+    halves: HalfRows<'_>,
+) -> Result<(), GpuError> {
+    let params = Params { first_bound, end_bound, ..params };
     let workgroups = [params.n_rows.min(recorder.max_workgroups()), 1, 1];
-    recorder.dispatch(&HALF_ROWS, &Variant::new(Dtype::F32), &params, &[x, halves.rows, halves.scales], workgroups)
+    let slices = [x, halves.rows, halves.scales, bounds];
+    recorder.dispatch(&HALF_ROWS, &Variant::new(Dtype::F32), &params, &slices, workgroups)
 }

@@ -30,7 +30,7 @@ impl Shape {
         self.q_heads / self.kv_heads
     }
 
-    pub(super) fn check(&self, kernel: &str) {
+    pub(in crate::kernels) fn check(&self, kernel: &str) {
         let Shape { q_heads, kv_heads, head_width, .. } = *self;
         assert!(
             head_width.is_multiple_of(2) && head_width <= MAX_HEAD_WIDTH,

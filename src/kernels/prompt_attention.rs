@@ -28,7 +28,7 @@ params! {
 }
 
 impl Params {
-    fn new(shape: &Shape, n_tiles: usize) -> Self {
+    pub(super) fn new(shape: &Shape, n_tiles: usize) -> Self {
         let Shape { q_heads, kv_heads, head_width, q_stride, window, scale, has_sinks } = *shape;
         let (n_tiles, has_sinks) = (n_tiles as u32, has_sinks as u32);
         Self { n_tiles, q_heads, kv_heads, head_width, q_stride, window, scale, has_sinks }

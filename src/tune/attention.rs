@@ -3,9 +3,10 @@
 use super::measure::{MeasureError, filled, spread, timed};
 use crate::checkpoint::Dtype;
 use crate::gpu::{Buffer, GpuError, Pipelines, Recorder};
+use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::decode_attention::{self, Parts, Scratch, parts_of};
 use crate::kernels::paged_attention::{Bindings, Row, Shape as Attention};
-use crate::kernels::{BLOCK_TOKENS, prompt_attention};
+use crate::kernels::{BLOCK_TOKENS, cooperative, prompt_attention};
 use crate::model::{AttentionShape, Shape};
 use crate::reference::attention::attention;
 
@@ -36,6 +37,12 @@ pub struct Sequences<'p> {
     block_table: Buffer,
     kv_blocks: Buffer,
 }
+
+/// How far an output may be off where operands are f32: scores of size 10 or so, sums of values below 1.
+const ALLOWED: f32 = 1.0 / (1 << 12) as f32;
+
+/// Where they are f16: queries of size 4 put each term of a score off by up to 4 * 2^-12, weights are rounded to 11 bits.
+const HALF_ALLOWED: f32 = 1.0 / (1 << 7) as f32;
 
 /// Heads that are checked.
 const SAMPLES: usize = 12;
@@ -74,8 +81,13 @@ impl<'p> Sequences<'p> {
         })
     }
 
-    /// All tokens as rows of prompts.
-    pub fn measure_prompts(&self) -> Result<Reading, MeasureError> {
+    /// Of their heads.
+    pub fn shape(&self) -> &Attention {
+        &self.shape
+    }
+
+    /// All tokens as rows of prompts; with cooperative matrices where a cut is given that fits.
+    pub fn measure_prompts(&self, cut: Option<Cut>) -> Result<Reading, MeasureError> {
         let rows: Vec<Row> = self
             .lengths
             .iter()
@@ -85,10 +97,19 @@ impl<'p> Sequences<'p> {
             .map(|((position, first_block), row)| Row { row, position, first_block })
             .collect();
         let shape = &self.shape;
-        let tiles = prompt_attention::tiles(&rows, prompt_attention::tile_tokens(shape));
+        let cut = cut.filter(|cut| cut.fits(shape));
+        let tile_tokens = cut.map_or_else(|| prompt_attention::tile_tokens(shape), |cut| cut.tile_tokens(shape));
+        let tiles = prompt_attention::tiles(&rows, tile_tokens);
         let list = self.pipelines.gpu().buffer_with("tiles", bytemuck::cast_slice(&tiles))?;
         let tiles = (list.whole(), tiles.len());
-        self.measure("prompt", &rows, |recorder, bindings| prompt_attention::record(recorder, shape, tiles, bindings))
+        match cut {
+            Some(cut) => self.measure("prompt, f16", &rows, HALF_ALLOWED, |recorder, bindings| {
+                cooperative::prompt_attention::record(recorder, shape, cut, tiles, bindings)
+            }),
+            None => self.measure("prompt", &rows, ALLOWED, |recorder, bindings| {
+                prompt_attention::record(recorder, shape, tiles, bindings)
+            }),
+        }
     }
 
     /// The last token of each as a decode row.
@@ -108,7 +129,7 @@ impl<'p> Sequences<'p> {
         let list = gpu.buffer_with("parts", bytemuck::cast_slice(&parts.parts))?;
         let wholes = gpu.buffer_with("rows", bytemuck::cast_slice(&parts.wholes))?;
         let scratch = Scratch { states: states.whole(), sums: sums.whole() };
-        self.measure("decode", &rows, |recorder, bindings| {
+        self.measure("decode", &rows, ALLOWED, |recorder, bindings| {
             let lists = [list.whole(), wholes.whole()];
             decode_attention::record(recorder, &self.shape, &parts.batches, lists, scratch, bindings)
         })
@@ -118,6 +139,7 @@ impl<'p> Sequences<'p> {
         &self,
         kernel: &'static str,
         rows: &[Row],
+        allowed: f32,
         record: impl Fn(&mut Recorder<'_>, Bindings<'_>) -> Result<(), GpuError>,
     ) -> Result<Reading, MeasureError> {
         let gpu = self.pipelines.gpu();
@@ -137,7 +159,7 @@ impl<'p> Sequences<'p> {
         for sample in 0..SAMPLES {
             let row = rows[spread(sample, rows.len())];
             let head = spread(sample, q_heads as usize);
-            self.check(kernel, &table, row, head, (&qkv, &out), &mut worst_error)?;
+            self.check((kernel, allowed), &table, row, head, (&qkv, &out), &mut worst_error)?;
         }
         let pairs: f64 = rows.iter().map(|row| row.position as f64 + 1.0).sum();
         let tokens: usize = self.lengths.iter().sum();
@@ -157,7 +179,7 @@ impl<'p> Sequences<'p> {
     #[allow(clippy::too_many_arguments)]
     fn check(
         &self,
-        kernel: &'static str,
+        (kernel, allowed): (&'static str, f32),
         table: &[u32],
         row: Row,
         head: usize,
@@ -189,8 +211,6 @@ impl<'p> Sequences<'p> {
         let scale = self.shape.scale;
         let one = AttentionShape { q_heads: 1, kv_heads: 1, head_width: width, window: None, scale };
         let wanted = attention(&one, None, &q, &keys, &values);
-        // Scores of size 10 or so, sums of values below 1.
-        let allowed = 2f32.powi(-12);
         for (got, wanted) in got.iter().zip(&wanted) {
             let error = (got - wanted).abs();
             if error.is_nan() || error > allowed {

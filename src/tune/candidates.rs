@@ -3,8 +3,11 @@
 use super::measure::{Dense, ExpertShape, Experts, MeasureError, Reading};
 use super::{NARROW, Operation, ROW_CLASSES, Tiles};
 use crate::checkpoint::Dtype;
+use rayon::iter::{ParallelBridge, ParallelIterator};
+
 use crate::gpu::Pipelines;
-use crate::kernels::cooperative::Tile;
+use crate::kernels::cooperative::{self, Tile};
+use crate::kernels::{expert_down, expert_gate_up};
 
 /// A candidate and what it took.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -19,6 +22,7 @@ pub struct Tried {
 /// Tiles with a chance, for products of one or of two matrices, with up to about `rows` rows.
 fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
     let t = Tile::new;
+    let wide = |tile| Tile { unit: 8, ..tile };
     match (operation, rows) {
         (Operation::GateUp, 0..=16) => vec![
             t(16, 32, 64, 16, 16),
@@ -26,17 +30,28 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             t(16, 64, 64, 16, 16),
             t(32, 32, 64, 16, 16),
             t(32, 64, 64, 16, 16),
+            wide(t(16, 32, 64, 16, 16)),
+            wide(t(32, 64, 128, 16, 16)),
         ],
-        (Operation::GateUp, 17..=32) => {
-            vec![t(32, 32, 64, 16, 16), t(32, 64, 64, 16, 16), t(64, 64, 32, 32, 32), t(96, 64, 32, 48, 32)]
-        }
+        (Operation::GateUp, 17..=32) => vec![
+            t(32, 32, 64, 16, 16),
+            t(32, 64, 64, 16, 16),
+            t(64, 64, 32, 32, 32),
+            t(96, 64, 32, 48, 32),
+            wide(t(64, 32, 64, 32, 16)),
+            wide(t(32, 64, 128, 32, 16)),
+        ],
         (Operation::GateUp, _) => vec![
             t(64, 64, 32, 32, 32),
             t(96, 64, 32, 48, 32),
             t(128, 64, 32, 64, 32),
             Tile { prefetch: false, ..t(128, 64, 64, 64, 32) },
+            t(128, 64, 64, 32, 32),
             t(128, 128, 32, 64, 32),
             t(128, 128, 32, 32, 64),
+            wide(t(96, 64, 64, 48, 32)),
+            wide(t(128, 64, 64, 32, 32)),
+            wide(t(128, 128, 32, 64, 32)),
         ],
         (_, 0..=16) => vec![
             t(16, 16, 256, 16, 16),
@@ -45,6 +60,7 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             t(16, 128, 128, 16, 32),
             t(32, 32, 128, 16, 16),
             t(32, 64, 64, 32, 16),
+            wide(t(16, 32, 64, 16, 16)),
         ],
         (_, 17..=32) => vec![
             t(32, 32, 128, 16, 16),
@@ -59,17 +75,21 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             t(64, 64, 128, 32, 32),
             t(64, 128, 64, 32, 32),
             t(128, 128, 64, 64, 32),
+            wide(t(64, 64, 64, 32, 32)),
         ],
         (_, _) => vec![
             t(64, 64, 128, 32, 32),
             t(64, 128, 64, 32, 32),
             t(128, 96, 32, 64, 48),
-            t(128, 128, 32, 64, 64),
-            Tile { prefetch: false, ..t(128, 128, 64, 64, 64) },
+            t(128, 128, 64, 32, 64),
             t(128, 128, 64, 64, 32),
-            t(128, 256, 32, 64, 64),
-            Tile { buffers: 2, ..t(256, 128, 16, 64, 64) },
             t(256, 128, 32, 64, 64),
+            wide(t(128, 128, 32, 64, 64)),
+            wide(t(128, 128, 64, 64, 32)),
+            wide(t(128, 128, 64, 32, 64)),
+            wide(t(128, 256, 32, 64, 64)),
+            wide(t(256, 128, 32, 64, 64)),
+            Tile { buffers: 2, ..wide(t(256, 128, 16, 64, 64)) },
         ],
     }
 }
@@ -87,6 +107,34 @@ pub fn all(operation: Operation) -> Vec<Tile> {
     tiles
 }
 
+/// Compiles what [`tune`] measures, on all cores: a driver takes about a second for a large tile. What does not compile is found out when it is
+/// measured.
+fn compile(pipelines: &Pipelines, shape: ExpertShape) {
+    let ExpertShape { experts, chosen, d_model, expert_width } = shape;
+    let [e, a, d, f] = [experts, chosen, d_model, expert_width].map(|n| n as u32);
+    let (gate_up, down) = (expert_gate_up::Params::plain(1, e, a, d, f), expert_down::Params::plain(1, e, d, f));
+    let variant_of = |operation, tile: Tile| match operation {
+        Operation::Matmul | Operation::NarrowMatmul => {
+            (&cooperative::matmul::MATMUL, cooperative::matmul::variant(Dtype::Bf16, tile, d))
+        }
+        Operation::GateUp => (
+            &cooperative::expert_gate_up::EXPERT_GATE_UP,
+            cooperative::expert_gate_up::variant(Dtype::Bf16, tile, &gate_up, true),
+        ),
+        Operation::Down => {
+            (&cooperative::expert_down::EXPERT_DOWN, cooperative::expert_down::variant(Dtype::Bf16, tile, &down, true))
+        }
+    };
+    Operation::ALL
+        .into_iter()
+        .flat_map(|operation| all(operation).into_iter().map(move |tile| (operation, tile)))
+        .par_bridge()
+        .for_each(|(operation, tile)| {
+            let (kernel, variant) = variant_of(operation, tile);
+            let _ = pipelines.prepare(kernel, &variant);
+        });
+}
+
 /// Tries every candidate on weights of bf16, at each class of rows, and returns the best ones and all that was tried. `progress` sees each.
 pub fn tune(
     pipelines: &Pipelines,
@@ -94,6 +142,7 @@ pub fn tune(
     loads: &[f64],
     progress: &mut dyn FnMut(&Tried),
 ) -> Result<(Tiles, Vec<Tried>), MeasureError> {
+    compile(pipelines, shape);
     let mut tiles = Tiles::default();
     let mut tried = Vec::new();
     let mut best_of = |operation: Operation,

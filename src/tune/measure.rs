@@ -383,8 +383,7 @@ impl<'p> Experts<'p> {
         match tile {
             Some(tile) => {
                 let x = self.x_halves();
-                let bindings =
-                    cooperative::expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 cooperative::expert_gate_up::record(recorder, (self.weights, true), tile, params, bindings)
             }
             None => {
@@ -405,7 +404,7 @@ impl<'p> Experts<'p> {
         match tile {
             Some(tile) => {
                 let h = self.h_halves();
-                let bindings = cooperative::expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
+                let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
                 cooperative::expert_down::record(recorder, (self.weights, true), tile, params, bindings)
             }
             None => {

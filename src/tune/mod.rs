@@ -1,5 +1,6 @@
 //! Which [`Tile`] each product takes on a device: candidates tried once ([`tune`]), the choice kept in the user's cache folder with what the
-//! losers took. Without one, [`Tiles::default`] has what was best on an NVIDIA H100.
+//! losers took. Without one, [`Tiles::default`] has what was best on an NVIDIA H100
+//! or H200.
 //!
 //! A tile changes time and never bits, so this needs no say in what is computed.
 
@@ -119,7 +120,8 @@ impl Tiles {
 impl Default for Tiles {
     fn default() -> Self {
         let t = Tile::new;
-        let wide_rows = t(128, 96, 32, 64, 48);
+        let wide = |tile| Tile { unit: 8, ..tile };
+        let many = wide(t(128, 128, 32, 64, 64));
         Self {
             tiles: [
                 [
@@ -127,8 +129,8 @@ impl Default for Tiles {
                     t(16, 32, 128, 16, 16),
                     t(32, 32, 128, 16, 16),
                     t(64, 64, 128, 32, 32),
-                    t(128, 128, 64, 64, 32),
-                    wide_rows,
+                    wide(t(128, 128, 64, 64, 32)),
+                    many,
                 ],
                 [
                     t(16, 16, 256, 16, 16),
@@ -136,23 +138,23 @@ impl Default for Tiles {
                     t(32, 32, 256, 16, 16),
                     t(64, 32, 128, 32, 16),
                     t(64, 64, 128, 32, 32),
-                    wide_rows,
+                    many,
                 ],
                 [
                     t(16, 32, 64, 16, 16),
-                    t(32, 32, 64, 16, 16),
-                    t(32, 32, 64, 16, 16),
+                    wide(t(32, 64, 128, 16, 16)),
+                    wide(t(64, 32, 64, 32, 16)),
                     t(96, 64, 32, 48, 32),
                     t(96, 64, 32, 48, 32),
                     t(128, 128, 32, 64, 32),
                 ],
                 [
                     t(16, 128, 128, 16, 32),
-                    t(32, 64, 64, 32, 16),
+                    t(16, 128, 128, 16, 32),
                     t(64, 128, 64, 32, 32),
                     t(128, 128, 64, 64, 32),
                     t(128, 128, 64, 64, 32),
-                    t(256, 128, 32, 64, 64),
+                    t(128, 128, 64, 32, 64),
                 ],
             ],
         }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use fulmen::checkpoint::Dtype;
-use fulmen::gpu::{Buffer, DeviceChoice, Gpu, GpuError, Pipelines, Recorder, Slice};
+use fulmen::gpu::{Buffer, DeviceChoice, Gpu, GpuError, OpenOptions, Pipelines, Recorder, Slice, TestFaults};
 use libtest_mimic::Trial;
 
 pub const DTYPES: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
@@ -13,10 +13,33 @@ pub fn device() -> DeviceChoice {
     std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()))
 }
 
-/// Trials of the f16 class: ignored, with the reason, where the adapter has no cooperative matrices.
+/// Where the adapter has no cooperative matrices, WGSL stands in for them.
+pub const EMULATED: TestFaults = TestFaults {
+    pinned_refused: false,
+    import_refused: false,
+    lost_after: None,
+    device_bytes: None,
+    emulated_matrices: true,
+};
+
+/// The adapter's matrices are its own.
+pub fn has_matrices() -> bool {
+    pipelines().gpu().summary().cooperative
+}
+
+/// Trials of the f16 class: ignored, with the reason, where the adapter has neither cooperative matrices nor f16 to emulate them with.
 pub fn if_cooperative(trials: Vec<Trial>) -> Vec<Trial> {
+    unless_ignored(|| pipelines().gpu().cooperative(), trials)
+}
+
+/// Likewise of those that take too long with emulated matrices.
+pub fn if_matrices(trials: Vec<Trial>) -> Vec<Trial> {
+    unless_ignored(has_matrices, trials)
+}
+
+fn unless_ignored(there: fn() -> bool, trials: Vec<Trial>) -> Vec<Trial> {
     // Without any adapter main ignores them all.
-    if fulmen::gpu::list_adapters().is_empty() || pipelines().gpu().cooperative() {
+    if fulmen::gpu::list_adapters().is_empty() || there() {
         return trials;
     }
     let ignored = |trial: Trial| trial.with_kind("ignored: no cooperative matrices").with_ignored_flag(true);
@@ -26,8 +49,10 @@ pub fn if_cooperative(trials: Vec<Trial>) -> Vec<Trial> {
 /// Compiled kernels on that adapter, shared by all tests of kernels.
 pub fn pipelines() -> &'static Pipelines {
     static PIPELINES: OnceLock<Pipelines> = OnceLock::new();
-    PIPELINES
-        .get_or_init(|| Pipelines::new(Arc::new(Gpu::open(&device()).expect("an adapter was listed, so it opens"))))
+    PIPELINES.get_or_init(|| {
+        let options = OpenOptions { device: device(), test_faults: EMULATED, ..OpenOptions::default() };
+        Pipelines::new(Arc::new(Gpu::open_with(&options).expect("an adapter was listed, so it opens")))
+    })
 }
 
 /// xorshift64*: the same numbers on every machine.

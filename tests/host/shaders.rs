@@ -9,7 +9,7 @@ use fulmen::gpu::{Access, Kernel, ParamField, Variant};
 use fulmen::kernels::cooperative::{self, Tile};
 use fulmen::kernels::decode_attention::SPLIT_TOKENS;
 use fulmen::kernels::lm_head_sample::{LM_HEAD_SAMPLE, Sample};
-use fulmen::kernels::paged_attention::MAX_HEAD_WIDTH;
+use fulmen::kernels::paged_attention::{MAX_HEAD_WIDTH, Shape};
 use fulmen::kernels::router_topk::MAX_CHOSEN;
 use fulmen::kernels::slabs::ABSENT;
 use fulmen::kernels::{ALL, BLOCK_TOKENS, MAX_EXPERTS};
@@ -250,6 +250,29 @@ fn cooperative_kernels_translate_to_spirv() {
                     translate(kernel, &tile.variant(dtype, wide, tail), tile.subgroups());
                 }
             }
+        }
+    }
+}
+
+/// The same of prompt attention on cooperative matrices, for head widths of every remainder and all cuts.
+#[test]
+fn cooperative_prompt_attention_translates_to_spirv() {
+    use cooperative::prompt_attention::{Cut, PROMPT_ATTENTION};
+    for head_width in [4, 16, 20, 24, 64, 80, 96, 112, 128, 192, 256] {
+        let shape = Shape {
+            q_heads: 4,
+            kv_heads: 1,
+            head_width,
+            q_stride: 6 * head_width,
+            window: 0,
+            scale: 1.0,
+            has_sinks: false,
+        };
+        let own = Cut::of(&shape);
+        assert!(own.fits(&shape), "width {head_width}");
+        let narrow = [1, 2, 4].map(|subgroups| Cut { subgroups, prefetch: false });
+        for cut in narrow.into_iter().filter(|cut| cut.subgroups <= own.subgroups).chain([own]) {
+            translate(&PROMPT_ATTENTION, &cut.variant(&shape), cut.subgroups);
         }
     }
 }

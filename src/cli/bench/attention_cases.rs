@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::super::print_line;
 use crate::gpu::Pipelines;
+use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::model::Shape;
 use crate::request::lengths::MT_BENCH_PROMPTS;
 use crate::tune::attention::{Reading, Sequences};
@@ -17,7 +18,10 @@ pub fn readings(pipelines: &Pipelines, shape: &Shape, scaled: bool) -> Result<Ve
     let mt_bench: Vec<usize> = MT_BENCH_PROMPTS.iter().copied().cycle().take(few(160, 8)).collect();
     for lengths in [vec![few(2048, 256); few(4, 1)], vec![77; few(160, 8)], mt_bench] {
         let sequences = Sequences::new(pipelines, shape, &lengths)?;
-        readings.push(sequences.measure_prompts()?);
+        readings.push(sequences.measure_prompts(None)?);
+        if pipelines.gpu().cooperative() {
+            readings.push(sequences.measure_prompts(Some(Cut::of(sequences.shape())))?);
+        }
     }
     for (n, context) in [(few(256, 8), few(512, 64)), (few(64, 4), few(2048, 300)), (few(4, 1), few(16384, 600))] {
         readings.push(Sequences::new(pipelines, shape, &vec![context; n])?.measure_decode()?);

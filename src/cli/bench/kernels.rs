@@ -120,17 +120,24 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             keep(layer.measure_down(tile(Operation::Down, rows), rows, &routing)?)?;
         }
     }
-    let layer_rows = 256;
-    let shares = layer::shares(&pipelines, shape, layer_rows, &loads, tiles)?;
+    let mut layers = Vec::new();
+    for rows in [256, most] {
+        if layers.iter().all(|(before, _)| *before != rows) {
+            layers.push((rows, layer::shares(&pipelines, shape, rows, &loads, tiles)?));
+        }
+    }
     let attention = attention_cases::readings(&pipelines, shape, sizes.workgroups < 100)?;
     if arguments.json {
+        let layers: Vec<_> = layers.iter().map(|(rows, shares)| json!({"rows": rows, "kernels": shares})).collect();
         let object = json!({
             "adapter": adapter, "driver": driver, "sizes": sizes.note, "ceilings": ceilings,
-            "tuning": kept, "readings": readings, "layer_rows": layer_rows, "layer": shares, "attention": attention,
+            "tuning": kept, "readings": readings, "layers": layers, "attention": attention,
         });
         print_line(object)?;
     } else {
-        print_layer(&shares, layer_rows)?;
+        for (rows, shares) in &layers {
+            print_layer(shares, *rows)?;
+        }
         attention_cases::print(&ceilings, &attention)?;
     }
     Ok(OK)

@@ -3,7 +3,7 @@
 use super::{TUNABLES, Tile, template};
 use crate::checkpoint::Dtype;
 use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Slice, Variant, params};
-use crate::kernels::half_rows::{HalfRows, padded};
+use crate::kernels::half_rows::HalfRows;
 
 params! {
     /// Immediates of `shaders/cooperative/matmul.wgsl`.
@@ -14,8 +14,6 @@ params! {
         pub n_out: u32,
         /// Columns of the weight matrix: terms of each sum.
         pub n_in: u32,
-        /// A row of x, in fours of f16.
-        pub x_units: u32,
         /// Elements from one row of y to the next.
         pub y_stride: u32,
         /// Column of y that row 0 of the weights makes.
@@ -28,7 +26,7 @@ params! {
 impl Params {
     /// `y[T, n_out] = x[T, n_in] · w[n_out, n_in]ᵀ`, rows of y contiguous.
     pub fn dense(n_rows: u32, n_out: u32, n_in: u32) -> Self {
-        Self { n_rows, n_out, n_in, x_units: padded(n_in) / 4, y_stride: n_out, y_offset: 0, accumulate: 0 }
+        Self { n_rows, n_out, n_in, y_stride: n_out, y_offset: 0, accumulate: 0 }
     }
 }
 

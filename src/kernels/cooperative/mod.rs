@@ -1,4 +1,4 @@
-//! Matrix products on cooperative matrices: operands f16, sums f32.
+//! Matrix products and attention on cooperative matrices: operands f16, sums f32.
 //!
 //! In: rows that [`half_rows`](super::half_rows) made, weights as the checkpoint stores them. Out: what the portable kernels of the same
 //! operation give, to f16's rounding of the operands. Only where [`Gpu::cooperative`](crate::gpu::Gpu::cooperative) says so.
@@ -7,15 +7,17 @@
 //! weight once for up to 64 rows and are bound by memory; large ones share weights and rows between many products.
 
 mod template;
+mod unroll;
 
 pub mod expert_down;
 pub mod expert_gate_up;
 pub mod matmul;
+pub mod prompt_attention;
 
 use crate::checkpoint::Dtype;
 use crate::gpu::{Kernel, Variant};
 
-/// Every kernel there is on cooperative matrices. Tests walk this list.
+/// Every product on cooperative matrices, each cut into [`Tile`]s. Tests walk this list; [`prompt_attention`] is cut otherwise.
 pub static ALL: &[&Kernel] = &[&matmul::MATMUL, &expert_gate_up::EXPERT_GATE_UP, &expert_down::EXPERT_DOWN];
 
 /// Workgroup memory of the devices that have cooperative matrices.
@@ -34,6 +36,8 @@ pub struct Tile {
     pub subgroup_cols: u32,
     /// At least so many subgroups: more than multiply, where loads need the lanes.
     pub least_subgroups: u32,
+    /// Terms that a lane loads together, 4 or 8, of weights that allow it: of bf16 and f16 loads of 8 or 16 bytes.
+    pub unit: u32,
     /// Units of 8 bytes between the rows of a tile in workgroup memory, against bank conflicts.
     pub pad: u32,
     /// The next step is on its way to registers while this one is multiplied.
@@ -50,6 +54,7 @@ const TUNABLES: &[(&str, &[u32])] = &[
     ("SUBGROUP_ROWS", &[16]),
     ("SUBGROUP_COLS", &[16]),
     ("LEAST_SUBGROUPS", &[4]),
+    ("UNIT", &[4]),
     ("PAD", &[2]),
     ("PREFETCH", &[1]),
     ("BUFFERS", &[1]),
@@ -61,7 +66,8 @@ impl Tile {
     /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
         let least_subgroups = 4;
-        Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, pad: 2, prefetch: true, buffers: 1 }
+        let (unit, pad, prefetch, buffers) = (4, 2, true, 1);
+        Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, unit, pad, prefetch, buffers }
     }
 
     /// Can be run by a kernel that multiplies with so many matrices: whole fragments everywhere, and no more workgroup memory than there is.
@@ -72,6 +78,7 @@ impl Tile {
             && rows.is_multiple_of(subgroup_rows.max(1))
             && cols.is_multiple_of(subgroup_cols.max(1))
             && 256 % depth.max(1) == 0
+            && [4, 8].contains(&self.unit)
             && pad.is_multiple_of(2) // rows of a tile start at multiples of 16 bytes
             && [rows, cols, buffers].iter().all(|n| (1..=1024).contains(n));
         let tiles = || 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad);
@@ -87,6 +94,7 @@ impl Tile {
             subgroup_rows: get("SUBGROUP_ROWS"),
             subgroup_cols: get("SUBGROUP_COLS"),
             least_subgroups: get("LEAST_SUBGROUPS"),
+            unit: get("UNIT"),
             pad: get("PAD"),
             prefetch: get("PREFETCH") == 1,
             buffers: get("BUFFERS"),
@@ -104,9 +112,10 @@ impl Tile {
         if computing > self.least_subgroups { computing } else { self.least_subgroups }
     }
 
-    /// The variant of a kernel with this tile. `wide`: rows of weights are contiguous, and every four terms start at a multiple of their size. `tail`: the
-    /// number of terms is no multiple of the depth.
+    /// The variant of a kernel with this tile. `wide`: rows of weights are contiguous, and every unit of terms starts at a multiple of its
+    /// size; else they are taken by fours. `tail`: the number of terms is no multiple of the depth.
     pub fn variant(&self, weights: Dtype, wide: bool, tail: bool) -> Variant {
+        let halves = matches!(weights, Dtype::Bf16 | Dtype::F16);
         Variant {
             weights,
             tunables: vec![
@@ -116,6 +125,7 @@ impl Tile {
                 ("SUBGROUP_ROWS", self.subgroup_rows),
                 ("SUBGROUP_COLS", self.subgroup_cols),
                 ("LEAST_SUBGROUPS", self.least_subgroups),
+                ("UNIT", if wide && halves { self.unit } else { 4 }),
                 ("PAD", self.pad),
                 ("PREFETCH", self.prefetch as u32),
                 ("BUFFERS", self.buffers),
@@ -128,10 +138,10 @@ impl Tile {
 
 impl std::fmt::Display for Tile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Tile { rows, cols, depth, subgroup_rows, subgroup_cols, pad, .. } = self;
+        let Tile { rows, cols, depth, subgroup_rows, subgroup_cols, unit, pad, .. } = self;
         write!(
             f,
-            "{rows}x{cols}x{depth} by {subgroup_rows}x{subgroup_cols}, {} subgroups, pad {pad}",
+            "{rows}x{cols}x{depth} by {subgroup_rows}x{subgroup_cols}, {} subgroups, units of {unit}, pad {pad}",
             self.subgroups()
         )?;
         if self.prefetch {
@@ -146,13 +156,14 @@ impl std::fmt::Display for Tile {
 
 /// The variant for weights of `n_terms` terms that lie as `strides` (row, k, first) say.
 fn variant(weights: Dtype, tile: Tile, n_terms: u32, strides: [u32; 3], aligned_slots: bool) -> Variant {
-    let wide = is_wide(weights, n_terms, strides, aligned_slots);
-    tile.variant(weights, wide, wide && !n_terms.is_multiple_of(tile.depth))
+    let unit = if is_wide(weights, 8, n_terms, strides, aligned_slots) { tile.unit } else { 4 };
+    let wide = is_wide(weights, unit, n_terms, strides, aligned_slots);
+    Tile { unit, ..tile }.variant(weights, wide, wide && !n_terms.is_multiple_of(tile.depth))
 }
 
-/// Rows of weights are contiguous, and every four terms start at a multiple of their size.
-fn is_wide(weights: Dtype, n_terms: u32, strides: [u32; 3], aligned_slots: bool) -> bool {
+/// Rows of weights are contiguous, and every `unit` terms start at a multiple of their size.
+fn is_wide(weights: Dtype, unit: u32, n_terms: u32, strides: [u32; 3], aligned_slots: bool) -> bool {
     let [row_stride, k_stride, first] = strides;
-    let whole = [n_terms, row_stride, first].iter().all(|n| n.is_multiple_of(4));
+    let whole = [n_terms, row_stride, first].iter().all(|n| n.is_multiple_of(unit));
     weights != Dtype::Mxfp4 && aligned_slots && k_stride == 1 && whole
 }

@@ -44,14 +44,12 @@ impl Operation {
     }
 }
 
-/// Terms that a lane loads and stores together. Four: neighbouring lanes then fill neighbouring 8 bytes of a tile, which meets every bank
-/// once, and rows of bf16 and f16 come in loads of 64 bits without a gap.
-const UNIT: u32 = 4;
-
 struct Writer<'a> {
     operation: &'a Operation,
     tile: Tile,
     dtype: Dtype,
+    /// Terms that a lane loads together, 4 or 8; they are stored by fours.
+    unit: u32,
     /// Rows of weights are contiguous, and every unit of them starts at a multiple of its size.
     wide: bool,
     /// The number of terms is no multiple of the depth.
@@ -65,6 +63,7 @@ pub(super) fn source(kernel: &Kernel, operation: &Operation, variant: &Variant) 
         operation,
         tile: Tile::of(kernel, variant),
         dtype: variant.weights,
+        unit: kernel.tunable(variant, "UNIT"),
         wide: kernel.tunable(variant, "WIDE") == 1,
         tail: kernel.tunable(variant, "TAIL") == 1,
         out: String::new(),
@@ -90,7 +89,7 @@ impl Writer<'_> {
 
     /// Units of a row of a step.
     fn row_units(&self) -> u32 {
-        self.tile.depth / UNIT
+        self.tile.depth / self.unit
     }
 
     /// `vec4<f16>` from one row of a tile to the next.
@@ -127,17 +126,26 @@ impl Writer<'_> {
     /// A unit of weights in registers.
     fn staged(&self) -> &'static str {
         match (self.wide, self.dtype) {
-            (true, Dtype::Bf16) => "vec2<u32>",
+            (true, Dtype::Bf16) if self.unit == 4 => "vec2<u32>",
             (true, Dtype::F32) => "vec4<u32>",
+            (true, _) if self.unit == 8 => "vec4<u32>",
             _ => "vec4<f16>",
         }
+    }
+
+    /// A unit of rows in registers.
+    fn staged_x(&self) -> &'static str {
+        if self.unit == 8 { "vec4<u32>" } else { "vec4<f16>" }
     }
 
     fn all(&mut self) {
         let tile = self.tile;
         self.line("enable f16;\nenable wgpu_cooperative_matrix;");
         self.line(format!("const TILE_ROWS: u32 = {}u;\nconst TILE_COLS: u32 = {}u;", tile.rows, tile.cols));
-        self.line(self.operation.text);
+        // Rows come in units too.
+        let rows = "x: array<vec4<f16>>";
+        assert!(self.operation.text.contains(rows), "the rows are vec4<f16>");
+        self.line(self.operation.text.replace(rows, &format!("x: array<{}>", self.staged_x())));
         self.bindings();
         if let Weights::Slabs(_) = self.operation.weights {
             self.line(include_str!("../../../shaders/shared/expert_tile.wgsl"));
@@ -198,6 +206,11 @@ impl Writer<'_> {
                 Dtype::Mxfp4 => include_str!("../../../shaders/shared/weight_mxfp4.wgsl"),
             });
         }
+        if self.unit == 8 {
+            self.line(
+                "fn f16s(a: vec2<u32>) -> vec4<f16> { return vec4<f16>(vec4(unpack2x16float(a.x), unpack2x16float(a.y))); }",
+            );
+        }
         if self.wide && self.dtype == Dtype::Bf16 {
             self.line(
                 "fn halves(a: vec2<u32>) -> vec4<f16> {\n    return vec4<f16>(bitcast<vec4<f32>>(vec4(a.x << 16u, a.x & \
@@ -221,22 +234,24 @@ impl Writer<'_> {
         }
         self.line("let first_col = workgroup.y * TILE_COLS;\nlet n_terms = terms();");
         if self.wide {
-            self.line("let n_units = n_terms / 4u;");
+            self.line(format!("let n_units = n_terms / {}u;", self.unit));
         }
     }
 
     /// Where each lane's units start: `a<i>` of x, `<matrix><i>` of weights. Rows and columns past the end repeat the last
     /// one: what comes of them is not stored.
     fn start_of_units(&mut self) {
-        let (units, lanes) = (self.row_units(), self.lanes());
+        let (units, unit, lanes) = (self.row_units(), self.unit, self.lanes());
         let row_of = match self.operation.weights {
             Weights::Whole(_) => "row",
             Weights::Slabs(_) => "x_row(row)",
         };
+        // As rows of f16 are padded.
+        self.line(format!("let x_pitch = (n_terms + 255u) / 256u * {}u;", 256 / self.unit));
         for (i, _) in rounds(self.x_units(), lanes) {
             let item = format!("(lane + {}u)", i * lanes);
             self.line(format!("var a{i} = 0u;\n{{ let row = min(first_row + {item} / {units}u, end_row - 1u);"));
-            self.line(format!("a{i} = {row_of} * params.x_units + {item} % {units}u; }}\nvar x{i}: vec4<f16>;"));
+            self.line(format!("a{i} = {row_of} * x_pitch + {item} % {units}u; }}\nvar x{i}: {};", self.staged_x()));
         }
         let kind = self.staged();
         for name in self.matrix_names() {
@@ -245,10 +260,10 @@ impl Writer<'_> {
                 let column = format!("min(first_col + {item} / {units}u, columns() - 1u)");
                 let first = if name == "up" { " + params.up_first" } else { "" };
                 let start = match (self.wide, &self.operation.weights) {
-                    (true, Weights::Whole(_)) => format!("{column} * (row_stride() / 4u)"),
+                    (true, Weights::Whole(_)) => format!("{column} * (row_stride() / {unit}u)"),
                     (true, Weights::Slabs(_)) => {
-                        let words = if self.dtype == Dtype::F32 { 4 } else { 2 };
-                        format!("place.y / {words}u + ({column} * row_stride(){first}) / 4u")
+                        let words = if self.dtype == Dtype::F32 { unit } else { unit / 2 };
+                        format!("place.y / {words}u + ({column} * row_stride(){first}) / {unit}u")
                     }
                     (false, _) => format!("{column} * row_stride(){first}"),
                 };
@@ -275,9 +290,9 @@ impl Writer<'_> {
 
     /// Starts the loads of the step at term `k`.
     fn load(&mut self, k: &str) {
-        let (units, lanes) = (self.row_units(), self.lanes());
+        let (units, unit, lanes) = (self.row_units(), self.unit, self.lanes());
         for (i, partial) in rounds(self.x_units(), lanes) {
-            self.under(partial, i, self.x_units(), &format!("x{i} = x[a{i} + {k} / 4u];"));
+            self.under(partial, i, self.x_units(), &format!("x{i} = x[a{i} + {k} / {unit}u];"));
         }
         for name in self.matrix_names() {
             if !self.wide {
@@ -296,7 +311,7 @@ impl Writer<'_> {
                 continue;
             }
             for (i, _) in rounds(self.w_units(), lanes) {
-                let own = format!("{k} / 4u + (lane + {}u) % {units}u", i * lanes);
+                let own = format!("{k} / {unit}u + (lane + {}u) % {units}u", i * lanes);
                 let unit = if self.tail { format!("min({own}, n_units - 1u)") } else { own };
                 self.line(format!("let {name}_at{i} = {name}_start{i} + {unit};"));
             }
@@ -331,32 +346,45 @@ impl Writer<'_> {
         }
     }
 
+    /// The fours of f16 that a loaded unit becomes.
+    fn fours(&self, name: &str, of_weights: bool) -> Vec<String> {
+        let halves = |function: &str| ["xy", "zw"].map(|half| format!("{function}({name}.{half})")).to_vec();
+        match (of_weights, self.wide, self.dtype, self.unit) {
+            (true, true, Dtype::Bf16, 8) => halves("halves"),
+            (_, _, _, 8) => halves("f16s"),
+            (true, true, Dtype::Bf16, _) => vec![format!("halves({name})")],
+            (true, true, Dtype::F32, _) => vec![format!("vec4<f16>(bitcast<vec4<f32>>({name}))")],
+            _ => vec![name.to_owned()],
+        }
+    }
+
     /// Lays the loaded step, at term `k`, into tile `buffer` (an expression, 0 or 1).
     fn store(&mut self, k: &str, buffer: Option<&str>) {
-        let (units, pitch, lanes) = (self.row_units(), self.pitch(), self.lanes());
+        let (units, pitch, lanes, fours) = (self.row_units(), self.pitch(), self.lanes(), self.unit / 4);
         let offset = |len: u32| buffer.map_or(String::new(), |b| format!(" + {b} * {len}u"));
-        for (i, partial) in rounds(self.x_units(), lanes) {
+        let put = |tile: &str, first: u32, len: u32, i: u32, values: &[String]| {
             let item = format!("(lane + {}u)", i * lanes);
-            let at = format!("{item} / {units}u * {pitch}u + {item} % {units}u{}", offset(self.x_tile_len()));
-            self.under(partial, i, self.x_units(), &format!("x_tile[{at}] = x{i};"));
+            let at = format!("{first}u + {item} / {units}u * {pitch}u + {item} % {units}u * {fours}u{}", offset(len));
+            match values {
+                [value] => format!("{tile}[{at}] = {value};"),
+                [low, high] => format!("{{ let at = {at}; {tile}[at] = {low}; {tile}[at + 1u] = {high}; }}"),
+                _ => unreachable!("a unit is one or two fours"),
+            }
+        };
+        for (i, partial) in rounds(self.x_units(), lanes) {
+            let text = put("x_tile", 0, self.x_tile_len(), i, &self.fours(&format!("x{i}"), false));
+            self.under(partial, i, self.x_units(), &text);
         }
         for (m, name) in self.matrix_names().iter().enumerate() {
             let first = m as u32 * self.tile.cols * pitch;
             for (i, partial) in rounds(self.w_units(), lanes) {
-                let item = format!("(lane + {}u)", i * lanes);
-                let at =
-                    format!("{first}u + {item} / {units}u * {pitch}u + {item} % {units}u{}", offset(self.w_tile_len()));
-                let value = match (self.wide, self.dtype) {
-                    (true, Dtype::Bf16) => format!("halves({name}{i})"),
-                    (true, Dtype::F32) => format!("vec4<f16>(bitcast<vec4<f32>>({name}{i}))"),
-                    _ => format!("{name}{i}"),
-                };
-                let value = if self.wide && self.tail {
-                    format!("select(vec4<f16>(0.0), {value}, {k} / 4u + {item} % {units}u < n_units)")
-                } else {
-                    value
-                };
-                self.under(partial, i, self.w_units(), &format!("w_tile[{at}] = {value};"));
+                let mut values = self.fours(&format!("{name}{i}"), true);
+                if self.wide && self.tail {
+                    let there = format!("{k} / {}u + (lane + {}u) % {units}u < n_units", self.unit, i * lanes);
+                    values.iter_mut().for_each(|value| *value = format!("select(vec4<f16>(0.0), {value}, {there})"));
+                }
+                let text = put("w_tile", first, self.w_tile_len(), i, &values);
+                self.under(partial, i, self.w_units(), &text);
             }
         }
     }

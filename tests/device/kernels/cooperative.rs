@@ -2,38 +2,17 @@
 //! tile and no number of rows changes a sum. Ignored where the adapter has no such matrices.
 
 use fulmen::checkpoint::Dtype;
-use fulmen::gpu::Buffer;
-use fulmen::kernels::cooperative::{Tile, expert_down, expert_gate_up, matmul};
-use fulmen::kernels::half_rows::{self, HalfRows, padded};
-use fulmen::kernels::slabs::Place;
-use fulmen::kernels::{expert_down as portable_down, expert_gate_up as portable_gate_up};
-use fulmen::reference::expert_down::expert_down as reference_down;
-use fulmen::reference::expert_gate_up::{Finish, expert_gate_up as reference_gate_up};
+use fulmen::kernels::cooperative::{Tile, matmul};
 use fulmen::reference::matmul::matmul as reference_matmul;
 use fulmen::tune::{Operation, candidates};
 use libtest_mimic::Trial;
 
-use super::experts::{Matrices, Routing, SHAPES, matrices};
+use super::experts::{Form, Halves};
+use super::{expert_down, expert_gate_up};
 use crate::common::{
-    DTYPES, Random, assert_close, assert_untouched, bits, download, if_cooperative, poisoned, run, upload,
-    upload_weights,
+    DTYPES, Random, assert_close, assert_untouched, bits, download, has_matrices, if_cooperative, poisoned, run,
+    upload, upload_weights,
 };
-
-/// The buffers that rows of f16 take.
-struct Halves {
-    rows: Buffer,
-    scales: Buffer,
-}
-
-impl Halves {
-    fn new(n_rows: usize, n_in: usize) -> Self {
-        Self { rows: poisoned(n_rows * padded(n_in as u32) as usize / 2), scales: poisoned(n_rows) }
-    }
-
-    fn rows(&self) -> HalfRows<'_> {
-        HalfRows { rows: self.rows.whole(), scales: self.scales.whole() }
-    }
-}
 
 /// `[T, n_out]`, with `residual` to add to.
 fn product(tile: Tile, dtype: Dtype, x: &[f32], w: &[f32], n_in: usize, residual: Option<&[f32]>) -> Vec<f32> {
@@ -41,13 +20,10 @@ fn product(tile: Tile, dtype: Dtype, x: &[f32], w: &[f32], n_in: usize, residual
     let (w, _) = upload_weights(dtype, w);
     let x = upload(x);
     let y = residual.map_or_else(|| poisoned(n_rows * n_out + 70), upload);
-    let halves = Halves::new(n_rows, n_in);
+    let halves = Halves::of(&x, n_rows, n_in);
     let params = matmul::Params::dense(n_rows as u32, n_out as u32, n_in as u32);
     let params = matmul::Params { accumulate: residual.is_some() as u32, ..params };
-    run(|recorder| {
-        half_rows::record(recorder, half_rows::Params::dense(n_rows as u32, n_in as u32), x.whole(), halves.rows())?;
-        matmul::record(recorder, dtype, tile, params, halves.rows(), w.whole(), y.whole())
-    });
+    run(|recorder| matmul::record(recorder, dtype, tile, params, halves.rows(), w.whole(), y.whole()));
     let words: Vec<u32> = download(y.whole());
     (n_rows * n_out..words.len()).for_each(|i| assert_untouched("cooperative matmul", &words, i));
     words[..n_rows * n_out].iter().map(|word| f32::from_bits(*word)).collect()
@@ -85,9 +61,15 @@ const PRODUCTS: [(usize, usize, usize); 10] = [
     (200, 70, 1000),
 ];
 
-/// A few of them, so that a trial ends in seconds: bits are compared between all at one size.
+/// A few of them, so that a trial ends in seconds: bits are compared between all at one size. Emulated matrices take the small ones, whose
+/// text a software driver compiles quickly.
 fn some_tiles(operation: Operation) -> Vec<Tile> {
-    candidates::all(operation).into_iter().step_by(5).collect()
+    let small = |tile: &Tile| has_matrices() || tile.subgroup_rows * tile.subgroup_cols <= 512;
+    candidates::all(operation).into_iter().filter(small).step_by(5).collect()
+}
+
+fn all_tiles(operation: Operation) -> Vec<Tile> {
+    if has_matrices() { candidates::all(operation) } else { some_tiles(operation) }
 }
 
 fn matmul_trials() -> Vec<Trial> {
@@ -101,8 +83,7 @@ fn matmul_trials() -> Vec<Trial> {
                 let (_, w) = upload_weights(dtype, &w);
                 let (want, allowed) = (reference_matmul(&x, &w, n_in), tolerances(&x, &w, n_in));
                 let mut first: Option<Vec<u32>> = None;
-                let tiles =
-                    if n_in == 256 { candidates::all(Operation::Matmul) } else { some_tiles(Operation::Matmul) };
+                let tiles = if n_in == 256 { all_tiles(Operation::Matmul) } else { some_tiles(Operation::Matmul) };
                 for tile in tiles {
                     let what = format!("{tile} {dtype:?} {n_rows}x{n_out}x{n_in}");
                     let got = product(tile, dtype, &x, &w, n_in, None);
@@ -118,10 +99,7 @@ fn matmul_trials() -> Vec<Trial> {
             let (n_rows, n_out, n_in) = (150, 75, 200);
             let mut random = Random::new(31);
             let (x, w) = (random.values(n_rows * n_in), random.values(n_out * n_in));
-            let large = candidates::all(Operation::Matmul)
-                .into_iter()
-                .find(|tile| tile.rows == 128)
-                .expect("there is a large one");
+            let large = all_tiles(Operation::Matmul).into_iter().max_by_key(|tile| tile.rows).expect("there are tiles");
             let small = candidates::all(Operation::Matmul)
                 .into_iter()
                 .find(|tile| tile.rows == 16)
@@ -209,174 +187,44 @@ fn matmul_trials() -> Vec<Trial> {
     trials
 }
 
-/// `[T * A, F]` by sorted position, as words.
-fn gate_up(
-    tile: Tile,
-    dtype: Dtype,
-    x: &[f32],
-    d_model: usize,
-    routing: &Routing,
-    places: &[Place],
-    [gate, up]: [&Matrices; 2],
-) -> Vec<u32> {
-    let expert_width = gate.values[0].len() / d_model;
-    let n_out = routing.n_assignments() * expert_width;
-    let n_rows = x.len() / d_model;
-    let (x, permutation, offsets) = (upload(x), upload(&routing.permutation), upload(&routing.offsets));
-    let (places, h) = (upload(places), poisoned(n_out + 70));
-    let halves = Halves::new(n_rows, d_model);
-    let (n, e, a) = (routing.n_assignments() as u32, gate.values.len() as u32, routing.n_chosen as u32);
-    let params = portable_gate_up::Params::plain(n, e, a, d_model as u32, expert_width as u32);
-    let bindings = expert_gate_up::Bindings {
-        x: halves.rows(),
-        permutation: permutation.whole(),
-        offsets: offsets.whole(),
-        places: places.whole(),
-        h: h.whole(),
-        gate: gate.slabs(),
-        up: up.slabs(),
-        bias: places.whole(),
-    };
-    run(|recorder| {
-        half_rows::record(recorder, half_rows::Params::dense(n_rows as u32, d_model as u32), x.whole(), halves.rows())?;
-        expert_gate_up::record(recorder, (dtype, false), tile, params, bindings)
-    });
-    let mut words: Vec<u32> = download(h.whole());
-    (n_out..words.len()).for_each(|i| assert_untouched("cooperative expert_gate_up", &words, i));
-    words.truncate(n_out);
-    words
-}
-
-/// `[T * A, D]` by assignment, as words.
-fn down(
-    tile: Tile,
-    dtype: Dtype,
-    h: &[f32],
-    expert_width: usize,
-    routing: &Routing,
-    places: &[Place],
-    down: &Matrices,
-) -> Vec<u32> {
-    let d_model = down.values[0].len() / expert_width;
-    let n_out = routing.n_assignments() * d_model;
-    let (h, permutation, offsets) = (upload(h), upload(&routing.permutation), upload(&routing.offsets));
-    let (places, y) = (upload(places), poisoned(n_out + 70));
-    let halves = Halves::new(routing.n_assignments(), expert_width);
-    let (n, e) = (routing.n_assignments() as u32, down.values.len() as u32);
-    let params = portable_down::Params::plain(n, e, d_model as u32, expert_width as u32);
-    let bindings = expert_down::Bindings {
-        h: halves.rows(),
-        permutation: permutation.whole(),
-        offsets: offsets.whole(),
-        places: places.whole(),
-        y: y.whole(),
-        down: down.slabs(),
-        bias: places.whole(),
-    };
-    run(|recorder| {
-        half_rows::record(recorder, half_rows::Params::dense(n, expert_width as u32), h.whole(), halves.rows())?;
-        expert_down::record(recorder, (dtype, false), tile, params, bindings)
-    });
-    let mut words: Vec<u32> = download(y.whole());
-    (n_out..words.len()).for_each(|i| assert_untouched("cooperative expert_down", &words, i));
-    words.truncate(n_out);
-    words
-}
-
-fn floats(words: &[u32]) -> Vec<f32> {
-    words.iter().map(|word| f32::from_bits(*word)).collect()
+/// Of an operation, with units of weights as they come and wherever they lie.
+fn forms(operation: Operation, weights: Dtype) -> Vec<Form> {
+    let tiles = some_tiles(operation).into_iter();
+    tiles
+        .flat_map(|tile| [false, true].map(|aligned_slots| Form::Cooperative { weights, tile, aligned_slots }))
+        .collect()
 }
 
 fn expert_trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for dtype in DTYPES {
-        trials.push(Trial::test(
-            format!("cooperative::expert_gate_up_matches_reference_and_no_tile_changes_bits::{}", dtype.name()),
-            move || {
-                for (n_rows, n_chosen, n_experts, d_model, expert_width) in SHAPES {
-                    let mut random = Random::new((n_rows * 1000 + d_model) as u64);
-                    let x = random.values(n_rows * d_model);
-                    let routing = Routing::random(&mut random, n_rows, n_chosen, n_experts);
-                    let (kinds, places) = matrices(&mut random, dtype, n_experts, expert_width * d_model, 2, &[]);
-                    let (gate, up) = (&kinds[0], &kinds[1]);
-                    let (offsets, permutation) = (&routing.offsets, &routing.permutation);
-                    let values = [&gate.values[..], &up.values];
-                    let want = reference_gate_up(&x, d_model, n_chosen, offsets, permutation, values, Finish::PLAIN);
-                    let mut allowed = Vec::new();
-                    for (position, assignment) in permutation.iter().enumerate() {
-                        let expert = routing.expert_of(position);
-                        let x = &x[*assignment as usize / n_chosen * d_model..][..d_model];
-                        let sums = |w: &[f32]| (reference_matmul(x, w, d_model), tolerances(x, w, d_model));
-                        let ((gate, gate_off), (up, up_off)) = (sums(&gate.values[expert]), sums(&up.values[expert]));
-                        for f in 0..expert_width {
-                            let (g, u) = (1.1 * gate_off[f], up_off[f]);
-                            let product = gate[f].abs() * up[f].abs();
-                            allowed.push(g * up[f].abs() + u * gate[f].abs() + g * u + 2e-6 * product);
-                        }
-                    }
-                    let mut first: Option<Vec<u32>> = None;
-                    for tile in some_tiles(Operation::GateUp) {
-                        let what = format!("{tile} T{n_rows} A{n_chosen} E{n_experts} D{d_model} F{expert_width}");
-                        let got = gate_up(tile, dtype, &x, d_model, &routing, &places, [gate, up]);
-                        assert_close(&what, &floats(&got), &want, |i| allowed[i]);
-                        assert_eq!(&got, first.get_or_insert_with(|| got.clone()), "{what}: the tile changed bits");
-                    }
-                }
-                Ok(())
-            },
-        ));
-        trials.push(Trial::test(
-            format!("cooperative::expert_down_matches_reference_and_no_tile_changes_bits::{}", dtype.name()),
-            move || {
-                for (n_rows, n_chosen, n_experts, d_model, expert_width) in SHAPES {
-                    let mut random = Random::new((n_rows * 1000 + d_model) as u64);
-                    let routing = Routing::random(&mut random, n_rows, n_chosen, n_experts);
-                    let h = random.values(routing.n_assignments() * expert_width);
-                    let (kinds, places) = matrices(&mut random, dtype, n_experts, d_model * expert_width, 1, &[]);
-                    let (offsets, permutation) = (&routing.offsets, &routing.permutation);
-                    let want = reference_down(&h, expert_width, d_model, offsets, permutation, &kinds[0].values, None);
-                    let mut allowed = vec![0.0; want.len()];
-                    for (position, assignment) in permutation.iter().enumerate() {
-                        let w = &kinds[0].values[routing.expert_of(position)];
-                        let off = tolerances(&h[position * expert_width..][..expert_width], w, expert_width);
-                        allowed[*assignment as usize * d_model..][..d_model].copy_from_slice(&off);
-                    }
-                    let mut first: Option<Vec<u32>> = None;
-                    for tile in some_tiles(Operation::Down) {
-                        let what = format!("{tile} T{n_rows} A{n_chosen} E{n_experts} D{d_model} F{expert_width}");
-                        let got = down(tile, dtype, &h, expert_width, &routing, &places, &kinds[0]);
-                        assert_close(&what, &floats(&got), &want, |i| allowed[i]);
-                        assert_eq!(&got, first.get_or_insert_with(|| got.clone()), "{what}: the tile changed bits");
-                    }
-                }
-                Ok(())
-            },
-        ));
+        trials.extend([
+            Trial::test(
+                format!("cooperative::expert_gate_up_matches_reference_and_no_tile_changes_bits::{}", dtype.name()),
+                move || {
+                    expert_gate_up::matches_reference(dtype, &forms(Operation::GateUp, dtype), tolerances);
+                    Ok(())
+                },
+            ),
+            Trial::test(
+                format!("cooperative::expert_down_matches_reference_and_no_tile_changes_bits::{}", dtype.name()),
+                move || {
+                    expert_down::matches_reference(dtype, &forms(Operation::Down, dtype), tolerances);
+                    Ok(())
+                },
+            ),
+        ]);
     }
-    trials.push(Trial::test("cooperative::leaves_the_rows_of_absent_experts_as_they_are", || {
-        let (n_rows, n_chosen, n_experts, d_model, expert_width) = (50, 2, 6, 24, 33);
-        let seeded = || Random::new(35);
-        let x = seeded().values(n_rows * d_model);
-        let routing = Routing::random(&mut seeded(), n_rows, n_chosen, n_experts);
-        let make = |absent| matrices(&mut seeded(), Dtype::F16, n_experts, expert_width * d_model, 2, absent);
-        let (all, all_places) = make(&[]);
-        for absent in [&[0][..], &[1, 2], &[0, 1, 2, 3, 4, 5]] {
-            let (_, places) = make(absent);
-            for tile in some_tiles(Operation::GateUp) {
-                let run =
-                    |places: &[Place]| gate_up(tile, Dtype::F16, &x, d_model, &routing, places, [&all[0], &all[1]]);
-                let (full, got) = (run(&all_places), run(&places));
-                for i in 0..got.len() {
-                    if absent.contains(&routing.expert_of(i / expert_width)) {
-                        assert_untouched("cooperative expert_gate_up", &got, i);
-                    } else {
-                        assert_eq!(got[i], full[i], "element {i}, {absent:?} absent");
-                    }
-                }
-            }
-        }
-        Ok(())
-    }));
+    trials.extend([
+        Trial::test("cooperative::expert_gate_up_leaves_the_rows_of_absent_experts_as_they_are", || {
+            expert_gate_up::leaves_absent_rows(&forms(Operation::GateUp, Dtype::F16));
+            Ok(())
+        }),
+        Trial::test("cooperative::expert_down_leaves_the_rows_of_absent_experts_as_they_are", || {
+            expert_down::leaves_absent_rows(&forms(Operation::Down, Dtype::F16));
+            Ok(())
+        }),
+    ]);
     trials
 }
 

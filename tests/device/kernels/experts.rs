@@ -1,11 +1,66 @@
 //! Assignments and expert matrices in slabs, for the tests of the kernels over experts.
 
 use fulmen::checkpoint::Dtype;
-use fulmen::gpu::{Buffer, Slice};
+use fulmen::gpu::{Buffer, Slice, Variant};
+use fulmen::kernels::cooperative::Tile;
+use fulmen::kernels::half_rows::{self, HalfRows, padded};
 use fulmen::kernels::slabs::{N_SLABS, Place};
 use fulmen::reference::expert_sort::expert_sort;
+use fulmen::reference::matmul::matmul;
 
-use crate::common::{Random, upload, weight_bytes};
+use crate::common::{Random, poisoned, run, upload, weight_bytes};
+
+/// A way to run a kernel over experts, for weights of one dtype.
+#[derive(Debug, Clone)]
+pub enum Form {
+    Portable(Variant),
+    /// On cooperative matrices.
+    Cooperative {
+        weights: Dtype,
+        tile: Tile,
+        aligned_slots: bool,
+    },
+}
+
+impl Form {
+    /// Bytes that places are to be multiples of.
+    pub fn alignment(&self) -> usize {
+        match self {
+            Form::Cooperative { aligned_slots: true, .. } => 16,
+            _ => 4,
+        }
+    }
+}
+
+/// What sums of products of x and each row of w may be off by; both as rows of so many terms.
+pub type ProductError = fn(&[f32], &[f32], usize) -> Vec<f32>;
+
+/// Where products and sums are f32: each of n terms is rounded at most n times, `n * 2^-24 * sum |x w|` in all.
+pub fn f32_error(x: &[f32], w: &[f32], n_terms: usize) -> Vec<f32> {
+    let magnitudes = |values: &[f32]| values.iter().map(|v| v.abs()).collect::<Vec<_>>();
+    let sizes = matmul(&magnitudes(x), &magnitudes(w), n_terms);
+    sizes.iter().map(|size| n_terms as f32 * 2f32.powi(-24) * size).collect()
+}
+
+/// The buffers that rows of f16 take.
+pub struct Halves {
+    rows: Buffer,
+    scales: Buffer,
+}
+
+impl Halves {
+    /// Of rows `x`.
+    pub fn of(x: &Buffer, n_rows: usize, n_in: usize) -> Self {
+        let halves = Self { rows: poisoned(n_rows * padded(n_in as u32) as usize / 2), scales: poisoned(n_rows) };
+        let params = half_rows::Params::dense(n_rows as u32, n_in as u32);
+        run(|recorder| half_rows::record(recorder, params, x.whole(), halves.rows()));
+        halves
+    }
+
+    pub fn rows(&self) -> HalfRows<'_> {
+        HalfRows { rows: self.rows.whole(), scales: self.scales.whole() }
+    }
+}
 
 /// Who goes where, sorted.
 pub struct Routing {
@@ -68,8 +123,21 @@ impl Matrices {
     }
 }
 
-/// `kinds` matrices of `elements` per expert, and the table of places that all kinds share.
+/// `kinds` matrices of `elements` per expert, and the table of places that all kinds share, of multiples of 4 bytes.
 pub fn matrices(
+    random: &mut Random,
+    dtype: Dtype,
+    n_experts: usize,
+    elements: usize,
+    kinds: usize,
+    absent: &[usize],
+) -> (Vec<Matrices>, Vec<Place>) {
+    matrices_at(4, random, dtype, n_experts, elements, kinds, absent)
+}
+
+/// The same at multiples of `alignment` bytes.
+pub fn matrices_at(
+    alignment: usize,
     random: &mut Random,
     dtype: Dtype,
     n_experts: usize,
@@ -85,22 +153,22 @@ pub fn matrices(
     for _ in 0..n_experts {
         let slab = random.below(N_SLABS);
         let gap = 1 + random.below(5);
-        slabs.iter_mut().for_each(|slabs| slabs[slab].extend(GAP.repeat(gap)));
+        slabs.iter_mut().for_each(|slabs| slabs[slab].extend(GAP.repeat(gap * alignment / 4)));
         let offset_words = slabs[0][slab].len() as u32 / 4;
         places.push(Place { slab: slab as u32, offset_words });
         for (slabs, values) in slabs.iter_mut().zip(&mut values) {
             let bytes = weight_bytes(dtype, &random.values(elements));
             values.push(dtype.read_all(&bytes));
             slabs[slab].extend(&bytes);
-            let padding = bytes.len().next_multiple_of(4) - bytes.len();
-            slabs[slab].extend(&GAP[..padding]);
+            let padding = bytes.len().next_multiple_of(alignment) - bytes.len();
+            slabs[slab].extend(std::iter::repeat_n(GAP[0], padding));
         }
     }
     for expert in absent {
         places[*expert] = Place::ABSENT;
     }
     let matrices = slabs.into_iter().zip(values).map(|(slabs, values)| {
-        let slabs = slabs.into_iter().map(|bytes| upload(&[bytes, GAP.to_vec()].concat())).collect();
+        let slabs = slabs.into_iter().map(|bytes| upload(&[bytes, GAP.repeat(4)].concat())).collect();
         Matrices { values, slabs }
     });
     (matrices.collect(), places)

@@ -1,4 +1,4 @@
-use fulmen::kernels::half_rows::{HalfRows, Params, padded, record};
+use fulmen::kernels::half_rows::{HalfRows, Params, padded, record, record_between};
 use fulmen::reference::half_rows::half_rows;
 use half::f16;
 use libtest_mimic::Trial;
@@ -50,6 +50,38 @@ pub fn trials() -> Vec<Trial> {
             let got = halved(&x, Params::dense(n_rows as u32, n_in as u32));
             same("with NaN", &got, &half_rows(&x, n_in, padded(n_in as u32) as usize));
             assert!(got.0[padded(n_in as u32) as usize + 3].is_nan());
+            Ok(())
+        }),
+        Trial::test("half_rows::between_bounds_takes_those_rows_alone", || {
+            let (n_rows, n_in) = (7, 300);
+            let n_padded = padded(n_in as u32) as usize;
+            let x = Random::new(8).values(n_rows * n_in);
+            let (want, want_scales) = half_rows(&x, n_in, n_padded);
+            let bounds = [0u32, 2, 2, 5, 7];
+            for [first, end] in [[0u32, 1], [1, 2], [1, 4], [2, 3], [0, 4]] {
+                let (device_x, device_bounds) = (upload(&x), upload(&bounds));
+                let (rows, scales) = (poisoned(n_rows * n_padded / 2), poisoned(n_rows));
+                let halves = HalfRows { rows: rows.whole(), scales: scales.whole() };
+                let params = Params::dense(n_rows as u32, n_in as u32);
+                run(|r| record_between(r, params, [first, end], device_bounds.whole(), device_x.whole(), halves));
+                let (rows, scales): (Vec<u32>, Vec<u32>) = (download(rows.whole()), download(scales.whole()));
+                let taken = bounds[first as usize] as usize..bounds[end as usize] as usize;
+                for row in 0..n_rows {
+                    let words = row * n_padded / 2..(row + 1) * n_padded / 2;
+                    if taken.contains(&row) {
+                        let want = &want[row * n_padded..][..n_padded];
+                        assert_eq!(
+                            rows[words],
+                            bytemuck::pod_collect_to_vec::<f16, u32>(want),
+                            "row {row} of {taken:?}"
+                        );
+                        assert_eq!(scales[row], want_scales[row].to_bits(), "scale of row {row} of {taken:?}");
+                    } else {
+                        words.for_each(|i| assert_untouched("half_rows", &rows, i));
+                        assert_untouched("half_rows' scales", &scales, row);
+                    }
+                }
+            }
             Ok(())
         }),
         Trial::test("half_rows::reads_columns_of_wider_rows", || {

@@ -4,6 +4,7 @@
 mod add_bias;
 mod attention;
 mod cooperative;
+mod cooperative_attention;
 mod copy_rows;
 mod decode_attention;
 mod decode_combine;
@@ -31,6 +32,7 @@ pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(add_bias::trials());
     trials.extend(cooperative::trials());
+    trials.extend(cooperative_attention::trials());
     trials.extend(copy_rows::trials());
     trials.extend(decode_attention::trials());
     trials.extend(decode_combine::trials());
