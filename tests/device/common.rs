@@ -13,15 +13,6 @@ pub fn device() -> DeviceChoice {
     std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()))
 }
 
-/// Where the adapter has no cooperative matrices, WGSL stands in for them.
-pub const EMULATED: TestFaults = TestFaults {
-    pinned_refused: false,
-    import_refused: false,
-    lost_after: None,
-    device_bytes: None,
-    emulated_matrices: true,
-};
-
 /// The adapter's matrices are its own.
 pub fn has_matrices() -> bool {
     pipelines().gpu().summary().cooperative
@@ -32,7 +23,7 @@ pub fn if_cooperative(trials: Vec<Trial>) -> Vec<Trial> {
     unless_ignored(|| pipelines().gpu().cooperative(), trials)
 }
 
-/// Likewise of those that take too long with emulated matrices.
+/// Likewise of whole models, whose tiles an emulating adapter may have no workgroup memory for.
 pub fn if_matrices(trials: Vec<Trial>) -> Vec<Trial> {
     unless_ignored(has_matrices, trials)
 }

@@ -14,7 +14,7 @@ use fulmen::tune::{Operation, Tiles, candidates};
 use libtest_mimic::{Failed, Trial};
 use safetensors::SafeTensors;
 
-use crate::common::{EMULATED, device, if_cooperative, if_matrices};
+use crate::common::{device, if_matrices};
 
 /// Of the row's largest |logit|. Most of it is the KV cache: K and V are stored in f16, transformers keeps f32 (its own logits
 /// move by up to 4.4e-4 when K and V are rounded so, tests/goldens/manifest.json).
@@ -86,7 +86,7 @@ pub fn answer_with(folder: &Path, wishes: Wishes, patches: Vec<ShaderPatch>, req
 /// In the f32 class, unless the wishes name another.
 fn answer_from(builder: EngineBuilder, wishes: Wishes, requests: Vec<Request>) -> Answers {
     let wishes = Wishes { precision: wishes.precision.or(Some(Precision::F32)), ..wishes };
-    let builder = builder.device(device()).wishes(wishes).test_faults(EMULATED);
+    let builder = builder.device(device()).wishes(wishes);
     let prepared = builder.prepare().expect("golden opens");
     let mut engine = prepared.load(&mut |_, _| {}).expect("golden loads");
     let mut answers = Answers { tokens: BTreeMap::new(), logits: BTreeMap::new() };
@@ -238,7 +238,7 @@ fn matches_transformers_in_f16(folder: &Path, attention: AttentionPlace) -> Resu
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    let (mut cooperative, mut every_tile) = (Vec::new(), Vec::new());
+    let mut cooperative = Vec::new();
     for folder in Golden::all() {
         let name = folder.file_name().expect("a folder").to_string_lossy().into_owned();
         let path = folder.clone();
@@ -253,10 +253,9 @@ pub fn trials() -> Vec<Trial> {
         }
         if FORCED.contains(&name.as_str()) {
             let what = format!("goldens::{name}::every_tile_in_f16_gives_the_same_bits");
-            every_tile.push(Trial::test(what, move || every_tile_gives_the_same_bits(&folder)));
+            cooperative.push(Trial::test(what, move || every_tile_gives_the_same_bits(&folder)));
         }
     }
-    trials.extend(if_cooperative(cooperative));
-    trials.extend(if_matrices(every_tile));
+    trials.extend(if_matrices(cooperative));
     trials
 }

@@ -8,13 +8,18 @@ use fulmen::kernels::prompt_attention::tiles;
 use libtest_mimic::Trial;
 
 use super::attention::{self, Attention, Heads, WINDOWS};
-use crate::common::{if_cooperative, upload};
+use crate::common::{has_matrices, if_cooperative, upload};
 
-/// With one subgroup count and the other, of what the shape takes.
+/// The cut that the shape takes; with emulated matrices one that a software driver has workgroup memory for.
+fn own_cut(shape: &Shape) -> Cut {
+    if has_matrices() { Cut::of(shape) } else { Cut { subgroups: 4, prefetch: true } }
+}
+
 const PROMPT: Attention = Attention {
     name: "cooperative/prompt_attention",
-    record: |recorder, shape, rows, bindings| by(recorder, shape, Cut::of(shape), None, rows, bindings),
-    fits: |shape| Cut::of(shape).fits(shape),
+    record: |recorder, shape, rows, bindings| by(recorder, shape, own_cut(shape), None, rows, bindings),
+    // Wide heads, emulated, take a software driver minutes to compile.
+    fits: |shape| own_cut(shape).fits(shape) && (has_matrices() || shape.head_width <= 64),
     // Not whole matrices either.
     odd_width: 24,
     // Queries of size 4 rounded to 11 bits put each term of a score off by up to 4 * 2^-12, one independent of the other: a score by some
@@ -51,7 +56,7 @@ pub fn trials() -> Vec<Trial> {
         trial("no_cut_changes_a_bit", || {
             type Record = fn(&mut Recorder<'_>, &Shape, &[Row], Bindings<'_>) -> Result<(), GpuError>;
             let cuts: [(&str, Record); 5] = [
-                ("tiles of 3 tokens", |r, shape, rows, bindings| by(r, shape, Cut::of(shape), Some(3), rows, bindings)),
+                ("tiles of 3 tokens", |r, shape, rows, bindings| by(r, shape, own_cut(shape), Some(3), rows, bindings)),
                 ("1 subgroup", |r, shape, rows, bindings| {
                     by(r, shape, Cut { subgroups: 1, prefetch: true }, None, rows, bindings)
                 }),
@@ -68,7 +73,8 @@ pub fn trials() -> Vec<Trial> {
             for window in WINDOWS {
                 let heads = Heads { q_heads: 4, kv_heads: 2, head_width: 64, window };
                 let want = attention::in_chunks(PROMPT, heads, 101, 101);
-                for (what, record) in cuts {
+                // Eight subgroups take more workgroup memory than a software driver has.
+                for (what, record) in cuts.into_iter().filter(|(what, _)| has_matrices() || *what != "8 subgroups") {
                     let got = attention::in_chunks(Attention { record, ..PROMPT }, heads, 101, 101);
                     assert_eq!(got, want, "{what}, window {window}");
                 }
