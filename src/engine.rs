@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Inventory, Synthetic, Weights};
@@ -486,7 +487,8 @@ impl Opened {
         let pipelines = self.pipelines.clone();
         let lent = !kv_arenas.is_empty();
         let tiles = builder.tiles.clone().unwrap_or_else(|| Tiles::for_device(gpu));
-        let mut machine = Machine::open(pipelines, weights, page_plan, extents, tiles, lent, progress)?;
+        let mut machine =
+            Machine::open(pipelines, weights, page_plan, extents, tiles, lent, source.as_ref(), progress)?;
         if let Some(source) = source {
             machine.set_source(source);
         } else if machine.plan().streamed() > 0 {
@@ -581,6 +583,8 @@ pub struct PassReport<'a> {
     pub timeline: &'a Timeline,
     /// Sequences in the queue, new and preempted.
     pub queued: usize,
+    /// How well the run's passes were predicted up to this one, where there is a profile.
+    pub comparison: Option<&'a Comparison>,
 }
 
 /// Passes of a run that are all predicted; of later ones, which are like them, every so manyth. A prediction takes milliseconds.
@@ -599,23 +603,14 @@ pub struct RunOptions {
 
 /// Where a run's requests come from. An iterator of requests is one that always has the next at hand.
 pub trait Requests {
-    /// The next one. With `wait` there is nothing else to do until it is there; without, sequences are running meanwhile.
-    fn next_request(&mut self, wait: bool) -> NextRequest;
-}
-
-/// What [`Requests`] have to say.
-#[derive(Debug, Clone, PartialEq)]
-pub enum NextRequest {
-    Request(Request),
-    /// Not yet: ask again after the next pass.
-    NotYet,
-    /// There are no more.
-    End,
+    /// The next one, None at the end, pending where it is not there yet: then the run asks again after its next pass. With `wait` there is
+    /// nothing else to do until it is there.
+    fn next_request(&mut self, wait: bool) -> Poll<Option<Request>>;
 }
 
 impl<I: Iterator<Item = Request>> Requests for I {
-    fn next_request(&mut self, _wait: bool) -> NextRequest {
-        self.next().map_or(NextRequest::End, NextRequest::Request)
+    fn next_request(&mut self, _wait: bool) -> Poll<Option<Request>> {
+        Poll::Ready(self.next())
     }
 }
 
@@ -852,9 +847,9 @@ impl Engine {
             // Enough in the queue that a whole pass of sequences can be replaced at once.
             while !exhausted && !answers.broken_off() && self.batcher.queued() < self.plan.policy.max_sequences {
                 match requests.next_request(self.batcher.is_empty()) {
-                    NextRequest::Request(request) => answers.accept(request, &mut self.batcher),
-                    NextRequest::NotYet => break,
-                    NextRequest::End => exhausted = true,
+                    Poll::Ready(Some(request)) => answers.accept(request, &mut self.batcher),
+                    Poll::Ready(None) => exhausted = true,
+                    Poll::Pending => break,
                 }
             }
             (summary.requests, summary.failed) = (answers.accepted(), answers.failed());
@@ -977,7 +972,9 @@ impl Engine {
             "pass has run"
         );
         let micro_batches = micro_batches.iter().map(|of| &of.rows).collect();
-        answers.tell(Event::Pass(PassReport { micro_batches, schedule: &schedule, timeline: &timeline, queued }));
+        let comparison = summary.comparison.as_ref();
+        let report = PassReport { micro_batches, schedule: &schedule, timeline: &timeline, queued, comparison };
+        answers.tell(Event::Pass(report));
         Ok(())
     }
 }

@@ -241,7 +241,7 @@ pub struct Policy {
 }
 
 /// Some of the layers, spread evenly over all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub struct SpreadLayers {
     pub n: usize,
     pub of: usize,

@@ -61,9 +61,18 @@ impl From<Curve> for Vec<(f64, f64)> {
 }
 
 impl Curve {
-    /// Of measured points where more never takes less: neighbours that say otherwise, which is noise, share their mean.
+    /// Of measured points where more never takes less: neighbours that say otherwise, which is noise, share their mean. One that is far
+    /// above a later one was disturbed, which only adds, and is taken to be as that.
     pub fn rising(points: Vec<(f64, f64)>) -> Result<Curve, CurveError> {
-        let points = Curve::try_from(points)?.points;
+        const FAR: f64 = 1.25;
+        let mut points = Curve::try_from(points)?.points;
+        let mut least = f64::INFINITY;
+        for (_, y) in points.iter_mut().rev() {
+            if *y > FAR * least {
+                *y = least;
+            }
+            least = least.min(*y);
+        }
         // Pools of neighbours: sum, and how many.
         let mut pools: Vec<(f64, usize)> = Vec::new();
         for (_, y) in &points {

@@ -267,7 +267,7 @@ impl Stages {
         run(whole, 1, || whole.embed(0, &[]))?;
         run(whole, 1, || whole.pre_attention(0, 0, &[]))?;
         run(whole, 1, || whole.post_attention(0, 0, &[]))?;
-        let page = copies.page_alone()?;
+        let page = copies.page_seconds();
         let experts = || stage(whole, point, || whole.experts(0, 0, 0, &[]));
         let rows = || {
             let there = stage(whole, point, || whole.rows_to_host(0, &[]))?;
@@ -334,7 +334,7 @@ fn open(
     let pages = PagePlan::new(plan.page_shape(config, &bytes));
     // Nothing is uploaded, so nothing has to be staged.
     let tiles = Tiles::for_device(&request.gpu);
-    Ok(Machine::open(pipelines.clone(), weights, pages, extents(&plan.policy), tiles, true, &mut |_, _| {})?)
+    Ok(Machine::open(pipelines.clone(), weights, pages, extents(&plan.policy), tiles, true, None, &mut |_, _| {})?)
 }
 
 /// `n` submissions, waited for.

@@ -164,7 +164,7 @@ impl Attention {
         let mut rounds = Vec::new();
         for _ in 0..BESIDE_ROUNDS {
             let alone = self.attend(&tables, CONTENTION_TOKENS, &threads, most);
-            let page = copies.page_alone()?;
+            let page = copies.page_seconds();
             let (beside, page_beside) =
                 copies.beside(|| Ok(self.attend(&tables, CONTENTION_TOKENS, &threads, most)))?;
             let pages = page_beside.map_or(1.0, |beside| (beside / page).max(1.0));

@@ -88,19 +88,20 @@ impl Request<'_> {
 /// Seconds of one run of `work`, in steady state: `work(n)` does it `n` times back to back and waits for the end.
 ///
 /// The first run is dropped. Then samples of about ten milliseconds are taken until the last three lie within 4 % of each other
-/// or `most` is over; the answer is the median of those three.
+/// or `most` is over, not counting that first one, which may compile for longer; the answer is the median of those three.
 pub fn steady<E>(most: Duration, mut work: impl FnMut(usize) -> Result<(), E>) -> Result<f64, E> {
-    let started = Instant::now();
     let mut sample = |n: usize| -> Result<f64, E> {
         let begun = Instant::now();
         work(n)?;
         Ok(begun.elapsed().as_secs_f64() / n as f64)
     };
     sample(1)?;
+    let started = Instant::now();
     let once = sample(1)?;
     let n = (0.01 / once.max(1e-9)).clamp(1.0, 48.0) as usize;
-    let mut last = vec![once];
-    while started.elapsed() < most || last.len() < 2 {
+    let mut last = Vec::new();
+    // One sample alone may be the one that something else disturbed.
+    while started.elapsed() < most || last.len() < 3 && started.elapsed() < 4 * most || last.is_empty() {
         last.push(sample(n)?);
         if let [.., a, b, c] = last[..] {
             let (low, high) = (a.min(b).min(c), a.max(b).max(c));
@@ -109,9 +110,10 @@ pub fn steady<E>(most: Duration, mut work: impl FnMut(usize) -> Result<(), E>) -
             }
         }
     }
-    let mut tail = last[last.len().saturating_sub(3).max(1)..].to_vec();
+    let mut tail = last[last.len().saturating_sub(3)..].to_vec();
     tail.sort_by(f64::total_cmp);
-    Ok(tail[tail.len() / 2])
+    // Of two the shorter one: what disturbs only adds.
+    Ok(tail[(tail.len() - 1) / 2])
 }
 
 /// A pool like the engine's.

@@ -11,6 +11,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::task::Poll;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -18,7 +19,8 @@ use clap::Args;
 use super::Usage;
 use super::open::{EngineArguments, ModelArguments, Text, load};
 use super::progress::RunProgress;
-use crate::engine::{Event, NextRequest, Requests, RunOptions, RunSummary};
+use crate::engine::{Event, Requests, RunOptions, RunSummary};
+use crate::request::Request;
 use crate::request::batch_file::{BatchReader, Existing, ReadOptions, ResultWriter, Shard, validate_all};
 use crate::schedule::Lane;
 use crate::units::human_bytes;
@@ -107,7 +109,7 @@ struct Incoming<'a> {
 }
 
 impl Requests for Incoming<'_> {
-    fn next_request(&mut self, wait: bool) -> NextRequest {
+    fn next_request(&mut self, wait: bool) -> Poll<Option<Request>> {
         self.exchange.borrow_mut().next_request(wait, &|| self.signals.stopped())
     }
 }
@@ -198,10 +200,11 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let reader = BatchReader::open(&arguments.input_file, options)
         .with_context(|| format!("--input-file {}", arguments.input_file.display()))?;
     let mut trace = arguments.trace.open()?;
+    // The first lines are tokenised while weights load.
+    let exchange = RefCell::new(Exchange::start(reader, writer, text, vocab, arguments.model.served_name())?);
     let mut engine = load(prepared)?;
     signals.loaded();
 
-    let exchange = RefCell::new(Exchange::start(reader, writer, text, vocab, arguments.model.served_name())?);
     let mut incoming = Incoming { exchange: &exchange, signals: &signals };
     let mut progress = RunProgress::new(total);
     let mut generated = 0u64;

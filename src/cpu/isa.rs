@@ -15,10 +15,16 @@ pub(super) enum Level {
     /// AVX2, FMA and F16C: x86-64 servers and desktops from 2013 (Intel) and 2015 (AMD) on.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// AVX-512F, nothing beyond it.
+    /// AVX2 and AVX-VNNI: desktops from 2021 (Intel) and 2024 (AMD) on.
+    #[cfg(target_arch = "x86_64")]
+    Avx2Vnni,
+    /// AVX-512F and BW: all but the very first CPUs with AVX-512.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// Every 64-bit Arm has it. Unverified: it compiles, nobody has run it yet.
+    /// AVX-512 with VNNI: servers from 2019 (Intel) and 2022 (AMD) on.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    /// Every 64-bit Arm has it. Run under emulation only: right, of unknown speed.
     #[cfg(target_arch = "aarch64")]
     Neon,
 }
@@ -42,8 +48,14 @@ impl Isa {
             if avx2 {
                 levels.push(Isa(Level::Avx2));
             }
-            if avx2 && is_x86_feature_detected!("avx512f") {
+            if avx2 && is_x86_feature_detected!("avxvnni") {
+                levels.push(Isa(Level::Avx2Vnni));
+            }
+            if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
                 levels.push(Isa(Level::Avx512));
+                if is_x86_feature_detected!("avx512vnni") {
+                    levels.push(Isa(Level::Avx512Vnni));
+                }
             }
         }
         #[cfg(target_arch = "aarch64")]
@@ -72,7 +84,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
+            Level::Avx2Vnni => "avx2vnni",
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => "avx512vnni",
             #[cfg(target_arch = "aarch64")]
             Level::Neon => "neon",
         }

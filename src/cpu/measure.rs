@@ -15,7 +15,7 @@ use half::f16;
 use super::attention::{DecodeRow, attend};
 use super::isa::{Isa, Level};
 use crate::memory::host_memory;
-use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, KvError, KvLayout};
+use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, Half, KvCache, KvError, KvLayout};
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
 use crate::reference;
@@ -232,8 +232,10 @@ impl Probe {
         let mut half_rows = vec![f16::ZERO; BLOCK_TOKENS * width];
         for block in table.blocks() {
             let block = self.cache.block(0, *block);
-            for (rows, into) in [(rows.clone(), &mut keys), (rows.end..rows.end + rows.len(), &mut values)] {
-                layout.read_half(&block[rows], BLOCK_TOKENS, &mut half_rows);
+            let halves =
+                [(rows.clone(), Half::Keys, &mut keys), (rows.end..rows.end + rows.len(), Half::Values, &mut values)];
+            for (rows, half, into) in halves {
+                layout.read_half(half, &block[rows], BLOCK_TOKENS, &mut half_rows);
                 into.extend(half_rows.iter().map(|x| x.to_f32()));
             }
         }
@@ -261,10 +263,10 @@ fn read(isa: Isa, bytes: &[u8]) -> u64 {
     match isa.level() {
         // SAFETY: an `Isa` of this level exists only where its instructions do.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { read_avx512(bytes) },
+        Level::Avx512 | Level::Avx512Vnni => unsafe { read_avx512(bytes) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { read_avx2(bytes) },
+        Level::Avx2 | Level::Avx2Vnni => unsafe { read_avx2(bytes) },
         _ => read_lines(bytes),
     }
 }
@@ -323,7 +325,7 @@ mod tests {
             let mut probe = Probe::with_bytes(shape, dtype, 40 * layout.bytes_per_block(), &threads).unwrap();
             let rate = probe.attention(Isa::best(), 70, 4, 3, &threads).unwrap();
             assert_eq!((rate.context, rate.rows), (70, 4));
-            assert!(rate.largest_error < 2e-6, "{dtype}: {rate:?}");
+            assert!(rate.largest_error < 1e-5, "{dtype}: {rate:?}");
             assert!(rate.bytes_per_s > 0.0 && rate.read_bytes_per_s > 0.0 && rate.share_of_read > 0.0, "{rate:?}");
             assert!(probe.attention(Isa::best(), 41 * BLOCK_TOKENS, 1, 1, &threads).is_none());
         }

@@ -36,7 +36,7 @@ use crate::kernels::{
     qk_norm, rms_norm, rotary, router_topk,
     slabs::{Layout, N_SLABS, Place},
 };
-use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
+use crate::memory::kv_cache::{BLOCK_TOKENS, Half, KvLayout};
 use crate::memory::page_source::{LoadRequest, PageError, PageSource};
 use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
@@ -403,7 +403,9 @@ pub const KV_ARENA_BYTES: u64 = 1 << 30;
 
 impl Machine {
     /// Allocates everything, uploads the dense weights and the resident experts. `progress(done, total)` in bytes.
-    /// `tiles`: of products in the f16 class. `lend_kv`: uploads of context read the pool itself, so nothing is staged.
+    /// `tiles`: of products in the f16 class. `lend_kv`: uploads of context read the pool itself, so nothing is staged. `kept`: experts that
+    /// are in host memory are taken from there.
+    #[allow(clippy::too_many_arguments, reason = "two callers, each with all of them")]
     pub fn open(
         pipelines: Arc<Pipelines>,
         weights: &Weights,
@@ -411,6 +413,7 @@ impl Machine {
         extents: Extents,
         tiles: Tiles,
         lend_kv: bool,
+        kept: Option<&PageSource>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Machine, PageError> {
         let gpu = pipelines.gpu().clone();
@@ -543,11 +546,16 @@ impl Machine {
             plan,
             pipelines,
         };
-        machine.load(weights, progress)?;
+        machine.load(weights, kept, progress)?;
         Ok(machine)
     }
 
-    fn load(&mut self, weights: &Weights, progress: &mut dyn FnMut(u64, u64)) -> Result<(), PageError> {
+    fn load(
+        &mut self,
+        weights: &Weights,
+        kept: Option<&PageSource>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), PageError> {
         let shape = self.config.shape;
         let resident: Vec<(usize, usize)> = (0..shape.layers)
             .flat_map(|layer| (0..shape.experts).map(move |expert| (layer, expert)))
@@ -587,27 +595,40 @@ impl Machine {
             done += bytes;
             progress(done, total);
         }
+        let mut copied = None;
         for (layer, expert) in resident {
-            for (matrix, n_bytes) in ExpertMatrix::ALL.into_iter().zip(self.matrix_bytes) {
-                if n_bytes == 0 {
-                    continue;
+            let slot = self.plan.slot(0, layer, expert);
+            let matrices = ExpertMatrix::ALL.into_iter().zip(self.matrix_bytes).filter(|(_, bytes)| *bytes > 0);
+            let pieces: Vec<Piece> =
+                matrices.map(|(matrix, bytes)| Piece { expert, matrix, bytes: 0..bytes }).collect();
+            let target = |piece: &Piece| {
+                let (slab, at) = self.slab_place(slot, piece);
+                slab.at(at)
+            };
+            let ticket = match kept {
+                Some(source) => source.load_expert(&gpu, layer, &pieces, target)?,
+                None => None,
+            };
+            copied = ticket.or(copied);
+            for piece in pieces {
+                let n_bytes = piece.bytes.end;
+                if ticket.is_none() {
+                    let mut bytes = vec![0u8; n_bytes as usize];
+                    for source in weights.inventory().slot_sources(layer, expert, piece.matrix, 0..n_bytes) {
+                        let length = (source.range.end - source.range.start) as usize;
+                        let into = &mut bytes[source.at as usize..][..length];
+                        weights.read_by_all(&reader, source.role, source.range, into)?;
+                    }
+                    let (slab, at) = self.slab_place(slot, &piece);
+                    gpu.write(slab, at, &bytes);
+                    gpu.flush()?;
                 }
-                let mut bytes = vec![0u8; n_bytes as usize];
-                for source in weights.inventory().slot_sources(layer, expert, matrix, 0..n_bytes) {
-                    let length = (source.range.end - source.range.start) as usize;
-                    let into = &mut bytes[source.at as usize..][..length];
-                    weights.read_by_all(&reader, source.role, source.range, into)?;
-                }
-                let piece = Piece { expert, matrix, bytes: 0..n_bytes };
-                let slot = self.plan.slot(0, layer, expert);
-                let (slab, at) = self.slab_place(slot, &piece);
-                gpu.write(slab, at, &bytes);
-                self.table.get_mut().expect("table lock").arrive(slot, layer, &piece, None);
-                gpu.flush()?;
+                self.table.get_mut().expect("table lock").arrive(slot, layer, &piece, ticket);
                 done += n_bytes;
                 progress(done, total);
             }
         }
+        copied.map_or(Ok(()), |ticket| gpu.wait_for(ticket))?;
         gpu.wait()?;
         Ok(())
     }
@@ -780,9 +801,9 @@ impl Machine {
             unsafe {
                 let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
                 let into = staging.bytes.slice_mut::<f16>(to..to + bytes);
-                for (half, into) in into.chunks_exact_mut(half_elements).enumerate() {
-                    let from = from.add(half * layout.half_bytes());
-                    layout.read_half_at(from, upload.tokens, &mut into[..upload.tokens * head_width]);
+                for (index, into) in into.chunks_exact_mut(half_elements).enumerate() {
+                    let (half, from) = (Half::BOTH[index % 2], from.add(index * layout.half_bytes()));
+                    layout.read_half_at(half, from, upload.tokens, &mut into[..upload.tokens * head_width]);
                 }
             }
             copies.push(CopyRange::new(staging.bytes.at(to), workspace.blocks.at(to), bytes));

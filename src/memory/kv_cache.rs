@@ -14,7 +14,8 @@
 //! ```
 //!
 //! Elements are f16, or 8-bit integers with a scale for each row of each head ([`KvDtype`]): then 32 scales (f16) follow each
-//! 32 rows. How a row gets its scale and integers is [`mod@crate::reference::kv_quantise`]; what the cache holds are numbers
+//! 32 rows, and the integers lie in the pairs in which `cpu::attention` multiplies them, two columns of K, `[4][K / 2][8][2]`, or two
+//! tokens of V, `[16][K][2]`. How a row gets its scale and integers is [`mod@crate::reference::kv_quantise`]; what the cache holds are numbers
 //! that f16 holds exactly, so attention here, attention on the GPU (whose blocks are f16) and a copy between them read the same.
 //!
 //! Guarantees:
@@ -45,6 +46,10 @@ use crate::reference::kv_quantise::quantise;
 
 /// Tokens of a block. Also the step of attention's online softmax, hence part of a row's reduction order.
 pub const BLOCK_TOKENS: usize = 32;
+
+/// Tokens whose 8-bit keys lie together, pair of columns by pair: as many as a register of pairs takes. More, and a new token would
+/// touch more lines of memory.
+pub const KEY_GROUP: usize = 8;
 
 /// What one token's K and V look like, in every layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +83,7 @@ impl KvLayout {
         }
     }
 
-    /// Bytes of one head's K, or V, in one layer of a block: `[BLOCK_TOKENS, K]`, and `[BLOCK_TOKENS]` scales where there are any.
+    /// Bytes of one head's K, or V, in one layer of a block: BLOCK_TOKENS rows, and `[BLOCK_TOKENS]` scales where there are any.
     pub fn half_bytes(&self) -> usize {
         BLOCK_TOKENS * self.half_row_bytes()
     }
@@ -142,37 +147,66 @@ impl KvLayout {
     }
 
     /// The first `tokens` rows of a half, `[tokens, K]`, exactly.
-    pub fn read_half(&self, half: &[u8], tokens: usize, into: &mut [f16]) {
-        assert_eq!(half.len(), self.half_bytes(), "bytes of a half");
+    pub fn read_half(&self, half: Half, bytes: &[u8], tokens: usize, into: &mut [f16]) {
+        assert_eq!(bytes.len(), self.half_bytes(), "bytes of a half");
         // SAFETY: a half is there as a whole.
-        unsafe { self.read_half_at(half.as_ptr(), tokens, into) }
+        unsafe { self.read_half_at(half, bytes.as_ptr(), tokens, into) }
     }
 
     /// As [`read_half`](Self::read_half), of a half that somebody else may be writing rows to beyond the first `tokens`.
     ///
     /// # Safety
-    /// * A half starts at `half`, and nobody writes its first `tokens` rows.
-    pub unsafe fn read_half_at(&self, half: *const u8, tokens: usize, into: &mut [f16]) {
+    /// * A half starts at `from`, and nobody writes its first `tokens` rows.
+    pub unsafe fn read_half_at(&self, half: Half, from: *const u8, tokens: usize, into: &mut [f16]) {
         assert_eq!(into.len(), tokens * self.head_width, "elements of {tokens} rows");
-        // SAFETY: these bytes, and none between them, are those of the first rows.
-        let part = |at: usize, bytes: usize| unsafe { std::slice::from_raw_parts(half.add(at), tokens * bytes) };
         match self.dtype {
-            KvDtype::F16 => bytemuck::cast_slice_mut(into).copy_from_slice(part(0, self.half_row_bytes())),
+            KvDtype::F16 => {
+                // SAFETY: these bytes are those of the first rows.
+                let rows = unsafe { std::slice::from_raw_parts(from, tokens * self.half_row_bytes()) };
+                bytemuck::cast_slice_mut(into).copy_from_slice(rows);
+            }
             KvDtype::Int8 => {
-                let integers = part(0, self.head_width);
-                let scales = part(BLOCK_TOKENS * self.head_width, size_of::<f16>());
+                let scales = from.wrapping_add(BLOCK_TOKENS * self.head_width).cast::<f16>();
                 let mut row = vec![0.0; self.head_width];
-                let rows = integers.chunks_exact(self.head_width).zip(scales.chunks_exact(size_of::<f16>()));
-                for ((integers, scale), into) in rows.zip(into.chunks_exact_mut(self.head_width)) {
-                    let scale = f16::from_le_bytes([scale[0], scale[1]]).to_f32();
-                    for (value, integer) in row.iter_mut().zip(integers) {
-                        *value = f32::from(*integer as i8) * scale;
+                for (slot, into) in into.chunks_exact_mut(self.head_width).enumerate() {
+                    // Element by element: between those of a row lie others', which may be being written.
+                    // SAFETY: scales and elements of the first rows, inside a half.
+                    unsafe {
+                        let scale = scales.add(slot).read_unaligned().to_f32();
+                        for (column, value) in row.iter_mut().enumerate() {
+                            let integer = from.add(self.integer_at(half, slot, column)).cast::<i8>().read();
+                            *value = f32::from(integer) * scale;
+                        }
                     }
                     into.convert_from_f32_slice(&row);
                 }
             }
         }
     }
+
+    /// Where a half has an 8-bit element.
+    #[inline]
+    fn integer_at(&self, half: Half, slot: usize, column: usize) -> usize {
+        match half {
+            Half::Keys => {
+                let pair = slot / KEY_GROUP * (self.head_width / 2) + column / 2;
+                (pair * KEY_GROUP + slot % KEY_GROUP) * 2 + column % 2
+            }
+            Half::Values => (slot / 2 * self.head_width + column) * 2 + slot % 2,
+        }
+    }
+}
+
+/// Which of the two a half of a head's part of a block is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    Keys,
+    Values,
+}
+
+impl Half {
+    /// In the order in which they follow each other.
+    pub const BOTH: [Half; 2] = [Half::Keys, Half::Values];
 }
 
 /// Index of a block in its pool, the same in every layer.
@@ -406,8 +440,9 @@ impl KvCache {
         let (layout, slot) = (self.layout, position % BLOCK_TOKENS);
         let mut half_rows = vec![f16::ZERO; (slot + 1) * layout.head_width];
         let mut row = Vec::with_capacity(layout.row_elements());
-        for half in self.block(layer, table.blocks[position / BLOCK_TOKENS]).chunks_exact(layout.half_bytes()) {
-            layout.read_half(half, slot + 1, &mut half_rows);
+        let block = self.block(layer, table.blocks[position / BLOCK_TOKENS]);
+        for (bytes, half) in block.chunks_exact(layout.half_bytes()).zip(Half::BOTH.into_iter().cycle()) {
+            layout.read_half(half, bytes, slot + 1, &mut half_rows);
             row.extend_from_slice(&half_rows[slot * layout.head_width..]);
         }
         row
@@ -593,12 +628,27 @@ const INT8_NOISE: f16 = f16::from_bits(7 << 10);
 /// `block`: one layer of a block; `row`: a new row. K and V of a head go to the same slot of their halves.
 fn scatter(layout: &KvLayout, block: &mut [u8], slot: usize, row: &[u8]) {
     let (width, half_row) = (layout.head_width, layout.new_half_row_bytes());
-    for (half, new) in block.chunks_exact_mut(layout.half_bytes()).zip(row.chunks_exact(half_row)) {
+    let halves = block.chunks_exact_mut(layout.half_bytes()).zip(Half::BOTH.into_iter().cycle());
+    for ((bytes, half), new) in halves.zip(row.chunks_exact(half_row)) {
         match layout.dtype {
-            KvDtype::F16 => half[slot * half_row..][..half_row].copy_from_slice(new),
+            KvDtype::F16 => bytes[slot * half_row..][..half_row].copy_from_slice(new),
             KvDtype::Int8 => {
-                let (integers, scales) = half.split_at_mut(BLOCK_TOKENS * width);
-                integers[slot * width..][..width].copy_from_slice(&new[..width]);
+                let (integers, scales) = bytes.split_at_mut(BLOCK_TOKENS * width);
+                let row = &new[..width];
+                match half {
+                    Half::Keys => {
+                        let group = &mut integers[slot / KEY_GROUP * KEY_GROUP * width..][..KEY_GROUP * width];
+                        for (pairs, pair) in group.chunks_exact_mut(2 * KEY_GROUP).zip(row.chunks_exact(2)) {
+                            pairs[2 * (slot % KEY_GROUP)..][..2].copy_from_slice(pair);
+                        }
+                    }
+                    Half::Values => {
+                        let pairs = &mut integers[slot / 2 * 2 * width..][..2 * width];
+                        for (pair, integer) in pairs.chunks_exact_mut(2).zip(row) {
+                            pair[slot % 2] = *integer;
+                        }
+                    }
+                }
                 scales[2 * slot..][..2].copy_from_slice(&new[half_row - 4..][..2]);
             }
         }

@@ -403,6 +403,26 @@ impl PageSource {
         }
     }
 
+    /// Copies `pieces` of an expert to where `target` says, if it is kept where copies reach it.
+    pub fn load_expert<'a>(
+        &self,
+        gpu: &Gpu,
+        layer: usize,
+        pieces: &[Piece],
+        target: impl Fn(&Piece) -> Place<'a>,
+    ) -> Result<Option<Ticket>, GpuError> {
+        let Bytes::Resident { arenas, places } = &self.bytes else { return Ok(None) };
+        if pieces.iter().any(|piece| places.at[layer * places.experts + piece.expert].is_none()) {
+            return Ok(None);
+        }
+        let copy = |piece: &Piece| {
+            let (arena, offset) = places.of(layer, piece);
+            let bytes = (piece.bytes.end - piece.bytes.start).next_multiple_of(4);
+            CopyRange::new(arenas[arena].at(offset), target(piece), bytes)
+        };
+        gpu.copy(Line::ToDevice, &by_ends(pieces.iter().map(copy).collect()), &[]).map(Some)
+    }
+
     /// The same bytes used in another way: memory that was lent or pinned can be relayed, and the other way round.
     pub fn used_as(self, kind: SourceKind) -> Result<PageSource, PageError> {
         use SourceKind::{Imported, Pinned, Relay};

@@ -18,6 +18,11 @@ impl Pair {
         self.measured += measured;
     }
 
+    /// What came after `earlier`.
+    pub fn since(&self, earlier: Pair) -> Pair {
+        Pair { predicted: self.predicted - earlier.predicted, measured: self.measured - earlier.measured }
+    }
+
     /// Predicted over measured; None where nothing was measured.
     pub fn ratio(&self) -> Option<f64> {
         (self.measured > 0.0).then(|| self.predicted / self.measured)

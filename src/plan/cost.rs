@@ -9,8 +9,9 @@
 //! static orders, **a task that gets cheaper never makes the pass longer**: more bandwidth is never predicted to be slower.
 //! Given up: contention is spread evenly over a pass, also where the schedule bunches it.
 
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::fit::{ModelBytes, Plan};
 use crate::execute::machine::workspace_block_bytes;
@@ -20,7 +21,8 @@ use crate::model::ModelConfig;
 use crate::policy::{AttentionPlace, KvDtype, Policy, RowPath, ScheduleKind, SourceKind};
 use crate::profile::{CONTENTION_TOKENS, Curve, Profile, RowTimes};
 use crate::schedule::{
-    ChunkShape, Cost, Lane, MicroBatchShape, OnItsWay, PassShape, SimulatedPass, Timeline, Work, build, simulate_pass,
+    ChunkShape, Cost, Lane, MicroBatchShape, OnItsWay, PassShape, Schedule, SimulatedPass, Timeline, Work, build,
+    simulate_pass,
 };
 
 /// The rows of one micro-batch in one pass.
@@ -266,8 +268,33 @@ impl Cut {
     }
 }
 
+/// Schedules that were built, for passes of the same shape: those of policies that differ in rows alone.
+#[derive(Debug, Default)]
+pub struct Schedules(Mutex<HashMap<(ScheduleKind, PassShape), Arc<Schedule>>>);
+
+impl Schedules {
+    /// So many are kept, then all are forgotten: one has thousands of tasks.
+    const MOST: usize = 48;
+
+    fn build(&self, kind: ScheduleKind, shape: PassShape) -> Arc<Schedule> {
+        let built = || self.0.lock().expect("nobody panics with it");
+        let key = (kind, shape);
+        if let Some(schedule) = built().get(&key) {
+            return schedule.clone();
+        }
+        let schedule = Arc::new(build(kind, &key.1));
+        let mut built = built();
+        if built.len() >= Self::MOST {
+            built.clear();
+        }
+        built.insert(key, schedule.clone());
+        schedule
+    }
+}
+
 /// A model under a policy on a machine: predicts passes.
 pub struct Predictor<'a> {
+    schedules: Arc<Schedules>,
     config: &'a ModelConfig,
     profile: &'a Profile,
     policy: Policy,
@@ -327,7 +354,12 @@ impl<'a> Predictor<'a> {
             let of = || layers().filter(move |layer| config.window(*layer).is_some() == windowed);
             (of().next(), of().count() as f64)
         };
-        Self { config, profile, policy, cut, rows, kinds: [kind(true), kind(false)] }
+        Self { schedules: Arc::default(), config, profile, policy, cut, rows, kinds: [kind(true), kind(false)] }
+    }
+
+    /// The same, with schedules that others have built.
+    pub fn sharing(self, schedules: &Arc<Schedules>) -> Self {
+        Self { schedules: schedules.clone(), ..self }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -596,12 +628,11 @@ impl<'a> Predictor<'a> {
 
     /// The same with `few` of the layers; None where they do not repeat each other.
     fn steady_pass(&self, rows: &PassRows, few: usize, layers: usize) -> Option<f64> {
-        let first = self.simulate(rows, &self.shape(rows, few, false), &[]).0;
-        let mut way = first.on_their_way;
-        let (costs, schedule) = (self.costs(rows), build(self.policy.schedule, &self.shape(rows, few, true)));
-        let (mut pass, mut tasks) = (SimulatedPass::default(), schedule.tasks.len());
+        let (costs, schedule) =
+            (self.costs(rows), self.schedules.build(self.policy.schedule, self.shape(rows, few, true)));
+        let (mut pass, mut tasks, mut way) = (SimulatedPass::default(), schedule.tasks.len(), Vec::new());
         // What one pass leaves on its way the next one leaves too, after one or two.
-        for _ in 0..4 {
+        for _ in 0..5 {
             let before = std::mem::take(&mut way);
             pass = simulate_pass(&schedule, few, |work| costs.of(work), &before);
             way = std::mem::take(&mut pass.on_their_way);
@@ -702,10 +733,10 @@ impl PassCosts<'_, '_> {
                 Cost { bytes: predictor.cut.page_bytes[number], ..Cost::alone(seconds) }
             }
             Work::PinPage { chunk, page, .. } => {
-                // Read and written by the host's threads.
-                let best = profile.cpu.dram_read.points().iter().map(|point| point.1).fold(1.0, f64::max);
+                // Read and written by the one thread that launches.
+                let rate = profile.cpu.dram_read.points()[0].1;
                 let bytes = predictor.cut.page_bytes[page_number(chunk, page)];
-                Cost { bytes, ..Cost::alone(2.0 * bytes as f64 / best) }
+                Cost { bytes, ..Cost::alone(2.0 * bytes as f64 / rate) }
             }
             Work::Experts { group, chunk, .. } => {
                 let rows = Predictor::group_rows(self.rows, group);

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
-use super::cost::{CostError, Cut, CutKey, LaneSeconds, PassRows, Predictor};
+use super::cost::{CostError, Cut, CutKey, LaneSeconds, PassRows, Predictor, Schedules};
 use super::fit::{MachineLimits, ModelBytes, Plan, PlanError, Wishes, fit};
 use super::workload::Workload;
 use crate::memory::kv_cache::{BLOCK_TOKENS, KvLayout};
@@ -240,6 +240,7 @@ struct Bounded {
 #[derive(Default)]
 struct Walk {
     cuts: Cuts,
+    schedules: Arc<Schedules>,
     seen: HashSet<Policy>,
     choices: Vec<Choice>,
     /// Tokens per second of the best of them.
@@ -299,7 +300,7 @@ impl Problem<'_> {
 
     /// The candidates that `wanted` picks, with experts that are read from disk instead of kept in the host's memory: those of which that
     /// can give more than `best` tokens per second.
-    fn from_disk(&self, grid: &[Candidate], best: f64, wanted: impl Fn(usize) -> bool) -> Vec<Candidate> {
+    fn staged(&self, grid: &[Candidate], best: f64, wanted: impl Fn(usize) -> bool) -> Vec<Candidate> {
         let Some(disk) = self.profile.disk.as_ref().filter(|_| self.wishes.source.is_none()) else { return Vec::new() };
         let shape = &self.config.shape;
         let all = (shape.layers * shape.experts) as u64 * self.bytes.expert();
@@ -510,7 +511,11 @@ impl Problem<'_> {
 
     /// A plan with what is predicted for it.
     pub fn predict(&self, plan: &Plan) -> Result<Choice, CostError> {
-        let predictor = Predictor::new(self.config, &self.bytes, plan, self.profile)?;
+        self.predict_sharing(plan, &Arc::default())
+    }
+
+    fn predict_sharing(&self, plan: &Plan, schedules: &Arc<Schedules>) -> Result<Choice, CostError> {
+        let predictor = Predictor::new(self.config, &self.bytes, plan, self.profile)?.sharing(schedules);
         let policy = &plan.policy;
         let (tokens_per_second, run_seconds, steady) =
             self.rate(policy, &|phase| predictor.pass_seconds(&self.rows(policy, phase)).max(1e-9));
@@ -598,7 +603,7 @@ impl Problem<'_> {
     pub fn every_policy(&self) -> Vec<Plan> {
         let mut walk = Walk::default();
         let mut grid = self.grid();
-        grid.extend(self.from_disk(&grid, 0.0, |_| true));
+        grid.extend(self.staged(&grid, 0.0, |_| true));
         grid.extend(self.between_steps(&grid, |_, _| true));
         self.bounded(&grid, &mut walk).0.into_iter().map(|one| one.plan).collect()
     }
@@ -611,7 +616,7 @@ impl Problem<'_> {
         self.simulate(&fitting, &mut walk)?;
         // Where the host has no memory for experts beside so many sequences, they can be read from disk.
         let kept: HashSet<usize> = fitting.iter().map(|one| one.candidate).collect();
-        let from_disk = self.from_disk(&grid, walk.best, |number| !kept.contains(&number));
+        let from_disk = self.staged(&grid, walk.best, |number| !kept.contains(&number));
         let first = grid.len();
         let (mut others, _) = self.bounded(&from_disk, &mut walk);
         self.simulate(&others, &mut walk)?;
@@ -676,7 +681,8 @@ impl Problem<'_> {
             if some.is_empty() {
                 break;
             }
-            let predicted: Vec<_> = some.par_iter().map(|one| self.predict(&one.plan)).collect();
+            let predicted: Vec<_> =
+                some.par_iter().map(|one| self.predict_sharing(&one.plan, &walk.schedules)).collect();
             for choice in predicted {
                 let choice = choice?;
                 walk.best = walk.best.max(choice.tokens_per_second);

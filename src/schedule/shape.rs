@@ -6,7 +6,7 @@ use super::task::{Lane, Work};
 use crate::policy::{RowPath, SpreadLayers};
 
 /// What one micro-batch brings to a pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MicroBatchShape {
     /// Some rows attend on the GPU.
     pub gpu_attention: bool,
@@ -22,13 +22,13 @@ pub struct MicroBatchShape {
 
 /// Experts that compute together, counted among those that stream, and the experts of each page that brings them. A chunk
 /// without pages is the residents.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ChunkShape {
     pub pages: Vec<Range<usize>>,
 }
 
 /// Everything that a builder has to know about a pass.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PassShape {
     pub layers: usize,
     /// Those that have rows in this pass.

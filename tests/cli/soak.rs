@@ -14,8 +14,14 @@ use serde_json::{Value, json};
 use crate::common::*;
 
 const FEW_REQUESTS: usize = 1500;
-/// Blocks of 32 tokens for fewer sequences than there could be.
-const KV_MEMORY: &str = "1MiB";
+/// KV blocks of 32 tokens in the starved run: for fewer sequences than there could be, yet wide enough passes that fifty thousand
+/// requests end.
+fn starved_blocks(n: usize) -> usize {
+    if n < 5000 { 192 } else { 512 }
+}
+
+/// KiB of such a block of the model below, both layers together.
+const BLOCK_KIB: usize = 4;
 /// One line in so many is no request.
 const BAD_LINE_EVERY: usize = 97;
 
@@ -55,8 +61,11 @@ impl Random {
 }
 
 /// Short prompts of the shipped tasks' words, answers of 1 to 16 tokens, greedy and sampled, with and without stop strings; among
-/// them lines that are cut off, have no prompt, or ask for what is not supported.
+/// them lines that are cut off, have no prompt, or ask for what is not supported. Now and then as many as fill the starved run's pool
+/// come one after the other whose prompts fill most of a block and whose answers are longer than was to be expected: then blocks run
+/// out.
 fn batch(n: usize) -> String {
+    let blocks = starved_blocks(n);
     let tasks = std::fs::read_to_string(example("answers.jsonl")).expect("shipped answers");
     let words: Vec<String> = tasks
         .split(|c: char| !c.is_ascii_alphabetic())
@@ -75,10 +84,17 @@ fn batch(n: usize) -> String {
             };
             continue;
         }
+        let prompt_of = |random: &mut Random, n: usize| {
+            (0..n).map(|_| words[random.below(words.len())].as_str()).collect::<Vec<_>>().join(" ")
+        };
+        if (5 * blocks..13 * blocks / 2).contains(&(number % (15 * blocks))) {
+            let body = json!({"prompt": prompt_of(&mut random, 7), "max_tokens": 16, "temperature": 0});
+            text += &(completion(&id, body).to_string() + "\n");
+            continue;
+        }
         // Mostly a few tokens, up to 40.
         let n_words = if random.below(4) == 0 { 1 + random.below(8) } else { 1 + random.below(2) };
-        let prompt: Vec<&str> = (0..n_words).map(|_| words[random.below(words.len())].as_str()).collect();
-        let mut body = json!({"prompt": prompt.join(" "), "max_tokens": 1 + random.below(16)});
+        let mut body = json!({"prompt": prompt_of(&mut random, n_words), "max_tokens": 1 + random.below(16)});
         match random.below(4) {
             0 => body["temperature"] = json!(0),
             1 => (body["temperature"], body["seed"]) = (json!(0.9), json!(random.below(1000))),
@@ -183,9 +199,10 @@ fn a_long_batch_survives() -> Result<(), Failed> {
     say("undisturbed", &ran.summary(), &memory.is_flat());
 
     // Too few blocks of 32 tokens for as many sequences: they push each other out; experts go through a ring of two.
+    let kv_memory = format!("{}KiB", starved_blocks(n) * BLOCK_KIB);
     let starved = || {
         run(&model, &input, &stormy)
-            .words(["--kv-memory", KV_MEMORY, "--resident-experts", "1", "--ring-experts", "2", "--page-size", "8KiB"])
+            .words(["--kv-memory", &kv_memory, "--resident-experts", "1", "--ring-experts", "2", "--page-size", "8KiB"])
             .words(["--micro-batches", "3"])
     };
     let (mut running, mut memory) = (starved().start(), Watch::new());

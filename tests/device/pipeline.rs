@@ -243,7 +243,7 @@ fn refused_memory_falls_back_aloud() -> Result<(), Failed> {
 
     // Too little memory for weights: they are read from their files page by page.
     let mut engine = builder(&model(), Wishes { kv_bytes: Some(20 * 32 * 1024), ..wishes })
-        .host_memory(Some(3_800_000))
+        .host_memory(Some(4_200_000))
         .test_faults(no_import)
         .prepare()?
         .load(&mut |_, _| {})?;
@@ -339,8 +339,7 @@ fn another_cut_needs_no_load() -> Result<(), Failed> {
     };
     for source in [SourceKind::Pinned, SourceKind::Relay] {
         let mut engine = builder(&model(), cut(source, 0, 0, 1, 20_000)).prepare()?.load(&mut |_, _| {})?;
-        for (resident, extra, ring, page) in [(0, 1, 5, 7_004), (2, 0, 3, 300_000), (0, 0, 16, 1 << 20), (1, 2, 2, 64)]
-        {
+        for (resident, extra, ring, page) in [(0, 1, 5, 7_004), (2, 0, 3, 300_000), (1, 2, 2, 50_000)] {
             engine = engine.reopen(cut(source, resident, extra, ring, page))?;
             let policy = engine.plan().policy;
             assert_eq!((policy.resident_experts, policy.extra_residents, policy.ring_experts), (resident, extra, ring));

@@ -135,7 +135,7 @@ fn rows_lie_by_head_keys_before_values() {
     }
 }
 
-/// Integers by slot, then scales by slot; a neighbour's rows change none of it.
+/// Integers in pairs, of columns in K and of slots in V, then scales by slot; a neighbour's rows change none of it.
 #[test]
 fn rows_of_integers_lie_in_front_of_their_scales() {
     let mut cache = KvCache::new(INT8, 1).unwrap();
@@ -148,10 +148,14 @@ fn rows_of_integers_lie_in_front_of_their_scales() {
     let block = cache.block(1, table.blocks()[0]);
     for head in 0..INT8.kv_heads {
         let keys = INT8.keys(head);
-        for half in [&block[keys.clone()], &block[keys.end..][..keys.len()]] {
+        for (half, values) in [(&block[keys.clone()], false), (&block[keys.end..][..keys.len()], true)] {
             let (integers, scales) = half.split_at(BLOCK_TOKENS * INT8.head_width);
-            assert_eq!(integers[5 * 6..6 * 6], [127, -127i8 as u8, 64, 1, 0, -2i8 as u8]);
-            assert_eq!(integers[4 * 6..5 * 6], integers[5 * 6..6 * 6]);
+            for (column, integer) in [127, -127i8, 64, 1, 0, -2].into_iter().enumerate() {
+                // Slots 4 and 5: in the first group of 8 keys, a pair of values.
+                let at = if values { 4 / 2 * 2 * 6 + 2 * column } else { column / 2 * 16 + 2 * 4 + column % 2 };
+                let step = if values { 1 } else { 2 };
+                assert_eq!([at, at + step].map(|at| integers[at] as i8), [integer; 2], "{column}, values {values}");
+            }
             assert_eq!(
                 scales[2 * 4..2 * 6],
                 [f16::from_f32(0.0625).to_le_bytes(), f16::from_f32(0.0078125).to_le_bytes()].concat()

@@ -28,9 +28,14 @@ fn a_curve_is_straight_between_its_points() {
 
 #[test]
 fn noise_that_falls_is_shared_out() {
-    let rising =
-        Curve::rising(vec![(1.0, 2.0), (2.0, 1.0), (3.0, 3.0), (4.0, 2.0), (5.0, 2.5), (6.0, 9.0)]).expect("a curve");
-    assert_eq!(rising.points(), [(1.0, 1.5), (2.0, 1.5), (3.0, 2.5), (4.0, 2.5), (5.0, 2.5), (6.0, 9.0)]);
+    let noisy = vec![(1.0, 2.2), (2.0, 1.8), (3.0, 3.0), (4.0, 2.5), (5.0, 2.6), (6.0, 9.0)];
+    let shared = [(1.0, 2.0), (2.0, 2.0), (3.0, 2.7), (4.0, 2.7), (5.0, 2.7), (6.0, 9.0)];
+    let rising = Curve::rising(noisy).expect("a curve");
+    assert!(rising.points().iter().zip(shared).all(|(one, other)| (one.1 - other.1).abs() < 1e-12), "{rising:?}");
+    // Experts as they were once measured on an H200, milliseconds over rows: something else took its time at 1536.
+    let spike = vec![(1024.0, 6.3), (1536.0, 34.9), (2048.0, 9.8), (3072.0, 14.8), (4096.0, 20.1)];
+    let rising = Curve::rising(spike).expect("a curve");
+    assert_eq!(rising.points(), [(1024.0, 6.3), (1536.0, 9.8), (2048.0, 9.8), (3072.0, 14.8), (4096.0, 20.1)]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Decode in steady state ([`Engine::run_warm`]) under policies that are drawn by a printed seed, then under the policy that the
 //! search chooses for such decoding and under its neighbours, one step in each direction of the grid. Each is predicted from the
 //! profile before it is measured. All experts are loaded into host memory once, also those that a policy keeps on the GPU, and all
-//! policies run from there; the search is told that so much less of it is left.
+//! policies run from there; the pool is what is left.
 //!
 //! The most device memory that buffers had at a time is held against what was planned: a policy that takes more fails the run.
 
@@ -78,6 +78,9 @@ struct Case {
     swept: bool,
 }
 
+/// The policy that the search chose; it runs first and last.
+const CHOSEN: [&str; 2] = ["chosen", "chosen, again"];
+
 /// What became of it.
 struct Outcome {
     label: String,
@@ -127,7 +130,11 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let bench = Bench { config: &config, bytes, limits, profile: &profile, arguments: &arguments };
     let mut cases = bench.drawn()?;
     if arguments.sweep {
-        cases.extend(bench.around_the_choice()?);
+        // The choice and its nearest neighbours go first, what is further away last: there may be no time for all.
+        let mut swept = bench.around_the_choice()?;
+        let near = swept.len().min(10);
+        swept.splice(near..near, cases);
+        cases = swept;
     }
     say!("seed {}: {} policies", arguments.seed, cases.len());
     let started = Instant::now();
@@ -140,6 +147,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     for case in cases {
         match fit(&config, &bytes, &limits, &case.wishes) {
             Ok(plan) if !bench.attends(&plan) => say!("{}: its contexts do not fit a workspace on the GPU", case.label),
+            Ok(plan) if plan.memory.kv_pool > bench.pool_bytes() => {
+                let (needed, there) = (human_bytes(plan.memory.kv_pool), human_bytes(bench.pool_bytes()));
+                say!("{}: {needed} of keys and values, {there} are left beside all experts", case.label);
+            }
             Ok(plan) => planned.push((case, plan)),
             Err(error) => say!("{}: {error}", case.label),
         }
@@ -208,10 +219,6 @@ impl Bench<'_> {
     fn decoding(&self, n: usize, splits: (usize, usize), attention: AttentionPlace) -> Wishes {
         let shape = &self.config.shape;
         let layout = KvLayout::new(shape, KvDtype::F16);
-        let Arguments { prompt_len, gen_len, passes, warm_up, .. } = self.arguments;
-        // What these very sequences fill.
-        let end = |number: usize| prompt_len + number * 7919 % n * gen_len / n + passes + warm_up + 2;
-        let blocks: usize = (0..n).map(|number| KvLayout::blocks_for(end(number))).sum();
         Wishes {
             max_sequences: Some(n),
             micro_batches: Some(splits.0),
@@ -219,21 +226,33 @@ impl Bench<'_> {
             pass_rows: Some(n.next_multiple_of(splits.0)),
             attention: Some(attention),
             max_model_len: Some(self.longest().next_multiple_of(64).min(self.config.max_positions)),
-            kv_bytes: Some(((blocks + 1) * layout.bytes_per_block()) as u64),
+            kv_bytes: Some(((self.blocks(n) + 1) * layout.bytes_per_block()) as u64),
             threads: Some(self.profile.cpu.best_threads().min(self.limits.threads).max(1)),
             ..Wishes::default()
         }
     }
 
-    /// Bytes of the experts of all layers.
-    fn all_experts(&self) -> u64 {
-        (self.config.shape.layers * self.config.shape.experts) as u64 * self.bytes.expert()
+    /// What the host's memory has for keys and values beside the experts of all layers: asked for, else what is left. A part goes to
+    /// rows and pages on their way.
+    fn pool_bytes(&self) -> u64 {
+        let all = (self.config.shape.layers * self.config.shape.experts) as u64 * self.bytes.expert();
+        let left = self.limits.host_bytes.saturating_sub(all);
+        self.arguments.engine.wishes().kv_bytes.unwrap_or(left / 16 * 15)
+    }
+
+    /// Blocks that `n` sequences fill in the end, of ages spread evenly.
+    fn blocks(&self, n: usize) -> usize {
+        let Arguments { prompt_len, gen_len, passes, warm_up, .. } = self.arguments;
+        let end = |number: usize| prompt_len + number * 7919 % n * gen_len / n + passes + warm_up + 2;
+        (0..n).map(|number| KvLayout::blocks_for(end(number))).sum()
     }
 
     /// The workspace has room for all that attends on the GPU at a time.
     fn attends(&self, plan: &Plan) -> bool {
         let policy = &plan.policy;
-        let blocks = policy.max_sequences.div_ceil(policy.micro_batches) * KvLayout::blocks_for(self.longest());
+        // Micro-batches are alike but for a sequence or two.
+        let blocks = self.blocks(policy.max_sequences).div_ceil(policy.micro_batches);
+        let blocks = (blocks + 2 * KvLayout::blocks_for(self.longest())).min(policy.kv_blocks);
         policy.attention == AttentionPlace::Cpu || blocks <= policy.workspace_blocks
     }
 
@@ -288,15 +307,15 @@ impl Bench<'_> {
             profile: self.profile,
             limits: self.limits,
             margin: self.arguments.engine.margin(),
-            wishes: Wishes { max_model_len: Some(longest), ..self.arguments.engine.wishes() },
+            wishes: Wishes {
+                max_model_len: Some(longest),
+                kv_bytes: Some(self.pool_bytes()),
+                ..self.arguments.engine.wishes()
+            },
             workload,
         };
         let started = Instant::now();
         let found = problem.search()?;
-        // Again without the memory in which experts lie that stay on the GPU.
-        let twice = found.best.plan.memory.host_weights.abs_diff(self.all_experts());
-        let host_bytes = self.limits.host_bytes.saturating_sub(twice);
-        let found = Problem { limits: MachineLimits { host_bytes, ..self.limits }, ..problem }.search()?;
         let policy = found.best.plan.policy;
         say!(
             "the search chose among {} in {:.1} s: {:.1} tok/s predicted\n{}",
@@ -319,37 +338,54 @@ impl Bench<'_> {
             extra_residents: Some(policy.extra_residents),
             ..of(n, split, policy.attention)
         };
-        let mut cases = vec![Case { label: "chosen".into(), wishes: residents, swept: true }];
+        let mut cases = vec![Case { label: CHOSEN[0].into(), wishes: residents, swept: true }];
         let mut add = |label: String, wishes: Wishes| cases.push(Case { label, wishes, swept: true });
+        // One step each way first, then further away, as far as there is time.
+        let ordered = |mut values: Vec<u64>, own: u64| {
+            values.sort_unstable();
+            values.retain(|value| *value != own);
+            let above = values.partition_point(|value| *value < own);
+            let next = [above.checked_sub(1), Some(above)].into_iter().flatten();
+            next.filter_map(|at| values.get(at).copied()).collect::<Vec<u64>>()
+        };
         let grid = sequence_grid();
         let at = grid.partition_point(|other| *other < n);
-        let around = [at.wrapping_sub(1), at + 1, at.wrapping_sub(12), at.wrapping_sub(24)];
-        for other in around.into_iter().filter_map(|index| grid.get(index)).filter(|other| **other != n) {
+        let place = SPLITS.iter().position(|other| *other == split).unwrap_or(0);
+        let mut splits: Vec<usize> =
+            (0..SPLITS.len()).filter(|other| *other != place && SPLITS[*other].0 <= n).collect();
+        splits.sort_by_key(|other| other.abs_diff(place));
+        let (near, far) = splits.split_at(splits.len().min(2));
+        for other in
+            [at.wrapping_sub(1), at + 1].into_iter().filter_map(|index| grid.get(index)).filter(|other| **other != n)
+        {
             add(format!("{other} sequences"), of(*other, split, policy.attention));
         }
-        let place = SPLITS.iter().position(|other| *other == split).unwrap_or(0);
-        let mut nearest: Vec<usize> =
-            (0..SPLITS.len()).filter(|other| *other != place && SPLITS[*other].0 <= n).collect();
-        nearest.sort_by_key(|other| other.abs_diff(place));
-        for other in nearest.into_iter().take(6) {
-            let (micro_batches, groups) = SPLITS[other];
-            add(format!("{micro_batches} micro-batches, {groups} groups"), of(n, SPLITS[other], policy.attention));
+        let split_into = |other: &usize| {
+            let (micro_batches, groups) = SPLITS[*other];
+            (format!("{micro_batches} micro-batches, {groups} groups"), of(n, SPLITS[*other], policy.attention))
+        };
+        near.iter().map(split_into).for_each(|(label, wishes)| add(label, wishes));
+        let wishes = of(n, split, policy.attention);
+        if streams {
+            for page in ordered(PAGES.to_vec(), policy.page_bytes) {
+                add(format!("pages of {}", human_bytes(page)), Wishes { page_bytes: Some(page), ..wishes });
+            }
+            let experts = self.config.shape.experts as u64;
+            let rings = [1, 2, 4, 6, 8].map(|quarters| (quarters * experts).div_ceil(4)).to_vec();
+            for ring in ordered(rings, policy.ring_experts as u64) {
+                add(format!("a ring of {ring}"), Wishes { ring_experts: Some(ring as usize), ..wishes });
+            }
         }
         let other = match policy.attention {
             AttentionPlace::Cpu => AttentionPlace::Gpu,
             AttentionPlace::Gpu => AttentionPlace::Cpu,
         };
         add(format!("attention on the {}", other.name()), of(n, split, other));
-        if streams {
-            let wishes = of(n, split, policy.attention);
-            for page in PAGES.into_iter().filter(|page| *page != policy.page_bytes) {
-                add(format!("pages of {}", human_bytes(page)), Wishes { page_bytes: Some(page), ..wishes });
-            }
-            let experts = self.config.shape.experts;
-            for ring in [experts, experts / 2, 2 * experts].into_iter().filter(|ring| *ring != policy.ring_experts) {
-                add(format!("a ring of {ring}"), Wishes { ring_experts: Some(ring.max(1)), ..wishes });
-            }
+        far.iter().take(6).map(split_into).for_each(|(label, wishes)| add(label, wishes));
+        if let Some(other) = at.checked_sub(12).map(|index| grid[index]) {
+            add(format!("{other} sequences"), of(other, split, policy.attention));
         }
+        add(CHOSEN[1].into(), residents);
         Ok(cases)
     }
 
@@ -457,13 +493,13 @@ fn conclude(outcomes: &[Outcome]) {
     }
     let swept = || outcomes.iter().filter(|o| o.swept);
     let best = swept().max_by(|a, b| a.rate(a.measured).total_cmp(&b.rate(b.measured)));
-    let chosen = swept().find(|o| o.label == "chosen");
-    if let (Some(best), Some(chosen)) = (best, chosen) {
-        let (top, own) = (best.rate(best.measured), chosen.rate(chosen.measured));
+    let chosen: Vec<f64> = swept().filter(|o| CHOSEN.contains(&o.label.as_str())).map(|o| o.rate(o.measured)).collect();
+    if let (Some(best), false) = (best, chosen.is_empty()) {
+        let (top, own) = (best.rate(best.measured), chosen.iter().sum::<f64>() / chosen.len() as f64);
         say!(
             "chosen: {own:.1} tok/s, {:.1} % below the best of {} ({}, {top:.1} tok/s)",
             100.0 * (1.0 - own / top),
-            swept().count(),
+            swept().count() + 1 - chosen.len(),
             best.label
         );
     }

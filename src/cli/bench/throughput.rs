@@ -31,7 +31,7 @@ use crate::memory::host_memory;
 use crate::memory::kv_cache::KvLayout;
 use crate::model::ModelConfig;
 use crate::plan::Wishes;
-use crate::plan::compare::Comparison;
+use crate::plan::compare::Pair;
 use crate::plan::hrm::{Bound, Hierarchy, Level, SteadyState, steady_state_bound};
 use crate::plan::workload::Workload as Lengths;
 use crate::policy::{ScheduleKind, SourceKind};
@@ -272,8 +272,8 @@ struct Outcome {
     tight_bound: Bound,
     /// Tokens per second as predicted from the lengths, before anything ran; None where the machine was not measured.
     predicted: Option<f64>,
-    /// The passes as they were, predicted one by one.
-    comparison: Option<Comparison>,
+    /// The passes that count as they were, predicted one by one.
+    comparison: Option<Pair>,
 }
 
 impl Outcome {
@@ -301,7 +301,7 @@ struct RivalOutcome {
     total: Duration,
     generated: usize,
     busy: Vec<(Lane, f64)>,
-    comparison: Option<Comparison>,
+    comparison: Option<Pair>,
 }
 
 impl RivalOutcome {
@@ -456,17 +456,21 @@ fn steady_state(
 ) -> Result<(Outcome, Vec<Timeline>)> {
     let passes = arguments.warm_up + arguments.passes;
     let lengths = workload.lengths.iter().map(|length| (length.prompt, length.generated));
-    let predicted = Lengths::of(lengths, None).and_then(|lengths| engine.predict(lengths));
+    // The profile is of the machine as it is.
+    let lengths = Lengths::of(lengths, None).filter(|_| arguments.emulate.is_none());
+    let predicted = lengths.and_then(|lengths| engine.predict(lengths));
     let sequences = workload.running(engine.plan().policy.max_sequences);
     let mut bar = progress::PassProgress::new(&workload.name, passes);
     let started = Instant::now();
     let (mut ends, mut timelines) = (Vec::new(), Vec::new());
     let (mut prompt_rows, mut decode_rows, mut generated) = (0, 0, 0);
     let mut fresh = workload.fresh(config.shape.vocab);
+    let mut warm = Pair::default();
     let (summary, _) = engine.run_warm(&sequences, &mut fresh, passes, &mut |report| {
         ends.push(Instant::now());
         bar.update(ends.len());
         if ends.len() <= arguments.warm_up {
+            warm = report.comparison.map_or(warm, |comparison| comparison.all);
             return;
         }
         timelines.push(report.timeline.clone());
@@ -512,7 +516,7 @@ fn steady_state(
         bound_sequences: state.requests(),
         tight_bound: steady_state_bound(&hierarchy, &tight),
         predicted: predicted.map(|choice| choice.tokens_per_second),
-        comparison: summary.comparison,
+        comparison: summary.comparison.map(|comparison| comparison.all.since(warm)),
     };
     Ok((outcome, timelines))
 }
@@ -597,12 +601,14 @@ fn run_rival(
         .collect();
     let mut bar = progress::PassProgress::new(&rival.to_string(), passes);
     let mut ends = vec![Instant::now()];
-    let mut timelines = Vec::new();
+    let (mut timelines, mut warm) = (Vec::new(), Pair::default());
     let (summary, _) = engine.run_warm(&sequences, &mut std::iter::empty(), passes, &mut |report| {
         ends.push(Instant::now());
         bar.update(ends.len() - 1);
         if ends.len() > 2 {
             timelines.push(report.timeline.clone());
+        } else {
+            warm = report.comparison.map_or(warm, |comparison| comparison.all);
         }
     })?;
     bar.finish();
@@ -632,13 +638,8 @@ fn run_rival(
         total: prefill + step * decode_passes as u32,
         generated,
         busy: Lane::ALL.map(|lane| (lane, all.busy(lane).as_secs_f64() / wall.as_secs_f64())).to_vec(),
-        comparison: summary.comparison,
+        comparison: summary.comparison.map(|comparison| comparison.all.since(warm)),
     })
-}
-
-/// Predicted over measured time of passes.
-fn ratio(comparison: Option<&Comparison>) -> Option<f64> {
-    comparison.and_then(|comparison| comparison.all.ratio())
 }
 
 fn percent(share: f64) -> String {
@@ -672,7 +673,9 @@ fn print_outcome(o: &Outcome, link_rate: f64, emulated: bool, first: bool) -> Re
         percent(pages / link_rate),
     ))?;
     if let Some(predicted) = o.predicted {
-        let passes = ratio(o.comparison.as_ref())
+        let passes = o
+            .comparison
+            .and_then(|passes| passes.ratio())
             .map_or_else(String::new, |ratio| format!("; the passes as they came, {ratio:.3} x"));
         print_line(format!(
             "    predicted from the lengths: {predicted:.1} tok/s, {:.3} x what was measured{passes}",
@@ -727,7 +730,7 @@ fn print_rival(r: &RivalOutcome, above: Option<&RivalOutcome>, ours: &Outcome, f
         r.tokens_per_second(),
         above.map_or_else(String::new, |above| format!("{:.2}", r.tokens_per_second() / above.tokens_per_second())),
         format!("{:.2} x", ours.tokens_per_second() / r.tokens_per_second()),
-        ratio(r.comparison.as_ref()).map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2} x")),
+        r.comparison.and_then(|passes| passes.ratio()).map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2} x")),
         lanes(&r.busy),
     ))
 }
@@ -763,7 +766,7 @@ fn document(
                 "bound": o.bound, "bound_sequences": o.bound_sequences,
                 "share_of_bound": o.tokens_per_second() / o.bound.tokens_per_second, "tight_bound": o.tight_bound,
                 "predicted_tokens_per_second": o.predicted,
-                "prediction": o.comparison.as_ref().map(Comparison::json),
+                "prediction": o.comparison,
                 "page_bytes": o.page_bytes, "share_of_link": o.page_bytes as f64 / wall / link_rate,
                 "busy_share": shares(&o.busy), "any_busy_share": o.busy_any,
                 "link_idle_seconds": {
@@ -781,7 +784,7 @@ fn document(
                 "way": r.rival.to_string(), "sequences": r.sequences, "micro_batches": r.micro_batches,
                 "decode_pass_seconds": r.step.as_secs_f64(), "prefill_seconds": r.prefill.as_secs_f64(),
                 "batch_seconds": r.total.as_secs_f64(), "tokens_per_second": r.tokens_per_second(),
-                "busy_share": shares(&r.busy), "prediction": r.comparison.as_ref().map(Comparison::json),
+                "busy_share": shares(&r.busy), "prediction": r.comparison,
             })
         })
         .collect();

@@ -15,13 +15,13 @@ use std::io::BufRead;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 
 use crate::cli::open::Text;
-use crate::engine::NextRequest;
 use crate::request::batch_file::{
     BatchLine, BatchReadError, BatchReader, OutputLine, ResultWriter, WriterError, now_seconds,
 };
@@ -41,7 +41,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 enum Read {
     Request(Box<(BatchLine, Request)>),
     /// Is answered with this line.
-    Bad(OutputLine),
+    Bad(Box<OutputLine>),
     /// The input cannot be read any further.
     Broken(BatchReadError),
     End,
@@ -49,8 +49,8 @@ enum Read {
 
 /// What the writer is to write.
 enum Write {
-    Answer(BatchLine, RequestOutput),
-    Line(OutputLine),
+    Answer(Box<(BatchLine, RequestOutput)>),
+    Line(Box<OutputLine>),
 }
 
 /// Numbers that the threads share.
@@ -106,22 +106,22 @@ impl Exchange {
     }
 
     /// The next line as a request; bad lines are answered on the way. The end is also where a file broke, or where `stopped` says so.
-    pub fn next_request(&mut self, wait: bool, stopped: &dyn Fn() -> bool) -> NextRequest {
+    pub fn next_request(&mut self, wait: bool, stopped: &dyn Fn() -> bool) -> Poll<Option<Request>> {
         loop {
             if self.ended || self.broken() || stopped() {
-                return NextRequest::End;
+                return Poll::Ready(None);
             }
             match self.read.recv_timeout(if wait { LOOK_EVERY } else { PATIENCE }) {
                 Ok(Read::Request(both)) => {
                     let (line, request) = *both;
                     self.pending.insert(line.custom_id.clone(), line);
-                    return NextRequest::Request(request);
+                    return Poll::Ready(Some(request));
                 }
                 Ok(Read::Bad(line)) => self.send(Write::Line(line)),
                 Ok(Read::Broken(error)) => self.fault = Some(error.into()),
                 Ok(Read::End) => self.ended = true,
                 Err(RecvTimeoutError::Timeout) if wait => {}
-                Err(RecvTimeoutError::Timeout) => return NextRequest::NotYet,
+                Err(RecvTimeoutError::Timeout) => return Poll::Pending,
                 Err(RecvTimeoutError::Disconnected) => self.fault = Some(anyhow!("the thread that reads has panicked")),
             }
         }
@@ -130,7 +130,7 @@ impl Exchange {
     /// A request is answered.
     pub fn finished(&mut self, output: RequestOutput) {
         let line = self.pending.remove(&output.custom_id).expect("each request is answered once");
-        self.send(Write::Answer(line, output));
+        self.send(Write::Answer(Box::new((line, output))));
     }
 
     fn send(&mut self, what: Write) {
@@ -180,11 +180,11 @@ fn read_lines<R: BufRead>(
         shared.already_finished.store(reader.already_finished(), Relaxed);
         let read = match line {
             None => Read::End,
-            Some(Err(BatchReadError::Line(error))) => Read::Bad(OutputLine::from(&error)),
+            Some(Err(BatchReadError::Line(error))) => Read::Bad(Box::new(OutputLine::from(&error))),
             Some(Err(error)) => Read::Broken(error),
             Some(Ok(line)) => match line.to_request(&text.tokenizer, text.template.as_ref(), &text.defaults, vocab) {
                 Ok(request) => Read::Request(Box::new((line, request))),
-                Err(error) => Read::Bad(OutputLine::from(&error)),
+                Err(error) => Read::Bad(Box::new(OutputLine::from(&error))),
             },
         };
         let last = matches!(read, Read::Broken(_) | Read::End);
@@ -208,8 +208,9 @@ fn write_lines(
             continue; // the run is about to notice
         }
         let line = match what {
-            Write::Line(line) => line,
-            Write::Answer(line, mut output) => {
+            Write::Line(line) => *line,
+            Write::Answer(both) => {
+                let (line, mut output) = *both;
                 output.make_texts(&text.tokenizer);
                 match &output.result {
                     Ok(completions) => {

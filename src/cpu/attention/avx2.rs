@@ -4,17 +4,40 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::group::{self, Element, Group, Lanes, Scratch};
+use super::group::{self, Group, Lanes, Scratch, State};
+use super::int8::{self, Integers};
 
 /// Attends one group on AVX2.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are `E`.
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are f16.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
-    // SAFETY: this function runs only where its own features are, and they are those of `F32x8`; the rest is the caller's.
-    unsafe { group::attend::<F32x8, E>(group, scratch) }
+pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
+    // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
+    unsafe { group::attend::<F32x8>(group, scratch, earlier) }
+}
+
+/// Attends one group on AVX2.
+///
+/// # Safety
+///
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
+    // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
+    unsafe { int8::attend::<I16x16<false>>(group, scratch, earlier) }
+}
+
+/// Attends one group on AVX2 and AVX-VNNI.
+///
+/// # Safety
+///
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+pub(super) unsafe fn attend_int8_vnni(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
+    // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
+    unsafe { int8::attend::<I16x16<true>>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]
@@ -42,13 +65,6 @@ impl Lanes for F32x8 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 8 elements, says the caller: 16 bytes.
         Self(_mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) }))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_i8(from: *const i8) -> Self {
-        // SAFETY: good for 8 elements, says the caller: 8 bytes.
-        Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from.cast()) })))
     }
 
     #[inline]
@@ -132,4 +148,91 @@ fn sums([a, b, c, d, e, f, g, h]: [__m256; 8]) -> [f32; 8] {
     // SAFETY: `sums` has 8 elements.
     unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(low, high)) };
     sums
+}
+
+/// Pairs of 16-bit integers beside 8 lanes of f32. With AVX-VNNI a product and its sum are one instruction, the same numbers.
+struct I16x16<const VNNI: bool>;
+
+impl<const VNNI: bool> Integers for I16x16<VNNI> {
+    type Floats = F32x8;
+    type Pairs = __m256i;
+    type Sums = __m256i;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn zero() -> __m256i {
+        _mm256_setzero_si256()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn widen(from: *const [i8; 2]) -> __m256i {
+        // SAFETY: good for 8 pairs, says the caller: 16 bytes.
+        _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(from.cast()) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn splat(from: *const [i16; 2]) -> __m256i {
+        // SAFETY: good for a pair, says the caller.
+        _mm256_set1_epi32(unsafe { from.cast::<i32>().read_unaligned() })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn add_products(sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        if VNNI {
+            // SAFETY: `VNNI` is asked for only by a function that switches AVX-VNNI on.
+            return unsafe { _mm256_dpwssd_avx_epi32(sums, a, b) };
+        }
+        _mm256_add_epi32(sums, _mm256_madd_epi16(a, b))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load(from: *const [i16; 2]) -> __m256i {
+        // SAFETY: good for 8 pairs, says the caller: 32 bytes.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn store_tokens(sums: __m256i, to: *mut f32) {
+        // SAFETY: good for 8 tokens, says the caller.
+        unsafe { _mm256_storeu_ps(to, _mm256_cvtepi32_ps(sums)) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn to_f32(sums: __m256i) -> F32x8 {
+        F32x8(_mm256_cvtepi32_ps(sums))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn store_rounded(numbers: F32x8, to: *mut i16) {
+        let integers = _mm256_cvtps_epi32(numbers.0);
+        let words = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256::<1>(integers));
+        // SAFETY: good for 8 integers, says the caller: 16 bytes.
+        unsafe { _mm_storeu_si128(to.cast(), words) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
+        // Without a sign, bits order numbers as numbers do, and NaN above them.
+        let magnitude = _mm256_set1_epi32(i32::MAX);
+        let [a, b] = [a, b].map(|x| _mm256_and_si256(_mm256_castps_si256(x.0), magnitude));
+        F32x8(_mm256_castsi256_ps(_mm256_max_epu32(a, b)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude_lane(of: F32x8) -> f32 {
+        let of = _mm256_castps_si256(of.0);
+        let four = _mm_max_epu32(_mm256_castsi256_si128(of), _mm256_extracti128_si256::<1>(of));
+        let two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
+        let one = _mm_max_epu32(two, _mm_shuffle_epi32::<0b01>(two));
+        _mm_cvtss_f32(_mm_castsi128_ps(one))
+    }
 }

@@ -1,5 +1,5 @@
-//! The algorithm, generic over a register of f32 lanes and over what the cache's elements are: one key/value head of one row, all
-//! query heads that read it.
+//! The algorithm over K and V in f16, generic over a register of f32 lanes: one key/value head of one row, all query heads that read
+//! it. And what it shares with the one over integers: state, softmax, prefetch.
 //!
 //! Everything here is inlined into the one function per level that switches its instructions on.
 
@@ -10,11 +10,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{BLOCK_TOKENS, BlockTable, KvCache};
-use crate::policy::KvDtype;
+use super::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvDtype, KvLayout};
 
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
-const WIDEST: usize = 16;
+pub(super) const WIDEST: usize = 16;
 
 /// Accumulators of the largest tile.
 const TILE: usize = 16;
@@ -38,7 +37,6 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// Widens exactly: subnormals, infinities and NaN included.
     unsafe fn load_f16(from: *const f16) -> Self;
-    unsafe fn load_i8(from: *const i8) -> Self;
     unsafe fn store(self, to: *mut f32);
 
     unsafe fn add(self, other: Self) -> Self;
@@ -58,7 +56,7 @@ pub(super) trait Lanes: Copy {
     /// The sum over the lanes of each register, in the level's one order. Only the first [`TILE`](Lanes::TILE) of them matter.
     unsafe fn sums(registers: [Self; TILE]) -> [f32; TILE];
 
-    /// e^x for x <= 0, to about 1 ulp. 0 below -87, where e^x would soon leave the normal numbers; NaN stays.
+    /// e^x for x <= 88, to about 1 ulp. 0 below -87, where e^x would soon leave the normal numbers; NaN stays.
     #[inline(always)]
     unsafe fn exp(self) -> Self {
         // e^x = 2^n * e^r with n = round(x / ln 2), |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer and leaves n in
@@ -78,54 +76,6 @@ pub(super) trait Lanes: Copy {
             let poly = poly.mul_add(r.mul(r), r).add(Self::splat(1.0));
             poly.mul(shifted.pow2()).zero_where_below(self, Self::splat(-87.0))
         }
-    }
-}
-
-/// An element of K or V in the cache.
-///
-/// # Safety
-///
-/// Callers of any method owe it:
-/// * the CPU has the instruction set that `V` stands for;
-/// * a pointer is good for `V::COUNT` elements, or for the `count` that is named. No alignment is asked for.
-pub(super) trait Element: Copy {
-    const DTYPE: KvDtype;
-    const ZERO: Self;
-
-    /// Widens exactly.
-    unsafe fn load<V: Lanes>(from: *const Self) -> V;
-
-    /// The first `count` elements, fewer than a register's, then zeros.
-    #[inline(always)]
-    unsafe fn load_first<V: Lanes>(from: *const Self, count: usize) -> V {
-        let mut row = [Self::ZERO; WIDEST];
-        // SAFETY: the caller's `from` holds `count` elements; `row` holds those of the widest register.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, row.as_mut_ptr(), count);
-            Self::load(row.as_ptr())
-        }
-    }
-}
-
-impl Element for f16 {
-    const DTYPE: KvDtype = KvDtype::F16;
-    const ZERO: f16 = f16::ZERO;
-
-    #[inline(always)]
-    unsafe fn load<V: Lanes>(from: *const f16) -> V {
-        // SAFETY: as the caller's.
-        unsafe { V::load_f16(from) }
-    }
-}
-
-impl Element for i8 {
-    const DTYPE: KvDtype = KvDtype::Int8;
-    const ZERO: i8 = 0;
-
-    #[inline(always)]
-    unsafe fn load<V: Lanes>(from: *const i8) -> V {
-        // SAFETY: as the caller's.
-        unsafe { V::load_i8(from) }
     }
 }
 
@@ -154,27 +104,45 @@ impl<'a> Group<'a> {
         let block = self.cache.block(self.layer, self.table.blocks()[index]);
         block[keys.start..][..2 * keys.len()].split_at(keys.len())
     }
+
+    /// The slots of block `index` that are to be seen.
+    pub fn slots(&self, index: usize) -> Range<usize> {
+        let first_token = index * BLOCK_TOKENS;
+        self.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(self.visible.end - first_token)
+    }
+
+    /// What is to be read of block `index`'s keys, as far as it lies together.
+    pub fn seen_keys(&self, index: usize) -> &'a [u8] {
+        let (keys, slots) = (self.halves(index).0, self.slots(index));
+        let KvLayout { dtype, head_width, .. } = self.cache.layout();
+        match dtype {
+            KvDtype::F16 => {
+                &keys[slots.start * head_width * size_of::<f16>()..slots.end * head_width * size_of::<f16>()]
+            }
+            KvDtype::Int8 => keys,
+        }
+    }
 }
 
 /// The softmax and the weighted values of some tokens, as far as they have been taken: nothing yet, or some blocks' worth.
 pub(super) struct State {
-    head_width: usize,
+    pub head_width: usize,
     /// K, rounded up to whole registers of any level.
-    padded: usize,
-    /// `[heads]`: largest score.
-    max: Vec<f32>,
+    pub padded: usize,
+    /// `[heads]`: what weights are relative to, the largest score or one not far below it.
+    pub max: Vec<f32>,
     /// `[heads, WIDEST]`: sums of weights, lane by lane, relative to `max`.
-    weight_sums: Vec<CacheLine>,
+    pub weight_sums: Vec<CacheLine>,
     /// `[heads, padded]`: sums of weighted values, relative to `max`.
-    out: Vec<CacheLine>,
+    pub out: Vec<CacheLine>,
 }
 
 /// 64-byte aligned, so that no load of scratch crosses a cache line.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-struct CacheLine([f32; WIDEST]);
+pub(super) struct CacheLine([f32; WIDEST]);
 
-fn floats(lines: &mut [CacheLine]) -> &mut [f32] {
+pub(super) fn floats(lines: &mut [CacheLine]) -> &mut [f32] {
     bytemuck::cast_slice_mut(lines)
 }
 
@@ -194,7 +162,7 @@ impl State {
         }
     }
 
-    fn begin(&mut self, sinks: &[f32]) {
+    pub fn begin(&mut self, sinks: &[f32]) {
         floats(&mut self.out).fill(0.0);
         let weight_sums = floats(&mut self.weight_sums);
         weight_sums.fill(0.0);
@@ -207,13 +175,16 @@ impl State {
         }
     }
 
-    /// Takes in the tokens of `later`, which come after those of `self`. Plain code, the same on every level.
+    /// Takes in the tokens of `later`, which come after those of `self`. Plain code, inlined where wider registers are on: compilers
+    /// keep every rounding, so the same bits on every level.
+    #[inline(always)]
     pub fn merge(&mut self, later: &State) {
         for head in 0..self.max.len() {
             // A score that is NaN has made the sums NaN, whatever the maximum became.
-            let max = self.max[head].max(later.max[head]);
-            let (own, theirs) = ((self.max[head] - max).exp(), (later.max[head] - max).exp());
-            self.max[head] = max;
+            let above = later.max[head] - self.max[head];
+            let factor = (-above.abs()).exp();
+            let (own, theirs) = if above > 0.0 { (factor, 1.0) } else { (1.0, factor) };
+            self.max[head] = self.max[head].max(later.max[head]);
             let own_lines = self.out[head * self.padded / WIDEST..][..self.padded / WIDEST].iter_mut();
             let later_lines = &later.out[head * self.padded / WIDEST..];
             let sums = (&mut self.weight_sums[head], &later.weight_sums[head]);
@@ -237,8 +208,9 @@ impl State {
                 width /= 2;
             }
             let out: &[f32] = bytemuck::cast_slice(&self.out[head * self.padded / WIDEST..]);
+            let factor = 1.0 / lanes[0];
             for (result, weighted) in result.iter_mut().zip(out) {
-                *result = weighted / lanes[0];
+                *result = weighted * factor;
             }
         }
     }
@@ -246,11 +218,20 @@ impl State {
 
 /// A thread's working memory for groups of one form: some KiB that stay in its first-level cache.
 pub(super) struct Scratch {
-    heads: usize,
+    pub heads: usize,
     /// `[heads, padded]`, zeros in the padding.
-    q: Vec<CacheLine>,
+    pub q: Vec<CacheLine>,
     /// `[heads, BLOCK_TOKENS]`: one block's scores, then its weights.
-    weights: Vec<CacheLine>,
+    pub weights: Vec<CacheLine>,
+    /// Both as 16-bit integers, where K and V are integers: one query, `[padded]`; all of them, each pair in every lane of KEY_GROUP,
+    /// and their scales, `[heads]`; the weights.
+    pub q_rounded: Vec<CacheLine>,
+    pub q_pairs: Vec<CacheLine>,
+    pub weight_pairs: Vec<CacheLine>,
+    pub q_scales: Vec<f32>,
+    /// `[heads]`: `max` with this block's scores; the scale of this block's weights as integers.
+    pub new_max: Vec<f32>,
+    pub weight_scales: Vec<f32>,
     /// What [`attend`] leaves here.
     pub state: State,
 }
@@ -258,22 +239,34 @@ pub(super) struct Scratch {
 impl Scratch {
     pub fn new(heads: usize, head_width: usize) -> Self {
         let state = State::new(heads, head_width);
-        Self { heads, q: zeros(heads * state.padded), weights: zeros(heads * BLOCK_TOKENS), state }
+        Self {
+            heads,
+            q: zeros(heads * state.padded),
+            weights: zeros(heads * BLOCK_TOKENS),
+            q_rounded: zeros((state.padded / 2).next_multiple_of(WIDEST)),
+            q_pairs: zeros(heads * state.padded / 2 * KEY_GROUP),
+            weight_pairs: zeros(heads * BLOCK_TOKENS / 2),
+            q_scales: vec![0.0; heads],
+            new_max: vec![0.0; heads],
+            weight_scales: vec![0.0; heads],
+            state,
+        }
     }
 }
 
-/// Attends one group, into the scratch's state.
+/// Attends one group, into the scratch's state, and joins that to what came before, if it is given.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `V` stands for.
 /// * `scratch` was made for as many heads as `group.q` has, and for the cache's head width.
-/// * The cache's elements are `E`.
+/// * The cache's elements are f16.
 #[inline(always)]
-pub(super) unsafe fn attend<V: Lanes, E: Element>(group: &Group, scratch: &mut Scratch) {
+pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     const { assert!(WIDEST.is_multiple_of(V::COUNT) && BLOCK_TOKENS.is_multiple_of(WIDEST)) };
     let heads = scratch.heads;
     scratch.state.begin(group.sinks);
+    let new_max = &mut scratch.new_max[..];
     let State { head_width, padded, max, weight_sums, out } = &mut scratch.state;
     let (head_width, padded) = (*head_width, *padded);
     let (out, weight_sums) = (floats(out), floats(weight_sums));
@@ -284,100 +277,90 @@ pub(super) unsafe fn attend<V: Lanes, E: Element>(group: &Group, scratch: &mut S
     }
 
     let end = group.visible.end.div_ceil(BLOCK_TOKENS);
-    let row_bytes = head_width * size_of::<E>();
-    let scales_at = BLOCK_TOKENS * row_bytes;
+    let row_bytes = head_width * size_of::<f16>();
     for index in group.visible.start / BLOCK_TOKENS..end {
-        let first_token = index * BLOCK_TOKENS;
-        let slots = group.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(group.visible.end - first_token);
+        let slots = group.slots(index);
         let (keys, values) = group.halves(index);
-        let next_keys = if index + 1 < end { group.halves(index + 1).0 } else { group.next };
+        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next };
         let mut keys_ahead = Ahead::new(next_keys);
         let mut values_ahead = Ahead::new(&values[slots.start * row_bytes..slots.end * row_bytes]);
-        if E::DTYPE == KvDtype::Int8 {
-            // Their scales, a line each.
-            Ahead::fetch_line(values[scales_at..].as_ptr());
-            Ahead::fetch_line(next_keys.as_ptr().wrapping_add(scales_at));
-        }
         if slots.len() < BLOCK_TOKENS {
             weights.fill(f32::NEG_INFINITY);
         }
-        let mut factors = CacheLines([group.scale; BLOCK_TOKENS]);
-        let tiles = Tiles { head_width, padded, slots };
-        // SAFETY: the caller vouches for the CPU and the elements. `keys` and `values` are [BLOCK_TOKENS, K], with
-        // [BLOCK_TOKENS] scales behind where elements are integers; `slots` lies within BLOCK_TOKENS, and the scratch rows have
+        let tiles = Tiles { head_width, padded, slots, scale: group.scale };
+        // SAFETY: the caller vouches for the CPU and the elements. `keys` and `values` are [BLOCK_TOKENS, K]; `slots` lies within BLOCK_TOKENS, and the scratch rows have
         // the extents that `Scratch` and `State` state.
         unsafe {
-            if E::DTYPE == KvDtype::Int8 {
-                scale_by::<V>(&mut factors.0, keys[scales_at..].as_ptr());
-            }
-            tiles.score::<V, E>(heads, keys.as_ptr(), q.as_ptr(), &factors.0, weights.as_mut_ptr(), &mut values_ahead);
-            for head in 0..heads {
-                let weights = &mut weights[head * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                let weight_sums = &mut weight_sums[head * WIDEST..][..WIDEST];
-                softmax_step::<V>(&mut max[head], weights, weight_sums, &mut out[head * padded..][..padded]);
-                if E::DTYPE == KvDtype::Int8 {
-                    scale_by::<V>(weights, values[scales_at..].as_ptr());
-                }
-            }
-            tiles.weigh::<V, E>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), &mut keys_ahead);
+            tiles.score::<V>(heads, keys.as_ptr(), q.as_ptr(), weights.as_mut_ptr(), &mut values_ahead);
+            softmax_step::<V>(max, new_max, weights, weight_sums, out, padded);
+            tiles.weigh::<V>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), &mut keys_ahead);
         }
+    }
+    if let Some(earlier) = earlier {
+        earlier.merge(&scratch.state);
     }
 }
 
 /// Numbers of a block's tokens.
 #[repr(C, align(64))]
-struct CacheLines([f32; BLOCK_TOKENS]);
+pub(super) struct CacheLines(pub [f32; BLOCK_TOKENS]);
 
-/// Each of `[BLOCK_TOKENS]` numbers times its token's scale. Slots outside the context have any scale; they are not read after.
+/// How far a score may be above what weights are relative to: weights stay below e^8, and what was summed needs no new scale at each
+/// new largest score, of which a context has some, at first above all.
+const MAX_LAG: f32 = 8.0;
+
+/// Turns all heads' scores into weights relative to about the largest score so far, and what was summed before with them. Step by step
+/// for all heads, whose steps do not wait for each other.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `V` stands for.
-/// * Lengths: BLOCK_TOKENS numbers, as many scales in f16.
+/// * Lengths: `max` and `new_max` heads, `weights` `[heads, BLOCK_TOKENS]`, `weight_sums` `[heads, WIDEST]`, `out` `[heads, padded]`.
 #[inline(always)]
-unsafe fn scale_by<V: Lanes>(numbers: &mut [f32], scales: *const u8) {
-    for (register, numbers) in numbers.chunks_exact_mut(V::COUNT).enumerate() {
-        // SAFETY: as the caller's.
-        unsafe {
-            let scale = V::load_f16(scales.cast::<f16>().add(register * V::COUNT));
-            V::load(numbers.as_ptr()).mul(scale).store(numbers.as_mut_ptr());
-        }
-    }
-}
-
-/// Turns one head's scores into weights relative to the largest score so far, and what was summed before with them.
-///
-/// # Safety
-///
-/// * The CPU has the instruction set that `V` stands for.
-/// * Lengths: `weights` BLOCK_TOKENS, `weight_sums` WIDEST, `out` a multiple of WIDEST.
-#[inline(always)]
-unsafe fn softmax_step<V: Lanes>(max: &mut f32, weights: &mut [f32], weight_sums: &mut [f32], out: &mut [f32]) {
+pub(super) unsafe fn softmax_step<V: Lanes>(
+    max: &mut [f32],
+    new_max: &mut [f32],
+    weights: &mut [f32],
+    weight_sums: &mut [f32],
+    out: &mut [f32],
+    padded: usize,
+) {
     // SAFETY: the caller vouches for the CPU; each length is a multiple of V::COUNT, and so is each offset.
     unsafe {
-        let mut block_max = V::splat(*max);
-        for weights in weights.chunks_exact(V::COUNT) {
-            block_max = block_max.max(V::load(weights.as_ptr()));
-        }
-        let new_max = block_max.max_lane();
-        // A factor of 1 changes no bits, so most blocks skip this. A NaN is unequal to itself and does not.
-        if new_max != *max {
-            let factor = V::splat(*max - new_max).exp();
-            for sums in [&mut weight_sums[..], out] {
-                for sums in sums.chunks_exact_mut(V::COUNT) {
-                    V::load(sums.as_ptr()).mul(factor).store(sums.as_mut_ptr());
-                }
+        for ((weights, max), new_max) in weights.chunks_exact(BLOCK_TOKENS).zip(&*max).zip(&mut *new_max) {
+            let mut block_max = V::splat(f32::NEG_INFINITY);
+            for weights in weights.chunks_exact(V::COUNT) {
+                block_max = block_max.max(V::load(weights.as_ptr()));
             }
-            *max = new_max;
+            let block_max = block_max.max_lane();
+            *new_max = if block_max <= *max + MAX_LAG { *max } else { block_max };
         }
-        let mut sums = V::load(weight_sums.as_ptr());
-        for weights in weights.chunks_exact_mut(V::COUNT) {
-            // A NaN score makes a NaN weight whatever `new_max` became.
-            let weight = V::load(weights.as_ptr()).sub(V::splat(new_max)).exp();
-            weight.store(weights.as_mut_ptr());
-            sums = sums.add(weight);
+        for (weights, new_max) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&*new_max) {
+            for weights in weights.chunks_exact_mut(V::COUNT) {
+                // A NaN score makes a NaN weight whatever `new_max` became.
+                V::load(weights.as_ptr()).sub(V::splat(*new_max)).exp().store(weights.as_mut_ptr());
+            }
         }
-        sums.store(weight_sums.as_mut_ptr());
+        let sums = weight_sums.chunks_exact_mut(WIDEST).zip(out.chunks_exact_mut(padded));
+        for (((weight_sums, out), weights), (max, new_max)) in
+            sums.zip(weights.chunks_exact(BLOCK_TOKENS)).zip(max.iter_mut().zip(&*new_max))
+        {
+            // A factor of 1 changes no bits, so most blocks skip this. A NaN is unequal to itself and does not.
+            if new_max != max {
+                let factor = V::splat(*max - *new_max).exp();
+                for sums in [&mut weight_sums[..], out] {
+                    for sums in sums.chunks_exact_mut(V::COUNT) {
+                        V::load(sums.as_ptr()).mul(factor).store(sums.as_mut_ptr());
+                    }
+                }
+                *max = *new_max;
+            }
+            let mut sums = V::load(weight_sums.as_ptr());
+            for weights in weights.chunks_exact(V::COUNT) {
+                sums = sums.add(V::load(weights.as_ptr()));
+            }
+            sums.store(weight_sums.as_mut_ptr());
+        }
     }
 }
 
@@ -391,6 +374,8 @@ struct Tiles {
     padded: usize,
     /// The visible slots of this block.
     slots: Range<usize>,
+    /// Factor on q · k.
+    scale: f32,
 }
 
 /// # Safety
@@ -401,18 +386,17 @@ struct Tiles {
 ///   method is to take; to weights: [heads, BLOCK_TOKENS], likewise;
 /// * `slots` ends at BLOCK_TOKENS or before.
 impl Tiles {
-    /// `weights[head, slot] = factors[slot] * (q[head] · keys[slot])` for all visible slots.
+    /// `weights[head, slot] = scale * (q[head] · keys[slot])` for all visible slots.
     #[inline(always)]
-    unsafe fn score<V: Lanes, E: Element>(
+    unsafe fn score<V: Lanes>(
         &self,
         heads: usize,
         keys: *const u8,
         q: *const f32,
-        factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
-        let keys = keys.cast::<E>();
+        let keys = keys.cast::<f16>();
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
@@ -420,48 +404,47 @@ impl Tiles {
             if V::TILE == 16 {
                 while head + 8 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 8, 2>(keys, q, factors, weights, ahead);
+                    self.score_heads::<V, 8, 2>(keys, q, weights, ahead);
                     head += 8;
                 }
                 if head + 4 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 4, 4>(keys, q, factors, weights, ahead);
+                    self.score_heads::<V, 4, 4>(keys, q, weights, ahead);
                     head += 4;
                 }
                 if head + 2 <= heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 2, 8>(keys, q, factors, weights, ahead);
+                    self.score_heads::<V, 2, 8>(keys, q, weights, ahead);
                     head += 2;
                 }
                 if head < heads {
                     let (q, weights) = at(head);
-                    self.score_heads::<V, E, 1, 16>(keys, q, factors, weights, ahead);
+                    self.score_heads::<V, 1, 16>(keys, q, weights, ahead);
                 }
                 return;
             }
             while head + 4 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, E, 4, 2>(keys, q, factors, weights, ahead);
+                self.score_heads::<V, 4, 2>(keys, q, weights, ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, E, 2, 4>(keys, q, factors, weights, ahead);
+                self.score_heads::<V, 2, 4>(keys, q, weights, ahead);
                 head += 2;
             }
             if head < heads {
                 let (q, weights) = at(head);
-                self.score_heads::<V, E, 1, 8>(keys, q, factors, weights, ahead);
+                self.score_heads::<V, 1, 8>(keys, q, weights, ahead);
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn score_heads<V: Lanes, E: Element, const HEADS: usize, const TOKENS: usize>(
+    unsafe fn score_heads<V: Lanes, const HEADS: usize, const TOKENS: usize>(
         &self,
-        keys: *const E,
+        keys: *const f16,
         q: *const f32,
-        factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
@@ -469,11 +452,11 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below `slots.end`.
         unsafe {
             while slot + TOKENS <= self.slots.end {
-                self.score_tile::<V, E, HEADS, TOKENS>(keys, slot, q, factors, weights, ahead);
+                self.score_tile::<V, HEADS, TOKENS>(keys, slot, q, weights, ahead);
                 slot += TOKENS;
             }
             while slot < self.slots.end {
-                self.score_tile::<V, E, HEADS, 1>(keys, slot, q, factors, weights, ahead);
+                self.score_tile::<V, HEADS, 1>(keys, slot, q, weights, ahead);
                 slot += 1;
             }
         }
@@ -481,12 +464,11 @@ impl Tiles {
 
     /// The tile whose first token is `slot`.
     #[inline(always)]
-    unsafe fn score_tile<V: Lanes, E: Element, const HEADS: usize, const TOKENS: usize>(
+    unsafe fn score_tile<V: Lanes, const HEADS: usize, const TOKENS: usize>(
         &self,
-        keys: *const E,
+        keys: *const f16,
         slot: usize,
         q: *const f32,
-        factors: &[f32; BLOCK_TOKENS],
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
@@ -495,21 +477,22 @@ impl Tiles {
         unsafe {
             let keys = keys.add(slot * self.head_width);
             let mut sums = [V::splat(0.0); TILE];
+            let bytes = TOKENS * V::COUNT * size_of::<f16>();
+            let mut ahead = ahead.steps(self.head_width / V::COUNT, bytes);
             let mut column = 0;
             while column + V::COUNT <= self.head_width {
-                ahead.fetch(TOKENS * V::COUNT * size_of::<E>());
-                self.score_columns::<V, E, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
+                ahead.fetch(bytes);
+                self.score_columns::<V, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
                 column += V::COUNT;
             }
             if column < self.head_width {
                 let lanes = self.head_width - column;
-                self.score_columns::<V, E, HEADS, TOKENS>(keys.add(column), lanes, q.add(column), &mut sums);
+                self.score_columns::<V, HEADS, TOKENS>(keys.add(column), lanes, q.add(column), &mut sums);
             }
             let sums = V::sums(sums);
             for head in 0..HEADS {
                 for token in 0..TOKENS {
-                    *weights.add(head * BLOCK_TOKENS + slot + token) =
-                        sums[head * TOKENS + token] * factors[slot + token];
+                    *weights.add(head * BLOCK_TOKENS + slot + token) = sums[head * TOKENS + token] * self.scale;
                 }
             }
         }
@@ -517,9 +500,9 @@ impl Tiles {
 
     /// One register of columns of a tile; `keys` and `q` point at the first column, each K row has `lanes` of them.
     #[inline(always)]
-    unsafe fn score_columns<V: Lanes, E: Element, const HEADS: usize, const TOKENS: usize>(
+    unsafe fn score_columns<V: Lanes, const HEADS: usize, const TOKENS: usize>(
         &self,
-        keys: *const E,
+        keys: *const f16,
         lanes: usize,
         q: *const f32,
         sums: &mut [V; TILE],
@@ -531,7 +514,7 @@ impl Tiles {
                 query[head] = V::load(q.add(head * self.padded));
             }
             for token in 0..TOKENS {
-                let key = load_lanes::<V, E>(keys.add(token * self.head_width), lanes);
+                let key = load_lanes::<V>(keys.add(token * self.head_width), lanes);
                 for head in 0..HEADS {
                     let sum = &mut sums[head * TOKENS + token];
                     *sum = key.mul_add(query[head], *sum);
@@ -542,7 +525,7 @@ impl Tiles {
 
     /// `out[head] += ` sum over visible slots of `weights[head, slot] * values[slot]`.
     #[inline(always)]
-    unsafe fn weigh<V: Lanes, E: Element>(
+    unsafe fn weigh<V: Lanes>(
         &self,
         heads: usize,
         values: *const u8,
@@ -550,7 +533,7 @@ impl Tiles {
         out: *mut f32,
         ahead: &mut Ahead,
     ) {
-        let values = values.cast::<E>();
+        let values = values.cast::<f16>();
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
@@ -558,47 +541,47 @@ impl Tiles {
             if V::TILE == 16 {
                 while head + 8 <= heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 8, 2>(values, weights, out, ahead);
+                    self.weigh_heads::<V, 8, 2>(values, weights, out, ahead);
                     head += 8;
                 }
                 if head + 4 <= heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 4, 4>(values, weights, out, ahead);
+                    self.weigh_heads::<V, 4, 4>(values, weights, out, ahead);
                     head += 4;
                 }
                 if head + 2 <= heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 2, 8>(values, weights, out, ahead);
+                    self.weigh_heads::<V, 2, 8>(values, weights, out, ahead);
                     head += 2;
                 }
                 if head < heads {
                     let (weights, out) = at(head);
-                    self.weigh_heads::<V, E, 1, 8>(values, weights, out, ahead);
+                    self.weigh_heads::<V, 1, 8>(values, weights, out, ahead);
                 }
                 return;
             }
             while head + 4 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, E, 4, 2>(values, weights, out, ahead);
+                self.weigh_heads::<V, 4, 2>(values, weights, out, ahead);
                 head += 4;
             }
             if head + 2 <= heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, E, 2, 4>(values, weights, out, ahead);
+                self.weigh_heads::<V, 2, 4>(values, weights, out, ahead);
                 head += 2;
             }
             if head < heads {
                 let (weights, out) = at(head);
-                self.weigh_heads::<V, E, 1, 8>(values, weights, out, ahead);
+                self.weigh_heads::<V, 1, 8>(values, weights, out, ahead);
             }
         }
     }
 
     /// `REGISTERS` of columns at a time, then one, then what is left of one.
     #[inline(always)]
-    unsafe fn weigh_heads<V: Lanes, E: Element, const HEADS: usize, const REGISTERS: usize>(
+    unsafe fn weigh_heads<V: Lanes, const HEADS: usize, const REGISTERS: usize>(
         &self,
-        values: *const E,
+        values: *const f16,
         weights: *const f32,
         out: *mut f32,
         ahead: &mut Ahead,
@@ -607,21 +590,15 @@ impl Tiles {
         // SAFETY: as the caller's, and every step stays below head_width.
         unsafe {
             while column + REGISTERS * V::COUNT <= self.head_width {
-                self.weigh_tile::<V, E, HEADS, REGISTERS>(
-                    values.add(column),
-                    V::COUNT,
-                    weights,
-                    out.add(column),
-                    ahead,
-                );
+                self.weigh_tile::<V, HEADS, REGISTERS>(values.add(column), V::COUNT, weights, out.add(column), ahead);
                 column += REGISTERS * V::COUNT;
             }
             while column + V::COUNT <= self.head_width {
-                self.weigh_tile::<V, E, HEADS, 1>(values.add(column), V::COUNT, weights, out.add(column), ahead);
+                self.weigh_tile::<V, HEADS, 1>(values.add(column), V::COUNT, weights, out.add(column), ahead);
                 column += V::COUNT;
             }
             if column < self.head_width {
-                self.weigh_tile::<V, E, HEADS, 1>(
+                self.weigh_tile::<V, HEADS, 1>(
                     values.add(column),
                     self.head_width - column,
                     weights,
@@ -634,9 +611,9 @@ impl Tiles {
 
     /// `values` and `out` point at the tile's first column; each V row has `lanes` elements for each register.
     #[inline(always)]
-    unsafe fn weigh_tile<V: Lanes, E: Element, const HEADS: usize, const REGISTERS: usize>(
+    unsafe fn weigh_tile<V: Lanes, const HEADS: usize, const REGISTERS: usize>(
         &self,
-        values: *const E,
+        values: *const f16,
         lanes: usize,
         weights: *const f32,
         out: *mut f32,
@@ -651,11 +628,13 @@ impl Tiles {
                     sums[head][register] = V::load(out.add(head * self.padded + register * V::COUNT));
                 }
             }
+            let bytes = REGISTERS * V::COUNT * size_of::<f16>();
+            let mut ahead = ahead.steps(self.slots.len(), bytes);
             for slot in self.slots.clone() {
-                ahead.fetch(REGISTERS * V::COUNT * size_of::<E>());
+                ahead.fetch(bytes);
                 let mut row = [V::splat(0.0); REGISTERS];
                 for (register, row) in row.iter_mut().enumerate() {
-                    *row = load_lanes::<V, E>(values.add(slot * self.head_width + register * V::COUNT), lanes);
+                    *row = load_lanes::<V>(values.add(slot * self.head_width + register * V::COUNT), lanes);
                 }
                 for head in 0..HEADS {
                     let weight = V::splat(*weights.add(head * BLOCK_TOKENS + slot));
@@ -675,39 +654,61 @@ impl Tiles {
 
 /// Bytes that come next, asked of memory as fast as this block's are used up: V during K, the next block's K during V. The
 /// hardware's own prefetch does not follow 32 rows read in strips. In small portions, because a core waits for few lines at a time,
-/// and what asks for one more stands in front of the arithmetic. Nothing outside x86-64: stable Rust has no hint there.
-struct Ahead {
+/// and what asks for one more stands in front of the arithmetic. A hint on x86-64 and Arm, nothing elsewhere.
+pub(super) struct Ahead {
     next: *const u8,
     end: *const u8,
 }
 
+/// What a tile asks for, step by step, without a choice in its inner loop.
+pub(super) struct Steps {
+    at: *const u8,
+    step: usize,
+}
+
 impl Ahead {
-    fn new(bytes: &[u8]) -> Self {
+    pub fn new(bytes: &[u8]) -> Self {
         let range = bytes.as_ptr_range();
         Self { next: range.start, end: range.end }
     }
 
-    /// Asks for the next `bytes`, as far as there are any.
+    /// Some `bytes` for each of so many steps; once all have been asked for, the same line again and again, which costs nothing.
     #[inline(always)]
-    fn fetch(&mut self, bytes: usize) {
-        if self.next < self.end {
-            for at in (0..bytes).step_by(size_of::<CacheLine>()) {
-                Self::fetch_line(self.next.wrapping_add(at));
-            }
-            self.next = self.next.wrapping_add(bytes);
+    pub fn steps(&mut self, steps: usize, bytes: usize) -> Steps {
+        let at = self.next;
+        if at >= self.end {
+            return Steps { at, step: 0 };
         }
+        self.next = at.wrapping_add(steps * bytes);
+        Steps { at, step: bytes }
     }
 
     #[inline(always)]
-    fn fetch_line(line: *const u8) {
+    pub fn fetch_line(line: *const u8) {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             // SAFETY: a hint, which reads nothing, whatever the address; every x86-64 CPU has it.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        // SAFETY: likewise.
+        #[cfg(target_arch = "aarch64")]
+        unsafe {
+            std::arch::asm!("prfm pldl1keep, [{line}]", line = in(reg) line, options(nostack, readonly, preserves_flags));
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let _ = line;
+    }
+}
+
+impl Steps {
+    /// Asks for the next step's `bytes`.
+    #[inline(always)]
+    pub fn fetch(&mut self, bytes: usize) {
+        for line in (0..bytes).step_by(size_of::<CacheLine>()) {
+            Ahead::fetch_line(self.at.wrapping_add(line));
+        }
+        self.at = self.at.wrapping_add(self.step);
     }
 }
 
@@ -718,7 +719,14 @@ impl Ahead {
 /// * The CPU has the instruction set that `V` stands for.
 /// * `from` is good for `lanes` elements, and `lanes <= V::COUNT`.
 #[inline(always)]
-unsafe fn load_lanes<V: Lanes, E: Element>(from: *const E, lanes: usize) -> V {
+unsafe fn load_lanes<V: Lanes>(from: *const f16, lanes: usize) -> V {
     // SAFETY: as the caller's.
-    unsafe { if lanes == V::COUNT { E::load(from) } else { E::load_first(from, lanes) } }
+    unsafe {
+        if lanes == V::COUNT {
+            return V::load_f16(from);
+        }
+        let mut row = [f16::ZERO; WIDEST];
+        std::ptr::copy_nonoverlapping(from, row.as_mut_ptr(), lanes);
+        V::load_f16(row.as_ptr())
+    }
 }

@@ -2,8 +2,8 @@
 //!
 //! In: per row its query `[H, K]` in f32, how many tokens it sees, and the blocks that hold them. Out: `[H, K]` in f32.
 //!
-//! The query heads that share a key/value head form a *group*, which reads each K and V once for all its heads, widening f16 or
-//! 8-bit integers in registers. A context is cut into *spans* at multiples of [`SPAN_TOKENS`]; a span is walked block by block:
+//! The query heads that share a key/value head form a *group*, which reads each K and V once for all its heads, widening them in
+//! registers. A context is cut into *spans* at multiples of [`SPAN_TOKENS`]; a span is walked block by block:
 //!
 //! ```text
 //! block by block:   scores = q · K           [heads, 32]   tiles of heads × tokens in registers
@@ -14,26 +14,29 @@
 //! at the end:       out / sum of weights
 //! ```
 //!
-//! A sink, a score that has no value, is where the largest score and the sum of weights begin. Scales of 8-bit rows join the
-//! scores and the weights, one multiplication for a row.
+//! A sink, a score that has no value, is where the largest score and the sum of weights begin. Over 8-bit rows both products are
+//! those of integers (`int8`), else the same.
 //!
 //! Threads take *tasks*, groups of rows, from one list, longest first, each thread naming its next one early so that the first
-//! of its bytes are on their way when the last of the present one are used. Where a row's group is much of all work, it is as
-//! many tasks as threads can share; whoever ends the last of them joins the spans. Which it is changes no bit.
+//! of its bytes are on their way when the last of the present one are used. Where a row's group is much of the work that is left,
+//! at the end of the list too, it is several tasks; whoever ends the last of them joins the spans. Which it is changes no bit.
 //!
 //! Layers, outermost first: [`attend`] checks every bound and shares tasks among threads; a match on the [`Isa`] picks
-//! the code; `avx2`, `avx512`, `neon` and `portable` say what a register of lanes is; `group` has the algorithm, once.
+//! the code; `avx2`, `avx512`, `neon` and `portable` say what registers of floats and integers are; `group` has the algorithm over f16,
+//! `int8` over 8-bit integers.
 //!
 //! Guarantees:
 //! * **Row independence**: a row's bits depend on its own query, context and cache contents (and on the level), not on other
 //!   rows or threads. Sums run in one order: lanes over columns, tokens in turn, blocks at multiples of [`BLOCK_TOKENS`], spans
 //!   at multiples of [`SPAN_TOKENS`].
 //! * NaN in the query or in visible K or V reaches the output as it does in the reference, so that the engine can tell
-//!   whose request it was. Slots outside the visible context are not read.
+//!   whose request it was. Slots outside the visible context, NaN or not, have no part in it.
 //!
-//! Given up: levels do not agree with each other to the last bit: their lanes are of different widths.
+//! Given up: levels do not agree with each other to the last bit: their lanes are of different widths. Over 8-bit rows queries and
+//! weights are rounded to 16 bits.
 
 mod group;
+mod int8;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
@@ -47,20 +50,18 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::f16;
-
 use super::isa::{Isa, Level};
-use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KvCache};
+use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvLayout};
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
-use group::{Element, Group, Scratch, State};
+use group::{Group, Scratch, State};
 
 /// Where a context is cut: joining two spans costs a hundredth of reading one, and part of the reduction order of a row.
-pub const SPAN_TOKENS: usize = 512;
+pub const SPAN_TOKENS: usize = 256;
 
-/// Tasks that a thread has at least, where contexts allow: the last of them to end keeps others waiting for a share of a
-/// sixteenth.
-const TASKS_PER_THREAD: usize = 16;
+/// A task is this part of what is left for a thread when its turn comes, at most, where contexts allow: the last to end keep the others
+/// waiting for a span or so.
+const TASK_SHARE: usize = 16;
 
 /// One decode row to attend.
 #[derive(Debug)]
@@ -99,168 +100,184 @@ pub fn attend(
     }
 
     let heads = shape.heads_per_group();
-    let form = Form { isa, dtype: layout.dtype, heads, head_width };
-    let n_threads = threads.current_num_threads();
-    let visible = |context: usize| shape.first_visible(context)..context;
-    let tokens: usize = rows.iter().map(|row| visible(row.context).len()).sum();
-    let most_spans = (tokens * kv_heads / (n_threads * TASKS_PER_THREAD) / SPAN_TOKENS).max(1);
+    let form = Form { isa, cache, layer, heads, head_width, scale, sinks };
+    let mut rows: Vec<Row> = rows
+        .iter_mut()
+        .map(|DecodeRow { q, out, context, table }| Row {
+            q,
+            table,
+            visible: shape.first_visible(*context)..*context,
+            out: Mutex::new(out),
+        })
+        .collect();
+    // Stable: neighbours in memory stay together.
+    rows.sort_by_key(|row| std::cmp::Reverse(row.visible.len()));
 
-    let mut tasks = Vec::with_capacity(rows.len() * kv_heads);
-    let mut shared = Vec::new();
-    for row in rows.iter_mut() {
-        let DecodeRow { q, context, table, .. } = *row;
-        let visible = visible(context);
-        let all_spans = visible.start / SPAN_TOKENS..context.div_ceil(SPAN_TOKENS);
-        let groups = row.out.chunks_exact_mut(heads * head_width).zip(q.chunks_exact(heads * head_width));
-        for (kv_head, (out, q)) in groups.enumerate() {
-            let sinks = sinks.map_or(&[][..], |sinks| &sinks[kv_head * heads..][..heads]);
-            let visible = visible.clone();
-            let group = Group { cache, layer, table, kv_head, visible, scale, sinks, q, next: &[] };
-            if all_spans.len() <= most_spans {
-                tasks.push(Task { group, spans: all_spans.clone(), to: Target::Out(Mutex::new(out)) });
+    let mut left: usize = rows.iter().map(|row| row.visible.len()).sum();
+    let n_threads = threads.current_num_threads();
+    let (mut tasks, mut shared) = (Vec::with_capacity(rows.len() * kv_heads), Vec::new());
+    for (row, Row { visible, .. }) in rows.iter().enumerate() {
+        let spans = visible.start / SPAN_TOKENS..visible.end.div_ceil(SPAN_TOKENS);
+        let most_spans = (left * kv_heads / (n_threads * TASK_SHARE) / SPAN_TOKENS).max(1);
+        left -= visible.len();
+        for kv_head in 0..kv_heads {
+            if spans.len() <= most_spans {
+                tasks.push(Task { row, kv_head, spans: spans.clone(), shared: None });
                 continue;
             }
-            for start in all_spans.clone().step_by(most_spans) {
-                let spans = start..(start + most_spans).min(all_spans.end);
-                tasks.push(Task { group: group.clone(), spans, to: Target::Shared(shared.len()) });
+            for start in spans.clone().step_by(most_spans) {
+                let spans = start..(start + most_spans).min(spans.end);
+                tasks.push(Task { row, kv_head, spans, shared: Some(shared.len()) });
             }
             shared.push(Shared {
-                left: AtomicUsize::new(all_spans.len().div_ceil(most_spans)),
-                first_span: all_spans.start,
-                states: Mutex::new(all_spans.clone().map(|_| None).collect()),
-                out: Mutex::new(out),
+                left: AtomicUsize::new(spans.len().div_ceil(most_spans)),
+                first_span: spans.start,
+                states: Mutex::new(spans.clone().map(|_| None).collect()),
             });
         }
     }
-    // Stable: groups of one row, whose blocks are neighbours in memory, stay together.
-    tasks.sort_by_key(|task| std::cmp::Reverse(task.tokens()));
 
     let next_task = AtomicUsize::new(0);
-    let work = || {
+    // Every thread is woken at once, where jobs of a scope wake one after the other. One that comes late, because other work held it,
+    // finds nothing left to do.
+    threads.broadcast(|_| {
         let take = || tasks.get(next_task.fetch_add(1, Ordering::Relaxed));
         let mut scratch = Scratch::new(heads, head_width);
         let mut total = State::new(heads, head_width);
         let mut task = take();
         while let Some(now) = task {
             task = take();
-            let next = task.map_or(&[][..], |task| task.group.halves(task.first_block()).0);
-            now.run(&form, next, &mut scratch, &mut total, &shared);
-        }
-    };
-    // Any thread may take up these; one that comes late, because other work held it, finds nothing left to do.
-    threads.scope(|scope| {
-        for _ in 0..n_threads.min(tasks.len()) {
-            scope.spawn(|_| work());
+            let next = task.map_or(&[][..], |task| {
+                let row = &rows[task.row];
+                form.group(row, task.kv_head).seen_keys(row.span(task.spans.start).start / BLOCK_TOKENS)
+            });
+            now.run(&form, &rows[now.row], next, &mut scratch, &mut total, &shared);
         }
     });
 }
 
 /// What all tasks of a call have in common.
-struct Form {
+struct Form<'a> {
     isa: Isa,
-    dtype: KvDtype,
+    cache: &'a KvCache,
+    layer: usize,
+    /// Of a group.
     heads: usize,
     head_width: usize,
+    scale: f32,
+    sinks: Option<&'a [f32]>,
+}
+
+impl Form<'_> {
+    /// All that a row sees, by the query heads of one key/value head.
+    fn group<'a>(&'a self, row: &'a Row, kv_head: usize) -> Group<'a> {
+        let Form { cache, layer, heads, head_width, scale, .. } = *self;
+        Group {
+            cache,
+            layer,
+            table: row.table,
+            kv_head,
+            visible: row.visible.clone(),
+            scale,
+            sinks: self.sinks.map_or(&[][..], |sinks| &sinks[kv_head * heads..][..heads]),
+            q: &row.q[kv_head * heads * head_width..][..heads * head_width],
+            next: &[],
+        }
+    }
+}
+
+struct Row<'a> {
+    q: &'a [f32],
+    table: &'a BlockTable,
+    visible: Range<usize>,
+    out: Mutex<&'a mut [f32]>,
+}
+
+impl Row<'_> {
+    fn span(&self, span: usize) -> Range<usize> {
+        self.visible.start.max(span * SPAN_TOKENS)..self.visible.end.min((span + 1) * SPAN_TOKENS)
+    }
 }
 
 /// Spans of one group of one row.
-struct Task<'a> {
-    /// With the whole of what the row sees.
-    group: Group<'a>,
+struct Task {
+    row: usize,
+    kv_head: usize,
     spans: Range<usize>,
-    to: Target<'a>,
-}
-
-enum Target<'a> {
-    /// All spans of the group: its output. Only this task locks it.
-    Out(Mutex<&'a mut [f32]>),
-    /// Some of them: the states go to this [`Shared`].
-    Shared(usize),
+    /// Where the spans' states go, if these are not all of the group's.
+    shared: Option<usize>,
 }
 
 /// A group whose spans are several tasks.
-struct Shared<'a> {
+struct Shared {
     /// Tasks that have not ended.
     left: AtomicUsize,
     first_span: usize,
     states: Mutex<Vec<Option<State>>>,
-    out: Mutex<&'a mut [f32]>,
 }
 
-impl Task<'_> {
-    fn span(&self, span: usize) -> Range<usize> {
-        let visible = &self.group.visible;
-        visible.start.max(span * SPAN_TOKENS)..visible.end.min((span + 1) * SPAN_TOKENS)
-    }
-
-    fn tokens(&self) -> usize {
-        self.span(self.spans.end - 1).end - self.span(self.spans.start).start
-    }
-
-    fn first_block(&self) -> usize {
-        self.span(self.spans.start).start / BLOCK_TOKENS
-    }
-
+impl Task {
     /// `next`: what this thread reads afterwards.
-    fn run(&self, form: &Form, next: &[u8], scratch: &mut Scratch, total: &mut State, shared: &[Shared]) {
+    fn run(&self, form: &Form, row: &Row, next: &[u8], scratch: &mut Scratch, total: &mut State, shared: &[Shared]) {
+        let whole = form.group(row, self.kv_head);
+        let shared = self.shared.map(|index| &shared[index]);
         for span in self.spans.clone() {
-            let visible = self.span(span);
+            let visible = row.span(span);
             let goes_on = span + 1 < self.spans.end;
-            let next = if goes_on { self.group.halves(visible.end / BLOCK_TOKENS).0 } else { next };
+            let next = if goes_on { whole.seen_keys(visible.end / BLOCK_TOKENS) } else { next };
             // Sinks come before all tokens.
-            let sinks = if visible.start == self.group.visible.start { self.group.sinks } else { &[] };
-            let group = Group { visible, sinks, next, ..self.group.clone() };
-            attend_span(form, &group, scratch);
-            match &self.to {
-                Target::Out(_) if span == self.spans.start => std::mem::swap(total, &mut scratch.state),
-                Target::Out(_) => total.merge(&scratch.state),
-                Target::Shared(index) => {
+            let sinks = if visible.start == row.visible.start { whole.sinks } else { &[] };
+            let earlier = (shared.is_none() && span > self.spans.start).then_some(&mut *total);
+            let joined = earlier.is_some();
+            attend_span(form, &Group { visible, sinks, next, ..whole.clone() }, scratch, earlier);
+            match shared {
+                None if joined => {}
+                None => std::mem::swap(total, &mut scratch.state),
+                Some(shared) => {
                     let state = std::mem::replace(&mut scratch.state, State::new(form.heads, form.head_width));
-                    let shared = &shared[*index];
                     shared.states.lock().expect("states lock")[span - shared.first_span] = Some(state);
                 }
             }
         }
-        match &self.to {
-            Target::Out(out) => total.finish(&mut out.lock().expect("output lock")),
-            Target::Shared(index) => {
-                let shared = &shared[*index];
-                if shared.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    let mut states = shared.states.lock().expect("states lock");
-                    let mut states = states.drain(..).map(|state| state.expect("every task has ended"));
-                    let mut total = states.next().expect("at least two spans");
-                    states.for_each(|state| total.merge(&state));
-                    total.finish(&mut shared.out.lock().expect("output lock"));
-                }
+        if let Some(shared) = shared {
+            if shared.left.fetch_sub(1, Ordering::AcqRel) > 1 {
+                return;
             }
+            let mut states = shared.states.lock().expect("states lock");
+            let mut states = states.drain(..).map(|state| state.expect("every task has ended"));
+            *total = states.next().expect("at least two spans");
+            states.for_each(|state| total.merge(&state));
         }
+        let width = form.heads * form.head_width;
+        total.finish(&mut row.out.lock().expect("output lock")[self.kv_head * width..][..width]);
     }
 }
 
-fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch) {
-    match form.dtype {
-        // SAFETY: `attend` makes the scratch, and the form has the cache's dtype.
-        KvDtype::F16 => unsafe { attend_on::<f16>(form.isa, group, scratch) },
-        // SAFETY: as above.
-        KvDtype::Int8 => unsafe { attend_on::<i8>(form.isa, group, scratch) },
-    }
-}
-
-/// # Safety
-///
-/// * `scratch` is made for the group's form, and the cache's elements are `E`.
-unsafe fn attend_on<E: Element>(isa: Isa, group: &Group, scratch: &mut Scratch) {
-    match isa.level() {
-        // SAFETY: the caller's.
-        Level::Portable => unsafe { portable::attend::<E>(group, scratch) },
-        // SAFETY: an `Isa` of this level exists only where `Isa::available` found AVX2, FMA and F16C; the rest is the caller's.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { avx2::attend::<E>(group, scratch) },
-        // SAFETY: an `Isa` of this level exists only where `Isa::available` found these three and AVX-512F; as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { avx512::attend::<E>(group, scratch) },
-        // SAFETY: an `Isa` of this level exists only where `Isa::available` found NEON; as above.
-        #[cfg(target_arch = "aarch64")]
-        Level::Neon => unsafe { neon::attend::<E>(group, scratch) },
+/// Attends a span, and joins it to what came before, if that is given.
+fn attend_span(form: &Form, group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
+    let f16 = form.cache.layout().dtype == KvDtype::F16;
+    // SAFETY: `attend` makes the scratch, and the form has the cache's dtype. An `Isa` of a level exists only where
+    // `Isa::available` found the features that its functions ask for.
+    unsafe {
+        match form.isa.level() {
+            Level::Portable if f16 => portable::attend_f16(group, scratch, earlier),
+            Level::Portable => portable::attend_int8(group, scratch, earlier),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 | Level::Avx2Vnni if f16 => avx2::attend_f16(group, scratch, earlier),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => avx2::attend_int8(group, scratch, earlier),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2Vnni => avx2::attend_int8_vnni(group, scratch, earlier),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Vnni if f16 => avx512::attend_f16(group, scratch, earlier),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => avx512::attend_int8(group, scratch, earlier),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => avx512::attend_int8_vnni(group, scratch, earlier),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon if f16 => neon::attend_f16(group, scratch, earlier),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => neon::attend_int8(group, scratch, earlier),
+        }
     }
 }

@@ -4,16 +4,27 @@
 
 use half::f16;
 
-use super::group::{self, Element, Group, Lanes, Scratch};
+use super::group::{self, Group, Lanes, Scratch, State};
+use super::int8::{self, Integers};
 
 /// Attends one group anywhere.
 ///
 /// # Safety
 ///
-/// * `scratch` is made for the group's form, and the cache's elements are `E`.
-pub(super) unsafe fn attend<E: Element>(group: &Group, scratch: &mut Scratch) {
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are f16.
+pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: arrays need no instruction set; the rest is the caller's.
-    unsafe { group::attend::<F32x4, E>(group, scratch) }
+    unsafe { group::attend::<F32x4>(group, scratch, earlier) }
+}
+
+/// Attends one group anywhere.
+///
+/// # Safety
+///
+/// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
+pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
+    // SAFETY: arrays need no instruction set; the rest is the caller's.
+    unsafe { int8::attend::<I16x8>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]
@@ -45,12 +56,6 @@ impl Lanes for F32x4 {
     unsafe fn load_f16(from: *const f16) -> Self {
         // SAFETY: good for 4 elements, says the caller; an array of f16 is aligned as an f16.
         Self(unsafe { from.cast::<[f16; 4]>().read() }.map(widen))
-    }
-
-    #[inline(always)]
-    unsafe fn load_i8(from: *const i8) -> Self {
-        // SAFETY: good for 4 elements, says the caller.
-        Self(unsafe { from.cast::<[i8; 4]>().read() }.map(f32::from))
     }
 
     #[inline(always)]
@@ -105,6 +110,78 @@ impl Lanes for F32x4 {
     unsafe fn sums(registers: [Self; 16]) -> [f32; 16] {
         registers.map(|Self([a, b, c, d])| (a + b) + (c + d))
     }
+}
+
+/// Pairs of 16-bit integers beside 4 lanes of f32.
+struct I16x8;
+
+impl Integers for I16x8 {
+    type Floats = F32x4;
+    type Pairs = [[i16; 2]; 4];
+    type Sums = [i32; 4];
+
+    #[inline(always)]
+    unsafe fn zero() -> [i32; 4] {
+        [0; 4]
+    }
+
+    #[inline(always)]
+    unsafe fn widen(from: *const [i8; 2]) -> [[i16; 2]; 4] {
+        // SAFETY: good for 4 pairs, says the caller.
+        unsafe { from.cast::<[[i8; 2]; 4]>().read() }.map(|pair| pair.map(i16::from))
+    }
+
+    #[inline(always)]
+    unsafe fn splat(from: *const [i16; 2]) -> [[i16; 2]; 4] {
+        // SAFETY: good for a pair, says the caller.
+        [unsafe { from.read() }; 4]
+    }
+
+    #[inline(always)]
+    unsafe fn add_products(sums: [i32; 4], a: [[i16; 2]; 4], b: [[i16; 2]; 4]) -> [i32; 4] {
+        let product = |lane: usize, i: usize| i32::from(a[lane][i]) * i32::from(b[lane][i]);
+        std::array::from_fn(|lane| sums[lane].wrapping_add(product(lane, 0).wrapping_add(product(lane, 1))))
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const [i16; 2]) -> [[i16; 2]; 4] {
+        // SAFETY: good for 4 pairs, says the caller; an array of them is aligned as one.
+        unsafe { from.cast::<[[i16; 2]; 4]>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_tokens(sums: [i32; 4], to: *mut f32) {
+        // SAFETY: good for 4 tokens, says the caller; an array of f32 is aligned as an f32.
+        unsafe { to.cast::<[f32; 4]>().write(sums.map(|sum| sum as f32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn to_f32(sums: [i32; 4]) -> F32x4 {
+        F32x4(sums.map(|sum| sum as f32))
+    }
+
+    #[inline(always)]
+    unsafe fn store_rounded(numbers: F32x4, to: *mut i16) {
+        // SAFETY: good for 4 integers, says the caller; an array of them is aligned as one.
+        unsafe { to.cast::<[i16; 4]>().write(numbers.0.map(nearest)) }
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(a: F32x4, b: F32x4) -> F32x4 {
+        // Without a sign, bits order numbers as numbers do, and NaN above them.
+        a.zip(b, |a, b| f32::from_bits(a.abs().to_bits().max(b.abs().to_bits())))
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude_lane(of: F32x4) -> f32 {
+        f32::from_bits(of.0.map(f32::to_bits).into_iter().max().expect("four lanes"))
+    }
+}
+
+/// The nearest integer of a number in ±32767, ties to even, without a call: adding 1.5 * 2^23 rounds and leaves it in the low bits.
+#[inline(always)]
+fn nearest(x: f32) -> i16 {
+    (x + 12_582_912.0).to_bits() as i16
 }
 
 /// f16 to f32, exactly, without a branch: `f16::to_f32` asks for the CPU's features at every call.

@@ -63,8 +63,8 @@ impl Cut {
     /// at 2,048 tokens.
     pub fn of(shape: &Shape) -> Self {
         let subgroups = match shape.head_width {
-            ..=128 => 8,
-            ..=192 => 4,
+            0..=128 => 8,
+            129..=192 => 4,
             _ => 2,
         };
         Self { subgroups, prefetch: true }
