@@ -13,15 +13,6 @@ pub fn device() -> DeviceChoice {
     std::env::var("FULMEN_DEVICE").map_or(DeviceChoice::Best, |text| DeviceChoice::from(text.as_str()))
 }
 
-/// Where the adapter has no cooperative matrices, WGSL stands in for them.
-pub const EMULATED: TestFaults = TestFaults {
-    pinned_refused: false,
-    import_refused: false,
-    lost_after: None,
-    device_bytes: None,
-    emulated_matrices: true,
-};
-
 /// The adapter's matrices are its own.
 pub fn has_matrices() -> bool {
     pipelines().gpu().summary().cooperative
