@@ -25,10 +25,10 @@ use half::f16;
 
 use crate::checkpoint::{Dtype, Reader, Weights};
 use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
+use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::decode_attention::{Parts, SPLIT_TOKENS, parts_of};
 use crate::kernels::half_rows::{HalfRows, padded};
 use crate::kernels::lm_head_sample::Sample;
-use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::prompt_attention::Tile;
 use crate::kernels::{
     add_bias, cooperative, copy_rows, decode_attention, embed, expert_combine, expert_down, expert_gate_up,
@@ -1312,8 +1312,7 @@ impl Machine {
             Operand::Half(x) => {
                 // Slots start at multiples of 256 bytes.
                 let weights = (self.expert_dtype, true);
-                let bindings =
-                    expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 let tile = self.tiles.gate_up(n_assignments / n_experts);
                 cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
                 let hidden = self.halves.as_ref().expect("there are in this class").hidden();

@@ -305,7 +305,8 @@ impl Gpu {
         let timestamps = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         let mut features = wgpu::Features::IMMEDIATES | adapter.features() & timestamps;
         let f16 = wgpu::Features::SHADER_F16;
-        let emulates = !summary.cooperative && options.test_faults.emulated_matrices && adapter.features().contains(f16);
+        let emulates =
+            !summary.cooperative && options.test_faults.emulated_matrices && adapter.features().contains(f16);
         if summary.cooperative {
             features |= cooperative_features();
         } else if emulates {
