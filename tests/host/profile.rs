@@ -169,7 +169,11 @@ proptest! {
         let points: Vec<(f64, f64)> = values.iter().enumerate().map(|(i, y)| (2.0 * i as f64 + 1.0, *y)).collect();
         let mean = |points: &[(f64, f64)]| points.iter().map(|point| point.1).sum::<f64>();
         let curve = Curve::rising(points.clone()).expect("a curve");
-        prop_assert!((mean(curve.points()) - mean(&points)).abs() < 1e-9, "nothing is lost");
+        // What was disturbed goes; of the others nothing is lost.
+        let disturbed = |(i, point): (usize, &(f64, f64))| points[i..].iter().any(|later| point.1 > 1.25 * later.1);
+        let (before, after) = (mean(&points), mean(curve.points()));
+        prop_assert!(after <= before + 1e-9);
+        prop_assert!(points.iter().enumerate().any(disturbed) || (after - before).abs() < 1e-9, "{after} of {before}");
         let mut asked = asked;
         asked.sort_by(f64::total_cmp);
         for pair in asked.windows(2) {
