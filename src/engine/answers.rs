@@ -10,9 +10,11 @@ use std::ops::ControlFlow;
 use super::{Engine, Event, RunOptions};
 use crate::kernels::lm_head_sample::Sample as HeadSample;
 use crate::request::batcher::{Batcher, MicroBatchRows, SequenceId};
-use crate::request::sampler::{LogitsError, TokenCounts, sample, stream_seed};
+use crate::request::sampler::{LogitsError, Sampled, TokenCounts, sample, stream_seed};
 use crate::request::tokenizer::{CompletionText, Tokenizer};
-use crate::request::{Completion, FinishReason, PositionLogprobs, Request, RequestError, RequestOutput, StopReason};
+use crate::request::{
+    Completion, FinishReason, PositionLogprobs, Request, RequestError, RequestOutput, SamplingParams, StopReason,
+};
 
 /// A request that is not finished.
 struct Asked {
@@ -51,11 +53,26 @@ pub(super) struct Answers<'e> {
     generated: u64,
 }
 
-/// What a sampled row has to choose from.
-pub(super) struct RowHead<'a> {
+/// What the choice of a token from whole logits takes beside them. Nothing of it changes with other rows, so many are drawn at a time.
+pub(super) struct Draw<'a> {
+    params: &'a SamplingParams,
+    counts: &'a TokenCounts,
+    end_tokens: &'a [u32],
+    position: usize,
+    seed: u64,
+}
+
+impl Draw<'_> {
+    pub fn choose(&self, logits: &[f32]) -> Result<Sampled, LogitsError> {
+        sample(logits, self.params, self.counts, self.end_tokens, self.position, self.seed)
+    }
+}
+
+/// What there is to choose of a sampled row.
+pub(super) struct RowHead {
     pub sample: HeadSample,
-    /// There where [`Answers::needs_logits`] said so.
-    pub logits: Option<&'a [f32]>,
+    /// There where [`Answers::draw`] was.
+    pub drawn: Option<Result<Sampled, LogitsError>>,
     pub position: usize,
 }
 
@@ -169,6 +186,19 @@ impl<'e> Answers<'e> {
         self.asked.get(&id.request).is_some_and(|asked| asked.request.params.needs_logits())
     }
 
+    /// There where [`needs_logits`](Self::needs_logits) says so.
+    pub fn draw(&self, id: SequenceId) -> Option<Draw<'_>> {
+        let Asked { request, choices, .. } = self.asked.get(&id.request)?;
+        let (params, choice) = (&request.params, &choices[id.choice]);
+        params.needs_logits().then_some(Draw {
+            params,
+            counts: &choice.counts,
+            end_tokens: &self.eos_tokens,
+            position: choice.tokens.len(),
+            seed: choice.seed,
+        })
+    }
+
     /// A row's logits, for those who asked for all.
     pub fn tell_logits(&mut self, id: SequenceId, position: usize, logits: &[f32]) {
         if let Some(asked) = self.asked.get(&id.request) {
@@ -180,7 +210,7 @@ impl<'e> Answers<'e> {
     }
 
     /// Chooses the token that follows a sampled row and does what follows from it.
-    pub fn sampled(&mut self, id: SequenceId, head: RowHead<'_>, batcher: &mut Batcher) {
+    pub fn sampled(&mut self, id: SequenceId, head: RowHead, batcher: &mut Batcher) {
         let asked = self.asked.get_mut(&id.request).expect("a sampled row has a request");
         if asked.error.is_some() {
             batcher.remove(id);
@@ -189,13 +219,9 @@ impl<'e> Answers<'e> {
         }
         let params = &asked.request.params;
         let choice = &mut asked.choices[id.choice];
-        let chosen = match head.logits {
-            Some(logits) => {
-                let position = choice.tokens.len();
-                sample(logits, params, &choice.counts, &self.eos_tokens, position, choice.seed)
-                    .map(|sampled| (sampled.token, sampled.logprobs))
-                    .map_err(|error| logits_error(error, head.position))
-            }
+        let chosen = match head.drawn {
+            Some(Ok(sampled)) => Ok((sampled.token, sampled.logprobs)),
+            Some(Err(error)) => Err(logits_error(error, head.position)),
             None if head.sample.nan != 0 => Err(RequestError::NotANumber { position: head.position, hint: NAN_HINT }),
             None => Ok((head.sample.id, None)),
         };

@@ -19,8 +19,10 @@
 use std::sync::Mutex;
 use std::time::Instant;
 
+use rayon::prelude::*;
+
 use super::WorkError;
-use super::answers::{Answers, RowHead};
+use super::answers::{Answers, Draw, RowHead};
 use crate::checkpoint::Weights;
 use crate::cpu::attention::{DecodeRow, attend};
 use crate::cpu::isa::Isa;
@@ -32,6 +34,7 @@ use crate::model::{AttentionShape, ModelConfig};
 use crate::plan::cost::{PassRows, RowsOf, pass_shape};
 use crate::policy::{AttentionPlace, Policy};
 use crate::request::batcher::{Batcher, MicroBatchRows};
+use crate::request::sampler::{LogitsError, Sampled};
 use crate::schedule::{MicroBatchShape, PassShape, Task, TaskId, Work};
 
 /// A micro-batch of this pass.
@@ -309,17 +312,29 @@ impl HostLane<'_, '_> {
         self.batcher.complete(rows);
         let heads = std::mem::take(&mut *of.heads.lock().expect("heads lock"));
         let vocab = self.pass.config.shape.vocab;
-        let mut whole = of.with_logits.iter().copied().zip(heads.logits.chunks_exact(vocab)).peekable();
+        let whole = || of.with_logits.iter().copied().zip(heads.logits.chunks_exact(vocab));
+        // Drawing from a row of logits takes up to a millisecond, so all threads draw.
+        let draws: Vec<Option<(Draw, &[f32])>> = whole()
+            .map(|(index, logits)| {
+                let row = &rows.rows[of.sampled[index]];
+                Some((self.answers.draw(row.sequence).filter(|_| row.sampled)?, logits))
+            })
+            .collect();
+        let drawn: Vec<Option<Result<Sampled, LogitsError>>> = self
+            .pass
+            .threads
+            .install(|| draws.par_iter().map(|draw| draw.as_ref().map(|(draw, logits)| draw.choose(logits))).collect());
+        let mut whole = whole().zip(drawn).peekable();
         for (index, (row, sample)) in of.sampled.iter().zip(&heads.samples).enumerate() {
             let row = &rows.rows[*row];
-            let logits = whole.next_if(|(with, _)| *with == index).map(|(_, logits)| logits);
+            let (logits, drawn) =
+                whole.next_if(|((with, _), _)| *with == index).map(|((_, logits), drawn)| (logits, drawn)).unzip();
             if let (Some(logits), true) = (logits, self.every_logit) {
                 self.answers.tell_logits(row.sequence, row.position, logits);
             }
             // A sibling of a completion that failed in this very pass is gone already.
             if row.sampled && self.batcher.contains(row.sequence) {
-                let wanted = logits.filter(|_| self.answers.needs_logits(row.sequence));
-                let row_head = RowHead { sample: *sample, logits: wanted, position: row.position };
+                let row_head = RowHead { sample: *sample, drawn: drawn.flatten(), position: row.position };
                 self.answers.sampled(row.sequence, row_head, self.batcher);
             }
         }

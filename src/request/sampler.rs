@@ -298,11 +298,11 @@ fn draw(row: &[f32], best: u32, params: &SamplingParams, uniform: f64) -> u32 {
     }
     left.sort_unstable();
 
-    let target = uniform * left.iter().map(|&token| weight_of(token)).sum::<f64>();
+    let weights: Vec<f64> = left.iter().map(|&token| weight_of(token)).collect();
+    let target = uniform * weights.iter().sum::<f64>();
     let mut sum = 0.0;
     let mut chosen = best;
-    for token in left {
-        let w = weight_of(token);
+    for (token, w) in left.into_iter().zip(weights) {
         sum += w;
         if w > 0.0 {
             chosen = token;
