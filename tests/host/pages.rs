@@ -56,6 +56,15 @@ proptest! {
             }
         }
         prop_assert_eq!(next_expert, shape.experts);
+        // As few chunks as half the ring allows, none of them with a remainder of a few experts.
+        let sizes = plan.chunks().iter().filter(|chunk| !chunk.pages.is_empty()).map(|chunk| chunk.experts.len());
+        let sizes: Vec<usize> = sizes.collect();
+        let most = (shape.ring / 2).max(1);
+        prop_assert!(sizes.iter().all(|size| *size <= most), "{:?} through half a ring of {}", sizes, shape.ring);
+        prop_assert!(sizes.len() <= plan.streamed().div_ceil(most), "{:?}", sizes);
+        if let Some(last) = sizes.last() {
+            prop_assert!(sizes[0] - last < sizes.len(), "{:?}", sizes);
+        }
         let streamed = (shape.resident..shape.experts).flat_map(|expert| ExpertMatrix::ALL.map(|matrix| (expert, matrix)));
         let wanted: BTreeMap<_, _> =
             streamed.map(|key| (key, shape.matrix_bytes[key.1 as usize])).filter(|(_, bytes)| *bytes > 0).collect();

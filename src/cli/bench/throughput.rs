@@ -13,7 +13,11 @@
 //! **Rivals** run one batch from its first prompt to its last token, and reserve room for all tokens that it will have. Their decode
 //! passes are timed here at half of the completion, where contexts have their mean; for their prefill they are granted the time
 //! that the GPU alone takes for so many prompt rows here, or one trip of the weights over the link if that is longer. `+padded`
-//! makes every prompt as long as the longest. Prompts are made up, kernels, pages and host memory are the same for all.
+//! makes every prompt as long as the longest. Prompts are made up, kernels, pages and host memory are the same for all. One for which
+//! there is no room beside the same pages is said to be left out.
+//!
+//! **Predicted** stands beside measured where the machine was calibrated: ours from the lengths alone, before anything runs, and pass by
+//! pass; rivals pass by pass. Nothing is predicted of an emulated machine.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
