@@ -17,7 +17,8 @@
 //! experts, the experts of all groups take turns chunk by chunk, so that a page still comes once a pass.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+
+use rustc_hash::FxHashMap;
 
 use super::shape::PassShape;
 use super::task::{Lane, Schedule, TaskId, Work};
@@ -45,39 +46,12 @@ enum Pages {
     Share,
 }
 
-/// Of a few small numbers that nobody chooses to our harm: the planner builds thousands of schedules, and spent a fifth of its time in
-/// the standard one.
-#[derive(Default)]
-struct WorkHasher(u64);
-
-impl Hasher for WorkHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        // Rotated so that the well-mixed high bits of the product come back to where the table looks.
-        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
-    }
-
-    fn write_usize(&mut self, number: usize) {
-        self.write_u64(number as u64);
-    }
-
-    fn write_isize(&mut self, number: isize) {
-        self.write_u64(number as u64);
-    }
-}
-
 /// A schedule in the making.
 struct Builder<'s> {
     shape: &'s PassShape,
     schedule: Schedule,
-    ids: HashMap<Work, TaskId, BuildHasherDefault<WorkHasher>>,
+    /// The planner builds thousands of schedules, and spent a fifth of its time in the standard hash.
+    ids: FxHashMap<Work, TaskId>,
     last_on_lane: HashMap<Lane, TaskId>,
     /// Next page to send.
     page: usize,
@@ -95,7 +69,7 @@ impl<'s> Builder<'s> {
         Self {
             shape,
             schedule: Schedule::default(),
-            ids: HashMap::default(),
+            ids: FxHashMap::default(),
             last_on_lane: HashMap::new(),
             page: shape.loaded_pages,
             workspace: HashMap::new(),
