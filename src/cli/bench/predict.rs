@@ -334,7 +334,12 @@ impl Bench<'_> {
             page_bytes: streams.then_some(policy.page_bytes),
             ..self.decoding(n, split, attention)
         };
-        let n = policy.max_sequences;
+        // As many of them as these ages leave room for: the search knows their mean alone.
+        let mut n = policy.max_sequences;
+        let block_bytes = KvLayout::new(&self.config.shape, KvDtype::F16).bytes_per_block() as u64;
+        while n > policy.micro_batches && (self.blocks(n) + 1) as u64 * block_bytes > self.pool_bytes() {
+            n -= policy.micro_batches;
+        }
         let residents = Wishes {
             resident_experts: Some(policy.resident_experts),
             extra_residents: Some(policy.extra_residents),
