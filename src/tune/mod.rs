@@ -82,11 +82,18 @@ impl Tiles {
         Self { tiles: Operation::ALL.map(|operation| [of(operation); ROW_CLASSES.len() + 1]) }
     }
 
+    /// None needs what `gpu` lacks, or was opened without.
+    pub fn run_on(&self, gpu: &Gpu) -> bool {
+        gpu.workgroup_matrices() || !self.tiles.iter().flatten().any(|tile| tile.workgroup)
+    }
+
     /// Kernels can run them all.
     fn are_possible(&self) -> bool {
         Operation::ALL.iter().all(|operation| {
             let matrices = if *operation == Operation::GateUp { 2 } else { 1 };
-            self.tiles[*operation as usize].iter().all(|tile| tile.is_possible(matrices))
+            let dense = matches!(operation, Operation::Matmul | Operation::NarrowMatmul);
+            let tiles = self.tiles[*operation as usize].iter();
+            tiles.into_iter().all(|tile| tile.is_possible(matrices) && (dense || !tile.workgroup))
         })
     }
 
@@ -107,8 +114,8 @@ impl Tiles {
     /// The choice kept for this device, else the defaults.
     pub fn for_device(gpu: &Gpu) -> Self {
         match Kept::read(gpu.summary()) {
-            Ok(Some(kept)) => kept.tiles,
-            Ok(None) => Self::default(),
+            Ok(Some(kept)) if kept.tiles.run_on(gpu) => kept.tiles,
+            Ok(_) => Self::default(),
             Err(error) => {
                 tracing::warn!(%error, "the kept tiles are left aside: run `fulmen bench kernels --retune`");
                 Self::default()
@@ -121,7 +128,7 @@ impl Default for Tiles {
     fn default() -> Self {
         let t = Tile::new;
         let wide = |tile| Tile { unit: 8, ..tile };
-        let many = wide(t(128, 128, 32, 64, 64));
+        let many = Tile::MANY;
         Self {
             tiles: [
                 [
