@@ -101,11 +101,12 @@ type GetDimensions = unsafe extern "system" fn(vk::PhysicalDevice, *mut u32, *mu
 
 /// The adapter has all that the kernels need. Not asked for here: cooperative matrices as WGSL has them.
 pub(super) fn are_there(adapter: &wgpu::Adapter) -> bool {
+    if !adapter.features().contains(wgpu::Features::PASSTHROUGH_SHADERS) {
+        return false;
+    }
     // SAFETY: the adapter is alive while its guard is.
     let Some(hal) = (unsafe { adapter.as_hal::<Vulkan>() }) else { return false };
-    if !adapter.features().contains(wgpu::Features::PASSTHROUGH_SHADERS)
-        || !hal.physical_device_capabilities().supports_extension(EXTENSION)
-    {
+    if !hal.physical_device_capabilities().supports_extension(EXTENSION) {
         return false;
     }
     let shared = hal.shared_instance();
