@@ -39,7 +39,7 @@ pub static MATMUL: Kernel = Kernel {
     tunables: TUNABLES,
 };
 
-/// [`Tile::WORKGROUP`], of weights as [`takes`] says.
+/// [`Tile::WORKGROUP`], for halves in whole tiles.
 pub static WORKGROUP_MATMUL: Kernel = Kernel {
     name: "spirv/matmul",
     parts: &[Part::Spirv(spirv)],
