@@ -181,14 +181,14 @@ fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
     let wishes = Wishes { precision: Some(Precision::F16), ..Wishes::default() };
     let answers = |tiles| answer_from(Engine::builder(folder).tiles(tiles), wishes, vec![golden.request("golden")]);
     let want = answers(Tiles::default());
-    let (gate_up, other) = (candidates::all(Operation::GateUp), candidates::all(Operation::Matmul));
-    for i in 0..gate_up.len().max(other.len()) {
-        let (gate_up, other) = (gate_up[i % gate_up.len()], other[i % other.len()]);
-        let got = answers(Tiles::forced(gate_up, other));
-        assert_eq!(got.tokens, want.tokens, "{gate_up} and {other}");
+    let all = [Operation::GateUp, Operation::Down, Operation::Matmul].map(candidates::all);
+    for i in 0..all.iter().map(Vec::len).max().expect("three operations") {
+        let [gate_up, down, other] = all.each_ref().map(|tiles| tiles[i % tiles.len()]);
+        let got = answers(Tiles::forced(gate_up, down, other));
+        assert_eq!(got.tokens, want.tokens, "{gate_up}, {down} and {other}");
         for (place, want) in &want.logits {
             let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&got.logits[place]), bits(want), "{gate_up} and {other}: {place:?}");
+            assert_eq!(bits(&got.logits[place]), bits(want), "{gate_up}, {down} and {other}: {place:?}");
         }
     }
     Ok(())

@@ -5,7 +5,6 @@ use crate::checkpoint::Dtype;
 use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Variant};
 use crate::kernels::expert_down::{Bindings, Params};
 use crate::kernels::half_rows::HalfRows;
-use crate::kernels::slabs;
 
 pub static EXPERT_DOWN: Kernel = Kernel {
     name: "cooperative/expert_down",
@@ -42,6 +41,6 @@ pub fn record(
     let slices: Vec<_> =
         [h.rows, h.scales, permutation, offsets, places, y].into_iter().chain(down).chain([bias]).collect();
     let variant = variant(weights, tile, &params, aligned_slots);
-    let workgroups = slabs::tiles([tile.rows, tile.cols], params.n_assignments, params.n_experts, params.d_model);
+    let workgroups = super::workgroups(tile, params.n_assignments, params.n_experts, params.d_model);
     recorder.dispatch(&EXPERT_DOWN, &variant, &params, &slices, workgroups)
 }

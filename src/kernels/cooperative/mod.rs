@@ -4,8 +4,10 @@
 //! operation give, to f16's rounding of the operands. Only where [`Gpu::cooperative`](crate::gpu::Gpu::cooperative) says so.
 //!
 //! A [`Tile`] changes time and never bits (see `template`), so that one may be picked for every count of rows. Small ones read each
-//! weight once for up to 64 rows and are bound by memory; large ones share weights and rows between many products.
+//! weight once, those of an expert with few rows at the rate of memory (see `solo`); large ones share weights and rows between many
+//! products.
 
+mod solo;
 mod template;
 mod unroll;
 
@@ -16,6 +18,7 @@ pub mod prompt_attention;
 
 use crate::checkpoint::Dtype;
 use crate::gpu::{Kernel, Variant};
+use crate::kernels::slabs;
 
 /// Every product on cooperative matrices, each cut into [`Tile`]s. Tests walk this list; [`prompt_attention`] is cut otherwise.
 pub static ALL: &[&Kernel] = &[&matmul::MATMUL, &expert_gate_up::EXPERT_GATE_UP, &expert_down::EXPERT_DOWN];
@@ -44,6 +47,10 @@ pub struct Tile {
     pub prefetch: bool,
     /// Tiles in workgroup memory: 2 save a barrier a step.
     pub buffers: u32,
+    /// One subgroup alone computes all of it, for experts of few rows: rows by expert, as
+    /// [`record_by_expert`](super::half_rows::record_by_expert) lays them out, are taken as fragments from memory, and weights go through
+    /// workgroup memory by 16 columns.
+    pub solo: bool,
 }
 
 /// What a tile is to a kernel, with the defaults.
@@ -58,6 +65,7 @@ const TUNABLES: &[(&str, &[u32])] = &[
     ("PAD", &[2]),
     ("PREFETCH", &[1]),
     ("BUFFERS", &[1]),
+    ("SOLO", &[0]),
     ("WIDE", &[1]),
     ("TAIL", &[0]),
 ];
@@ -66,8 +74,13 @@ impl Tile {
     /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
         let least_subgroups = 4;
-        let (unit, pad, prefetch, buffers) = (4, 2, true, 1);
-        Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, unit, pad, prefetch, buffers }
+        let (unit, pad, prefetch, buffers, solo) = (4, 2, true, 1, false);
+        Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, unit, pad, prefetch, buffers, solo }
+    }
+
+    /// `rows x cols` outputs of one subgroup, `depth` terms to a step, for experts.
+    pub const fn solo(rows: u32, cols: u32, depth: u32) -> Self {
+        Self { least_subgroups: 1, unit: 8, solo: true, ..Self::new(rows, cols, depth, rows, cols) }
     }
 
     /// Can be run by a kernel that multiplies with so many matrices: whole fragments everywhere, and no more workgroup memory than there is.
@@ -81,8 +94,12 @@ impl Tile {
             && [4, 8].contains(&self.unit)
             && pad.is_multiple_of(2) // rows of a tile start at multiples of 16 bytes
             && [rows, cols, buffers].iter().all(|n| (1..=1024).contains(n));
-        let tiles = || 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad);
-        whole && (1..=32).contains(&self.subgroups()) && tiles() + template::SUMS_BYTES + 32 <= WORKGROUP_BYTES
+        let bytes = || match self.solo {
+            true => solo::workgroup_bytes(depth, pad),
+            false => 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad) + template::SUMS_BYTES,
+        };
+        let alone = !self.solo || self.subgroups() == 1 && buffers == 1 && self.prefetch;
+        whole && alone && (1..=32).contains(&self.subgroups()) && bytes() + 32 <= WORKGROUP_BYTES
     }
 
     fn of(kernel: &Kernel, variant: &Variant) -> Self {
@@ -98,6 +115,7 @@ impl Tile {
             pad: get("PAD"),
             prefetch: get("PREFETCH") == 1,
             buffers: get("BUFFERS"),
+            solo: get("SOLO") == 1,
         }
     }
 
@@ -129,6 +147,7 @@ impl Tile {
                 ("PAD", self.pad),
                 ("PREFETCH", self.prefetch as u32),
                 ("BUFFERS", self.buffers),
+                ("SOLO", self.solo as u32),
                 ("WIDE", wide as u32),
                 ("TAIL", tail as u32),
             ],
@@ -139,6 +158,9 @@ impl Tile {
 impl std::fmt::Display for Tile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Tile { rows, cols, depth, subgroup_rows, subgroup_cols, unit, pad, .. } = self;
+        if self.solo {
+            return write!(f, "{rows}x{cols}x{depth} solo, pad {pad}");
+        }
         write!(
             f,
             "{rows}x{cols}x{depth} by {subgroup_rows}x{subgroup_cols}, {} subgroups, units of {unit}, pad {pad}",
@@ -152,6 +174,13 @@ impl std::fmt::Display for Tile {
         }
         Ok(())
     }
+}
+
+/// Workgroups of an operation over experts with `n_columns` outputs.
+fn workgroups(tile: Tile, n_assignments: u32, n_experts: u32, n_columns: u32) -> [u32; 3] {
+    let [row_tiles, column_tiles, one] = slabs::tiles([tile.rows, tile.cols], n_assignments, n_experts, n_columns);
+    // Columns first where neighbours are to find the same rows in their cache.
+    if tile.solo { [column_tiles, row_tiles, one] } else { [row_tiles, column_tiles, one] }
 }
 
 /// The variant for weights of `n_terms` terms that lie as `strides` (row, k, first) say.

@@ -67,11 +67,15 @@ fn some_tiles(operation: Operation) -> Vec<Tile> {
     if has_matrices() {
         return candidates::all(operation).into_iter().step_by(5).collect();
     }
-    vec![
+    let mut tiles = vec![
         Tile::new(16, 32, 64, 16, 16),
         Tile { unit: 8, prefetch: false, ..Tile::new(32, 32, 64, 32, 16) },
         Tile { unit: 8, buffers: 2, ..Tile::new(32, 64, 32, 16, 32) },
-    ]
+    ];
+    if matches!(operation, Operation::GateUp | Operation::Down) {
+        tiles.extend([Tile::solo(16, 16, 32), Tile::solo(48, 32, 32)]);
+    }
+    tiles
 }
 
 fn all_tiles(operation: Operation) -> Vec<Tile> {

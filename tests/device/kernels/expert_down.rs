@@ -25,7 +25,10 @@ fn down(form: &Form, h: &[f32], expert_width: usize, routing: &Routing, places: 
             run(|recorder| record(recorder, variant, params, bindings));
         }
         Form::Cooperative { weights, tile, aligned_slots } => {
-            let halves = Halves::of(&h, routing.n_assignments(), expert_width);
+            let halves = match tile.solo {
+                true => Halves::by_expert(&h, true, routing, expert_width),
+                false => Halves::of(&h, routing.n_assignments(), expert_width),
+            };
             let bindings = Bindings { h: halves.rows(), permutation, offsets, places, y: y.whole(), down, bias };
             run(|recorder| {
                 cooperative::expert_down::record(recorder, (*weights, *aligned_slots), *tile, params, bindings)

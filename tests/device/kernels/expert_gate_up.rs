@@ -35,7 +35,10 @@ fn gate_up(
             run(|recorder| record(recorder, variant, params, bindings));
         }
         Form::Cooperative { weights, tile, aligned_slots } => {
-            let halves = Halves::of(&x, n_rows, d_model);
+            let halves = match tile.solo {
+                true => Halves::by_expert(&x, false, routing, d_model),
+                false => Halves::of(&x, n_rows, d_model),
+            };
             let bindings = Bindings { x: halves.rows(), permutation, offsets, places, h: h.whole(), gate, up, bias };
             run(|recorder| {
                 cooperative::expert_gate_up::record(recorder, (*weights, *aligned_slots), *tile, params, bindings)
