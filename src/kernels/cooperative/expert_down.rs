@@ -29,7 +29,8 @@ pub fn variant(weights: Dtype, tile: Tile, params: &Params, aligned_slots: bool)
     super::variant(weights, tile, params.expert_width, strides, aligned_slots)
 }
 
-/// As [`expert_down`](crate::kernels::expert_down::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes.
+/// As [`expert_down`](crate::kernels::expert_down::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes. A
+/// solo tile takes rows by expert, from [`record_by_expert`](crate::kernels::half_rows::record_by_expert).
 pub fn record(
     recorder: &mut Recorder<'_>,
     (weights, aligned_slots): (Dtype, bool),

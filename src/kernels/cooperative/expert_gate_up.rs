@@ -32,7 +32,8 @@ pub fn variant(weights: Dtype, tile: Tile, params: &Params, aligned_slots: bool)
     super::variant(weights, tile, params.d_model, strides, aligned_slots)
 }
 
-/// As [`expert_gate_up`](crate::kernels::expert_gate_up::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes.
+/// As [`expert_gate_up`](crate::kernels::expert_gate_up::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes. A
+/// solo tile takes rows by expert, from [`record_by_expert`](crate::kernels::half_rows::record_by_expert).
 pub fn record(
     recorder: &mut Recorder<'_>,
     (weights, aligned_slots): (Dtype, bool),

@@ -191,9 +191,12 @@ pub fn matrices_at(
     (matrices.collect(), places)
 }
 
-/// T, A, E, D, F: none, one, primes, around the tiles of 16, 32 and 64 rows and of 32, 64 and 128 columns, odd widths,
+/// T, A, E, D, F.
+pub type Extents = (usize, usize, usize, usize, usize);
+
+/// None, one, primes, around the tiles of 16, 32 and 64 rows and of 32, 64 and 128 columns, odd widths,
 /// one expert for all, as many chosen as there are.
-pub const SHAPES: [(usize, usize, usize, usize, usize); 12] = [
+pub const SHAPES: [Extents; 12] = [
     (0, 1, 1, 8, 8),
     (1, 1, 1, 1, 1),
     (1, 2, 3, 16, 64),
