@@ -1343,7 +1343,7 @@ impl Machine {
                 let order = |permutation| ByExpert { n_experts, experts, offsets, permutation };
                 let tile = self.tiles.gate_up(per_expert);
                 let (x, params_of_x) = (buffers.normed.whole(), |n| half_rows::Params::dense(n, d_model));
-                let x = if tile.solo {
+                let x = if tile.is_solo() {
                     let order = order(Some((permutation, n_chosen_u32)));
                     half_rows::record_by_expert(r, params_of_x(n_assignments), order, x, halves.ordered())?;
                     halves.ordered()
@@ -1355,7 +1355,7 @@ impl Machine {
                 cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
                 let tile = self.tiles.down(per_expert);
                 let params = half_rows::Params::dense(n_assignments, expert_width);
-                let h = if tile.solo {
+                let h = if tile.is_solo() {
                     half_rows::record_by_expert(r, params, order(None), h, halves.ordered())?;
                     halves.ordered()
                 } else {

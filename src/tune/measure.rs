@@ -427,7 +427,7 @@ impl<'p> Experts<'p> {
         let (h, bias) = (self.h.whole(), self.places.whole());
         match tile {
             Some(tile) => {
-                let x = self.x_halves(tile.solo);
+                let x = self.x_halves(tile.is_solo());
                 let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 cooperative::expert_gate_up::record(recorder, (self.weights, true), tile, params, bindings)
             }
@@ -448,7 +448,7 @@ impl<'p> Experts<'p> {
         let (y, bias) = (self.y.whole(), self.places.whole());
         match tile {
             Some(tile) => {
-                let h = self.h_halves(tile.solo);
+                let h = self.h_halves(tile.is_solo());
                 let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
                 cooperative::expert_down::record(recorder, (self.weights, true), tile, params, bindings)
             }
@@ -532,7 +532,7 @@ impl<'p> Experts<'p> {
     ) -> Result<Reading, MeasureError> {
         let ExpertShape { chosen, d_model, expert_width, .. } = self.shape;
         let mut recorder = Recorder::new(self.pipelines);
-        self.halve_hidden(&mut recorder, tile.is_some_and(|tile| tile.solo), rows * chosen)?;
+        self.halve_hidden(&mut recorder, tile.is_some_and(|tile| tile.is_solo()), rows * chosen)?;
         self.down(&mut recorder, tile, rows)?;
         recorder.submit()?;
         let gpu = self.pipelines.gpu();

@@ -50,7 +50,7 @@ pub const NARROW: u32 = 3072;
 /// Products of up to so many rows (of an expert, on average) take one tile; more rows than the last take another.
 pub const ROW_CLASSES: [u32; 5] = [8, 16, 32, 64, 256];
 
-/// Experts with at most so many rows on average may take tiles that are [`solo`](Tile::solo): room is kept for the rows they read.
+/// Experts with at most so many rows on average may take tiles that are [`solo`](Tile::is_solo): room is kept for the rows they read.
 pub const SOLO_ROWS: u32 = 64;
 
 /// A tile for every operation and class of rows.
@@ -68,7 +68,7 @@ fn class(rows: u32) -> usize {
 /// Solo tiles are for experts of few rows.
 fn is_allowed(operation: Operation, class: usize, tile: Tile) -> bool {
     let few = ROW_CLASSES.get(class).is_some_and(|most| *most <= SOLO_ROWS);
-    !tile.solo || few && matches!(operation, Operation::GateUp | Operation::Down)
+    !tile.is_solo() || few && matches!(operation, Operation::GateUp | Operation::Down)
 }
 
 impl Tiles {

@@ -246,7 +246,7 @@ fn cooperative_kernels_translate_to_spirv() {
         };
         let mut tiles = tiles();
         if kernel.name != "cooperative/matmul" {
-            tiles.extend([Tile::solo(16, 16, 64), Tile::solo(48, 32, 128), Tile::solo(80, 16, 32)]);
+            tiles.extend([Tile::solo(16, 32, 64, 1), Tile::solo(48, 32, 128, 2), Tile::solo(80, 16, 32, 1)]);
         }
         for (tile, dtype) in tiles.iter().flat_map(|tile| dtypes.iter().map(move |dtype| (tile, *dtype))) {
             for (wide, tail) in [(true, false), (true, true), (false, false)] {

@@ -47,10 +47,10 @@ pub struct Tile {
     pub prefetch: bool,
     /// Tiles in workgroup memory: 2 save a barrier a step.
     pub buffers: u32,
-    /// One subgroup alone computes all of it, for experts of few rows: rows by expert, as
+    /// Not 0: one subgroup alone computes all of it, for experts of few rows. Rows by expert, as
     /// [`record_by_expert`](super::half_rows::record_by_expert) lays them out, are taken as fragments from memory, and weights go through
-    /// workgroup memory by 16 columns.
-    pub solo: bool,
+    /// workgroup memory, so many fragments of 16 columns between two barriers.
+    pub solo: u32,
 }
 
 /// What a tile is to a kernel, with the defaults.
@@ -74,13 +74,18 @@ impl Tile {
     /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
         let least_subgroups = 4;
-        let (unit, pad, prefetch, buffers, solo) = (4, 2, true, 1, false);
+        let (unit, pad, prefetch, buffers, solo) = (4, 2, true, 1, 0);
         Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, unit, pad, prefetch, buffers, solo }
     }
 
-    /// `rows x cols` outputs of one subgroup, `depth` terms to a step, for experts.
-    pub const fn solo(rows: u32, cols: u32, depth: u32) -> Self {
-        Self { least_subgroups: 1, unit: 8, solo: true, ..Self::new(rows, cols, depth, rows, cols) }
+    /// `rows x cols` outputs of one subgroup, for experts: `depth` terms of `fragments` of columns between two barriers.
+    pub const fn solo(rows: u32, cols: u32, depth: u32, fragments: u32) -> Self {
+        Self { least_subgroups: 1, unit: 8, solo: fragments, ..Self::new(rows, cols, depth, rows, cols) }
+    }
+
+    /// Takes rows by expert, of [`record_by_expert`](super::half_rows::record_by_expert).
+    pub const fn is_solo(&self) -> bool {
+        self.solo > 0
     }
 
     /// Can be run by a kernel that multiplies with so many matrices: whole fragments everywhere, and no more workgroup memory than there is.
@@ -95,11 +100,14 @@ impl Tile {
             && pad.is_multiple_of(2) // rows of a tile start at multiples of 16 bytes
             && [rows, cols, buffers].iter().all(|n| (1..=1024).contains(n));
         let bytes = || match self.solo {
-            true => solo::workgroup_bytes(depth, pad),
-            false => 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad) + template::SUMS_BYTES,
+            1.. => solo::workgroup_bytes(self.solo, depth, pad),
+            0 => 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad) + template::SUMS_BYTES,
         };
-        let alone = !self.solo || self.subgroups() == 1 && buffers == 1 && self.prefetch;
-        whole && alone && (1..=32).contains(&self.subgroups()) && bytes() + 32 <= WORKGROUP_BYTES
+        let alone = || {
+            let one = self.subgroups() == 1 && buffers == 1 && self.prefetch;
+            !self.is_solo() || one && (matrices * cols / 16).is_multiple_of(self.solo)
+        };
+        whole && alone() && (1..=32).contains(&self.subgroups()) && bytes() + 32 <= WORKGROUP_BYTES
     }
 
     fn of(kernel: &Kernel, variant: &Variant) -> Self {
@@ -115,7 +123,7 @@ impl Tile {
             pad: get("PAD"),
             prefetch: get("PREFETCH") == 1,
             buffers: get("BUFFERS"),
-            solo: get("SOLO") == 1,
+            solo: get("SOLO"),
         }
     }
 
@@ -147,7 +155,7 @@ impl Tile {
                 ("PAD", self.pad),
                 ("PREFETCH", self.prefetch as u32),
                 ("BUFFERS", self.buffers),
-                ("SOLO", self.solo as u32),
+                ("SOLO", self.solo),
                 ("WIDE", wide as u32),
                 ("TAIL", tail as u32),
             ],
@@ -158,8 +166,8 @@ impl Tile {
 impl std::fmt::Display for Tile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Tile { rows, cols, depth, subgroup_rows, subgroup_cols, unit, pad, .. } = self;
-        if self.solo {
-            return write!(f, "{rows}x{cols}x{depth} solo, pad {pad}");
+        if self.is_solo() {
+            return write!(f, "{rows}x{cols}x{depth} solo by {}, pad {pad}", self.solo);
         }
         write!(
             f,
@@ -180,7 +188,7 @@ impl std::fmt::Display for Tile {
 fn workgroups(tile: Tile, n_assignments: u32, n_experts: u32, n_columns: u32) -> [u32; 3] {
     let [row_tiles, column_tiles, one] = slabs::tiles([tile.rows, tile.cols], n_assignments, n_experts, n_columns);
     // Columns first where neighbours are to find the same rows in their cache.
-    if tile.solo { [column_tiles, row_tiles, one] } else { [row_tiles, column_tiles, one] }
+    if tile.is_solo() { [column_tiles, row_tiles, one] } else { [row_tiles, column_tiles, one] }
 }
 
 /// The variant for weights of `n_terms` terms that lie as `strides` (row, k, first) say.

@@ -1,9 +1,9 @@
 //! The text of a kernel over experts of few rows, whose weights are to come at the rate of memory: one subgroup to a workgroup.
 //!
 //! Its tile is all rows of an expert, if they fit, and a few fragments of columns. There is nobody to wait for at a barrier, many such
-//! workgroups share a multiprocessor, and each keeps the loads of a whole step in registers on their way: weights of 16 columns at a
-//! time are laid, as f16, into workgroup memory, then the loads of the next step into the registers that are free now are begun, and then
-//! they are multiplied. Rows need no workgroup memory: they lie as fragments (see
+//! workgroups share a multiprocessor, and each keeps the loads of a whole step in registers on their way: weights of a few fragments of
+//! columns at a time are laid, as f16, into workgroup memory, then the loads of the next step into the registers that are free now are
+//! begun, and then they are multiplied. Rows need no workgroup memory: they lie as fragments (see
 //! [`record_by_expert`](crate::kernels::half_rows::record_by_expert)) and come from the cache that the workgroups share.
 //!
 //! The order of summation and what becomes of weights are those of [`template`](super::template).
@@ -11,13 +11,13 @@
 use super::template::{Weights, Writer};
 use crate::kernels::slabs::N_SLABS;
 
-/// Weights of 16 columns, and the sums of a fragment: bytes of workgroup memory.
-pub(super) const fn workgroup_bytes(depth: u32, pad: u32) -> u32 {
-    16 * (depth / 4 + pad) * 8 + 16 * 16 * 4
+/// Of workgroup memory: weights of so many fragments of columns, and the sums of a fragment.
+pub(super) const fn workgroup_bytes(fragments: u32, depth: u32, pad: u32) -> u32 {
+    fragments * 16 * (depth / 4 + pad) * 8 + 16 * 16 * 4
 }
 
-/// Fragments of rows that a step keeps in registers for all its columns; where there are more, every column fragment loads them anew.
-const KEPT_FRAGMENTS: u32 = 16;
+/// Fragments of rows that a step keeps in registers where weights are laid in several parts. More are loaded anew for each part.
+const KEPT_FRAGMENTS: u32 = 20;
 
 /// One fragment of columns of one matrix.
 #[derive(Clone, Copy)]
@@ -47,8 +47,13 @@ impl Writer<'_> {
         format!("{}{column}", self.matrix_names()[matrix])
     }
 
+    /// Those whose weights lie in workgroup memory together.
+    fn parts(&self) -> Vec<Vec<Group>> {
+        self.groups().chunks(self.tile.solo as usize).map(<[_]>::to_vec).collect()
+    }
+
     fn rows_are_kept(&self) -> bool {
-        self.row_fragments() * (self.tile.depth / 16) <= KEPT_FRAGMENTS
+        self.parts().len() > 1 && self.row_fragments() * (self.tile.depth / 16) <= KEPT_FRAGMENTS
     }
 
     /// The whole text.
@@ -56,7 +61,7 @@ impl Writer<'_> {
         assert!(matches!(self.operation.weights, Weights::Slabs(_)), "only experts have few rows of many matrices");
         self.head("vec4<f16>");
         self.line(include_str!("../../../shaders/shared/expert_groups.wgsl"));
-        self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {}>;", 16 * self.pitch()));
+        self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {}>;", self.tile.solo * 16 * self.pitch()));
         self.line("var<workgroup> sums: array<f32, 256>;");
         // Neighbours have the same rows and other columns.
         self.line(
@@ -135,8 +140,8 @@ impl Writer<'_> {
         }
     }
 
-    /// Lays a group's step, at term `k`, into workgroup memory.
-    fn store_group(&mut self, group: Group, k: &str) {
+    /// Lays a group's step, at term `k`, into place `place` of workgroup memory.
+    fn store_group(&mut self, group: Group, place: u32, k: &str) {
         let name = self.prefix(group);
         let (units, unit, pitch) = (self.row_units(), self.unit, self.pitch());
         for i in 0..self.loads() {
@@ -146,7 +151,7 @@ impl Writer<'_> {
                 if self.wide && self.tail {
                     value = format!("select(vec4<f16>(0.0), {value}, {k} / {unit}u + {item} % {units}u < n_units)");
                 }
-                self.line(format!("w_tile[{at} + {half}u] = {value};"));
+                self.line(format!("w_tile[{at} + {}u] = {value};", place * 16 * pitch + half as u32));
             }
         }
     }
@@ -176,19 +181,26 @@ impl Writer<'_> {
         if self.rows_are_kept() {
             (0..depth / 16).for_each(|step| self.load_rows(step));
         }
-        for group in self.groups() {
-            self.store_group(group, "k0");
+        for part in self.parts() {
+            for (place, group) in part.iter().enumerate() {
+                self.store_group(*group, place as u32, "k0");
+            }
             self.line("workgroupBarrier();");
-            self.load_group(group, "k1", slab);
+            for group in &part {
+                self.load_group(*group, "k1", slab);
+            }
             for step in 0..depth / 16 {
                 self.line("{");
                 if !self.rows_are_kept() {
                     self.load_rows(step);
                 }
-                self.line(format!("let fw = coopLoad<coop_mat16x16<f16, B>>(&w_tile[{}u], {pitch}u);", step * 4));
-                let name = self.prefix(group);
-                for r in 0..self.row_fragments() {
-                    self.line(format!("{name}_acc{r} = coopMultiplyAdd(fx{step}_{r}, fw, {name}_acc{r});"));
+                for (place, group) in part.iter().enumerate() {
+                    let at = place as u32 * 16 * pitch + step * 4;
+                    self.line(format!("let fw{place} = coopLoad<coop_mat16x16<f16, B>>(&w_tile[{at}u], {pitch}u);"));
+                    let name = self.prefix(*group);
+                    for r in 0..self.row_fragments() {
+                        self.line(format!("{name}_acc{r} = coopMultiplyAdd(fx{step}_{r}, fw{place}, {name}_acc{r});"));
+                    }
                 }
                 self.line("}");
             }

@@ -68,7 +68,7 @@ pub(super) fn source(kernel: &Kernel, operation: &Operation, variant: &Variant) 
         tail: kernel.tunable(variant, "TAIL") == 1,
         out: String::new(),
     };
-    match writer.tile.solo {
+    match writer.tile.is_solo() {
         true => writer.solo(),
         false => writer.all(),
     }
@@ -170,7 +170,7 @@ impl Writer<'_> {
 
     /// All that stands before the variables of a workgroup, with rows of `element`.
     pub(super) fn head(&mut self, element: &str) {
-        let Tile { rows, cols, solo, .. } = self.tile;
+        let (Tile { rows, cols, .. }, solo) = (self.tile, self.tile.is_solo());
         self.line("enable f16;\nenable wgpu_cooperative_matrix;");
         self.line(format!("const TILE_ROWS: u32 = {rows}u;\nconst TILE_COLS: u32 = {cols}u;"));
         self.line(format!("const ROWS_BY_POSITION: bool = {solo};"));

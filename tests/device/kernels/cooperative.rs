@@ -73,7 +73,7 @@ fn some_tiles(operation: Operation) -> Vec<Tile> {
         Tile { unit: 8, buffers: 2, ..Tile::new(32, 64, 32, 16, 32) },
     ];
     if matches!(operation, Operation::GateUp | Operation::Down) {
-        tiles.extend([Tile::solo(16, 16, 32), Tile::solo(48, 32, 32)]);
+        tiles.extend([Tile::solo(16, 16, 32, 1), Tile::solo(48, 32, 32, 2)]);
     }
     tiles
 }
@@ -228,7 +228,7 @@ fn expert_trials() -> Vec<Trial> {
     // What the trials above do, with so few tiles and shapes that emulated matrices take seconds.
     const FEW_SHAPES: [Extents; 3] = [SHAPES[4], SHAPES[8], SHAPES[11]];
     let form = |tile| Form::Cooperative { weights: Dtype::Bf16, tile, aligned_slots: true };
-    let solo = move || [Tile::new(16, 32, 64, 16, 16), Tile::solo(32, 16, 32)].map(form);
+    let solo = move || [Tile::new(16, 32, 64, 16, 16), Tile::solo(32, 16, 32, 1)].map(form);
     trials.extend([
         Trial::test("cooperative::solo_expert_gate_up_has_the_bits_of_others", move || {
             expert_gate_up::matches_reference(Dtype::Bf16, &FEW_SHAPES, &solo(), tolerances);
