@@ -270,7 +270,8 @@ impl EngineArguments {
         })
     }
 
-    fn policy(&self) -> Result<Option<Policy>> {
+    /// --policy.
+    pub fn policy(&self) -> Result<Option<Policy>> {
         let Some(file) = &self.policy else { return Ok(None) };
         let named = || format!("--policy {}", file.display());
         let text = std::fs::read_to_string(file).with_context(named)?;

@@ -78,7 +78,7 @@ struct Case {
     swept: bool,
 }
 
-/// The policy that the search chose; it runs first and last.
+/// The policy that the search chose; it runs first, and again after others.
 const CHOSEN: [&str; 2] = ["chosen", "chosen, again"];
 
 /// What became of it.
@@ -130,9 +130,11 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     let bench = Bench { config: &config, bytes, limits, profile: &profile, arguments: &arguments };
     let mut cases = bench.drawn()?;
     if arguments.sweep {
-        // The choice and its nearest neighbours go first, what is further away last: there may be no time for all.
+        // The choice and its nearest neighbours go first, what is further away last: there may be no time for all. What is drawn
+        // stands between, and the choice once more behind it.
         let mut swept = bench.around_the_choice()?;
         let near = swept.len().min(10);
+        cases.extend(swept.pop_if(|case| case.label == CHOSEN[1]));
         swept.splice(near..near, cases);
         cases = swept;
     }
@@ -332,7 +334,12 @@ impl Bench<'_> {
             page_bytes: streams.then_some(policy.page_bytes),
             ..self.decoding(n, split, attention)
         };
-        let n = policy.max_sequences;
+        // As many of them as these ages leave room for: the search knows their mean alone.
+        let mut n = policy.max_sequences;
+        let block_bytes = KvLayout::new(&self.config.shape, KvDtype::F16).bytes_per_block() as u64;
+        while n > policy.micro_batches && (self.blocks(n) + 1) as u64 * block_bytes > self.pool_bytes() {
+            n -= policy.micro_batches;
+        }
         let residents = Wishes {
             resident_experts: Some(policy.resident_experts),
             extra_residents: Some(policy.extra_residents),

@@ -38,7 +38,7 @@ use crate::plan::Wishes;
 use crate::plan::compare::Pair;
 use crate::plan::hrm::{Bound, Hierarchy, Level, SteadyState, steady_state_bound};
 use crate::plan::workload::Workload as Lengths;
-use crate::policy::{ScheduleKind, SourceKind};
+use crate::policy::{Policy, ScheduleKind, SourceKind};
 use crate::request::lengths::{self, Length, MT_BENCH_PROMPTS};
 use crate::request::{Request, SamplingParams};
 use crate::schedule::{Idle, Lane, Timeline, trace};
@@ -175,12 +175,32 @@ impl Workload {
         self.lengths.iter().map(|length| of(length) * length.generated as f64).sum::<f64>() / self.generated() as f64
     }
 
+    /// What a plan is made for.
+    fn as_planned(&self) -> Option<Lengths> {
+        Lengths::of(self.lengths.iter().map(|length| (length.prompt, length.generated)), None)
+    }
+
     /// KV blocks of a running request, at all ages alike.
     fn mean_blocks(&self) -> f64 {
         self.mean_running(|length| {
             let blocks = (0..length.generated).map(|age| KvLayout::blocks_for(length.prompt + age + 1));
             blocks.sum::<usize>() as f64 / length.generated as f64
         })
+    }
+
+    /// `wishes`, with as many sequences as so many KV blocks hold, and room for their rows.
+    fn wishes(&self, wishes: &Wishes, kv_blocks: usize) -> Wishes {
+        let n = wishes.max_sequences.unwrap_or((kv_blocks as f64 / self.mean_blocks()) as usize).max(2);
+        let micro_batches = wishes.micro_batches.unwrap_or(4).min(n);
+        // Room for the prompts that replace what ends, and half as many again where several end at once.
+        let rows = (n as f64 * (1.0 + 1.5 * self.prompt_share())) as usize + 2 * self.longest_prompt();
+        Wishes {
+            max_sequences: Some(n),
+            micro_batches: Some(micro_batches),
+            expert_groups: wishes.expert_groups.or(Some(2.min(micro_batches))),
+            pass_rows: wishes.pass_rows.or(Some(rows.next_multiple_of(64 * micro_batches))),
+            ..*wishes
+        }
     }
 
     /// `n` requests as they are on their way at some moment: each length as often as it generates, ages spread evenly. In an order
@@ -350,38 +370,54 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         builder = builder.host_memory(Some(free));
     }
     wishes.max_model_len = wishes.max_model_len.or(Some(longest.min(config.max_positions)));
-
-    let wishes_for = |workload: &Workload, kv_blocks: usize| -> Wishes {
-        let n = wishes.max_sequences.unwrap_or((kv_blocks as f64 / workload.mean_blocks()) as usize).max(2);
-        let micro_batches = wishes.micro_batches.unwrap_or(4).min(n);
-        // Room for the prompts that replace what ends, and half as many again where several end at once.
-        let rows = (n as f64 * (1.0 + 1.5 * workload.prompt_share())) as usize + 2 * workload.longest_prompt();
-        Wishes {
-            max_sequences: Some(n),
+    // How the work is cut: as in the policy that is given, else as the search has it for the last workload where the machine was
+    // measured. How many sequences there are follows from the pool.
+    let last = workloads.last().expect("one workload");
+    let searched = last.as_planned().filter(|_| arguments.emulate.is_none());
+    let mut prepared = builder.wishes(wishes).plan_for(searched, arguments.engine.margin()).prepare()?;
+    if let Some(policy) = arguments.engine.policy()? {
+        wishes = wishes.or_of(&policy, &config);
+    } else if let Some(found) = prepared.found() {
+        let Policy { micro_batches, expert_groups, ring_experts, page_bytes, .. } = found.best.plan.policy;
+        wishes = Wishes {
             micro_batches: Some(micro_batches),
-            expert_groups: wishes.expert_groups.or(Some(2.min(micro_batches))),
-            pass_rows: wishes.pass_rows.or(Some(rows.next_multiple_of(64 * micro_batches))),
+            expert_groups: Some(expert_groups),
+            // None where nothing streams in that policy.
+            ring_experts: Some(ring_experts).filter(|slots| *slots > 0),
+            page_bytes: Some(page_bytes),
             ..wishes
-        }
-    };
+        };
+        say!(
+            "policy  micro-batches, groups, ring and pages of the best among {} that fit, for {}",
+            found.fitting,
+            last.name
+        );
+    }
     // The pool depends on what rows take on the host, and they on the sequences, and those on the pool.
-    let mut prepared = builder.wishes(Wishes { max_sequences: Some(64), ..wishes }).prepare()?;
-    let widest = |blocks: usize| {
-        let rows = |workload: &&Workload| wishes_for(workload, blocks).pass_rows;
-        wishes_for(workloads.iter().max_by_key(rows).expect("one workload"), blocks)
+    let widest = |wishes: &Wishes, blocks: usize| {
+        let each = workloads.iter().map(|workload| workload.wishes(wishes, blocks));
+        each.max_by_key(|wishes| wishes.pass_rows).expect("one workload")
     };
     let everything =
         Wishes { max_sequences: Some(1 << 16), pass_rows: Some(1 << 16), micro_batches: Some(64), ..wishes };
     let mut blocks =
         prepared.plan_for(&everything).map(|plan| plan.policy.kv_blocks).unwrap_or(prepared.plan().policy.kv_blocks);
+    if prepared.plan_for(&widest(&wishes, blocks)).is_err() {
+        // More rows than the GPU has room for beside that cut.
+        let searched = prepared.found().map(|found| found.best.plan.policy);
+        wishes.max_sequences = wishes.max_sequences.or(searched.map(|policy| policy.max_sequences));
+        wishes.pass_rows =
+            wishes.pass_rows.or(searched.map(|policy| policy.rows_per_micro_batch * policy.micro_batches));
+    }
     for _ in 0..3 {
-        let plan = prepared.plan_for(&widest(blocks))?;
+        let plan = prepared.plan_for(&widest(&wishes, blocks))?;
         let kept = if wishes.kv_bytes.is_some() { 0 } else { left_alone };
         let pool = plan.memory.kv_pool.saturating_sub(kept).max(plan.memory.kv_pool / plan.policy.kv_blocks as u64);
-        prepared.replan(Wishes { kv_bytes: Some(pool), ..widest(blocks) })?;
+        prepared.replan(Wishes { kv_bytes: Some(pool), ..widest(&wishes, blocks) })?;
         blocks = prepared.plan().policy.kv_blocks;
     }
     say_prepared(&prepared);
+    arguments.engine.keep_policy(&prepared.plan().policy)?;
     let mut engine = load(prepared)?;
     let (pages, time) = engine.measure_pages()?.context("all experts stay on the GPU: nothing streams")?;
     let link_rate = pages as f64 / time.as_secs_f64();
@@ -399,7 +435,7 @@ pub fn run(arguments: Arguments) -> Result<u8> {
     };
     let mut outcomes = Vec::new();
     for (index, workload) in workloads.iter().enumerate() {
-        let mut asked = fixed(wishes_for(workload, blocks));
+        let mut asked = fixed(workload.wishes(&wishes, blocks));
         asked.source = engine.page_source().map(|source| source.kind());
         engine = engine.reopen(asked)?;
         let (outcome, timelines) = steady_state(&mut engine, workload, &config, link_rate, total_host, &arguments)?;
@@ -459,9 +495,8 @@ fn steady_state(
     arguments: &Arguments,
 ) -> Result<(Outcome, Vec<Timeline>)> {
     let passes = arguments.warm_up + arguments.passes;
-    let lengths = workload.lengths.iter().map(|length| (length.prompt, length.generated));
     // The profile is of the machine as it is.
-    let lengths = Lengths::of(lengths, None).filter(|_| arguments.emulate.is_none());
+    let lengths = workload.as_planned().filter(|_| arguments.emulate.is_none());
     let predicted = lengths.and_then(|lengths| engine.predict(lengths));
     let sequences = workload.running(engine.plan().policy.max_sequences);
     let mut bar = progress::PassProgress::new(&workload.name, passes);

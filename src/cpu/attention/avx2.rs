@@ -197,13 +197,6 @@ impl<const VNNI: bool> Integers for I16x16<VNNI> {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn store_tokens(sums: __m256i, to: *mut f32) {
-        // SAFETY: good for 8 tokens, says the caller.
-        unsafe { _mm256_storeu_ps(to, _mm256_cvtepi32_ps(sums)) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn to_f32(sums: __m256i) -> F32x8 {
         F32x8(_mm256_cvtepi32_ps(sums))
     }

@@ -201,10 +201,13 @@ impl<const VNNI: bool> Integers for I16x32<VNNI> {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn store_tokens(sums: __m512i, to: *mut f32) {
-        let sums = _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64::<1>(sums));
-        // SAFETY: good for 8 tokens, says the caller.
-        unsafe { _mm256_storeu_ps(to, _mm256_cvtepi32_ps(sums)) }
+    unsafe fn store_tokens(sums: [__m512i; 2], scales: *const f32, factor: F32x16, to: *mut f32) {
+        // 8 tokens of one pair of columns in a lower half, the same of the next pair in the upper one.
+        let [a, b] = sums;
+        let sums =
+            _mm512_add_epi32(_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b));
+        // SAFETY: both good for 16 tokens, says the caller.
+        unsafe { Self::to_f32(sums).mul(F32x16::load(scales).mul(factor)).store(to) }
     }
 
     #[inline]

@@ -34,7 +34,7 @@ use super::group::{Ahead, CacheLines, Group, Lanes, Scratch, State, WIDEST, floa
 /// Callers of any method owe it:
 /// * the CPU has the instruction set that the type stands for;
 /// * a pointer is good for the elements that the method names. No alignment is asked for.
-pub(super) trait Integers {
+pub(super) trait Integers: Sized {
     type Floats: Lanes;
     /// A pair of 16-bit integers in each lane.
     type Pairs: Copy;
@@ -50,8 +50,17 @@ pub(super) trait Integers {
     unsafe fn splat(from: *const [i16; 2]) -> Self::Pairs;
     /// `sums + a.0 · b.0 + a.1 · b.1`, lane by lane.
     unsafe fn add_products(sums: Self::Sums, a: Self::Pairs, b: Self::Pairs) -> Self::Sums;
-    /// Stores the sum of each token as f32, of registers whose lanes are [`tokens`] of one pair of columns, then of the next.
-    unsafe fn store_tokens(sums: Self::Sums, to: *mut f32);
+    /// Stores the sum of each token as f32, times its scale and a factor, of two registers whose lanes are [`tokens`] of one pair of
+    /// columns, then of the next. `scales` and `to` are good for two registers' tokens.
+    #[inline(always)]
+    unsafe fn store_tokens(sums: [Self::Sums; 2], scales: *const f32, factor: Self::Floats, to: *mut f32) {
+        const { assert!(tokens::<Self>() == Self::Floats::COUNT) };
+        for (register, sums) in sums.into_iter().enumerate() {
+            let at = register * Self::Floats::COUNT;
+            // SAFETY: as the caller's.
+            unsafe { Self::to_f32(sums).mul(Self::Floats::load(scales.add(at)).mul(factor)).store(to.add(at)) };
+        }
+    }
     unsafe fn to_f32(sums: Self::Sums) -> Self::Floats;
     /// The nearest integers of numbers in ±32767, one for each lane. Anything for others.
     unsafe fn store_rounded(numbers: Self::Floats, to: *mut i16);
@@ -114,16 +123,17 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, e
             value_scales.0[..slots.start].fill(0.0);
             value_scales.0[slots.end..].fill(0.0);
             let block = Block { head_width, padded };
-            block.score::<I>(heads, keys.as_ptr(), q_pairs.as_ptr(), weights.as_mut_ptr(), &mut values_ahead);
-            for (weights, q_scale) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&*q_scales) {
-                multiply::<I>(weights, &key_scales, *q_scale);
-                weights[..slots.start].fill(f32::NEG_INFINITY);
-                weights[slots.end..].fill(f32::NEG_INFINITY);
+            let query = Query { pairs: q_pairs.as_ptr(), scales: q_scales.as_ptr() };
+            block.score::<I>(heads, keys.as_ptr(), &key_scales, &query, weights.as_mut_ptr(), &mut values_ahead);
+            if slots.len() < BLOCK_TOKENS {
+                for weights in weights.chunks_exact_mut(BLOCK_TOKENS) {
+                    weights[..slots.start].fill(f32::NEG_INFINITY);
+                    weights[slots.end..].fill(f32::NEG_INFINITY);
+                }
             }
             softmax_step::<I::Floats>(max, new_max, weights, weight_sums, out, padded);
             for (weights, largest) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&mut *weight_scales) {
-                multiply::<I>(weights, &value_scales, 1.0);
-                *largest = largest_of::<I>(weights);
+                *largest = multiply::<I>(weights, &value_scales);
             }
             let pairs = weight_pairs.chunks_exact_mut(BLOCK_TOKENS);
             for ((weights, pairs), scale) in weights.chunks_exact(BLOCK_TOKENS).zip(pairs).zip(&mut *weight_scales) {
@@ -170,20 +180,24 @@ unsafe fn scales<I: Integers>(from: *const u8) -> CacheLines {
     all
 }
 
-/// Each number times its token's scale and a factor.
+/// Each number times its token's scale; the largest magnitude of what comes out, NaN if there is one.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `I` stands for.
 /// * `numbers` has BLOCK_TOKENS elements.
 #[inline(always)]
-unsafe fn multiply<I: Integers>(numbers: &mut [f32], scales: &CacheLines, factor: f32) {
-    for (numbers, scales) in numbers.chunks_exact_mut(I::Floats::COUNT).zip(scales.0.chunks_exact(I::Floats::COUNT)) {
-        // SAFETY: as the caller's.
-        unsafe {
-            let scales = I::Floats::load(scales.as_ptr()).mul(I::Floats::splat(factor));
-            I::Floats::load(numbers.as_ptr()).mul(scales).store(numbers.as_mut_ptr());
+unsafe fn multiply<I: Integers>(numbers: &mut [f32], scales: &CacheLines) -> f32 {
+    // SAFETY: as the caller's.
+    unsafe {
+        let mut largest = I::Floats::splat(0.0);
+        for (numbers, scales) in numbers.chunks_exact_mut(I::Floats::COUNT).zip(scales.0.chunks_exact(I::Floats::COUNT))
+        {
+            let product = I::Floats::load(numbers.as_ptr()).mul(I::Floats::load(scales.as_ptr()));
+            product.store(numbers.as_mut_ptr());
+            largest = I::max_magnitude(largest, product);
         }
+        I::max_magnitude_lane(largest)
     }
 }
 
@@ -248,13 +262,14 @@ struct Block {
 ///   `[heads, padded / 2 · KEY_GROUP]`, each pair in as many lanes as a register has [`tokens`], from the first head that the method is to
 ///   take; to outputs: `[heads, padded]`; to weights: `[heads, BLOCK_TOKENS]`, likewise.
 impl Block {
-    /// `weights[head, slot] = q[head] · keys[slot]`, in integers.
+    /// `weights[head, slot] = q[head] · keys[slot]`: in integers, then times both scales.
     #[inline(always)]
     unsafe fn score<I: Integers>(
         &self,
         heads: usize,
         keys: *const u8,
-        q: *const [i16; 2],
+        key_scales: &CacheLines,
+        query: &Query,
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
@@ -262,28 +277,31 @@ impl Block {
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
-            let at = |head: usize| (q.add(head * self.padded / 2 * KEY_GROUP), weights.add(head * BLOCK_TOKENS));
+            let at = |head: usize| {
+                let pairs = query.pairs.add(head * self.padded / 2 * KEY_GROUP);
+                (Query { pairs, scales: query.scales.add(head) }, weights.add(head * BLOCK_TOKENS))
+            };
             if I::Floats::TILE == 16 {
                 while head + 4 <= heads {
-                    let (q, weights) = at(head);
-                    self.score_heads::<I, 4, 4>(keys, q, weights, ahead);
+                    let (query, weights) = at(head);
+                    self.score_heads::<I, 4, 4>(keys, key_scales, &query, weights, ahead);
                     head += 4;
                 }
             } else {
                 while head + 4 <= heads {
-                    let (q, weights) = at(head);
-                    self.score_heads::<I, 4, 2>(keys, q, weights, ahead);
+                    let (query, weights) = at(head);
+                    self.score_heads::<I, 4, 2>(keys, key_scales, &query, weights, ahead);
                     head += 4;
                 }
             }
             if head + 2 <= heads {
-                let (q, weights) = at(head);
-                self.score_heads::<I, 2, 4>(keys, q, weights, ahead);
+                let (query, weights) = at(head);
+                self.score_heads::<I, 2, 4>(keys, key_scales, &query, weights, ahead);
                 head += 2;
             }
             if head < heads {
-                let (q, weights) = at(head);
-                self.score_heads::<I, 1, 4>(keys, q, weights, ahead);
+                let (query, weights) = at(head);
+                self.score_heads::<I, 1, 4>(keys, key_scales, &query, weights, ahead);
             }
         }
     }
@@ -293,10 +311,12 @@ impl Block {
     unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
         &self,
         keys: *const [i8; 2],
-        q: *const [i16; 2],
+        key_scales: &CacheLines,
+        of: &Query,
         weights: *mut f32,
         ahead: &mut Ahead,
     ) {
+        const { assert!(REGISTERS.is_multiple_of(2)) };
         let (lanes, tokens) = (I::Floats::COUNT, tokens::<I>());
         let pairs = self.head_width / 2;
         // A last register of one pair only reads on into what follows, and takes it times 0.
@@ -311,12 +331,12 @@ impl Block {
                 for step in 0..steps {
                     ahead.fetch(bytes);
                     let pair = step * (lanes / tokens);
-                    let mut row = [I::splat(q); REGISTERS];
+                    let mut row = [I::splat(of.pairs); REGISTERS];
                     for register in 0..REGISTERS {
                         row[register] = I::widen(group(slot + register * tokens).add(pair * KEY_GROUP));
                     }
                     for head in 0..HEADS {
-                        let query = I::load(q.add(head * self.padded / 2 * KEY_GROUP + pair * tokens));
+                        let query = I::load(of.pairs.add(head * self.padded / 2 * KEY_GROUP + pair * tokens));
                         for register in 0..REGISTERS {
                             let sum = &mut sums[head][register];
                             *sum = I::add_products(*sum, row[register], query);
@@ -324,9 +344,11 @@ impl Block {
                     }
                 }
                 for head in 0..HEADS {
-                    for register in 0..REGISTERS {
-                        let to = weights.add(head * BLOCK_TOKENS + slot + register * tokens);
-                        I::store_tokens(sums[head][register], to);
+                    let scale = I::Floats::splat(*of.scales.add(head));
+                    for register in (0..REGISTERS).step_by(2) {
+                        let slot = slot + register * tokens;
+                        let (scales, to) = (key_scales.0.as_ptr().add(slot), weights.add(head * BLOCK_TOKENS + slot));
+                        I::store_tokens([sums[head][register], sums[head][register + 1]], scales, scale, to);
                     }
                 }
             }
@@ -460,6 +482,13 @@ impl Block {
             }
         }
     }
+}
+
+/// Queries of some heads, the first of them the first that a method is to take: pairs of integers in as many lanes as a register has
+/// [`tokens`], and their scales.
+struct Query {
+    pairs: *const [i16; 2],
+    scales: *const f32,
 }
 
 /// What the heads of a tile take V with, and where the sum goes.

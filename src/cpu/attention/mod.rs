@@ -59,9 +59,10 @@ use group::{Group, Scratch, State};
 /// Where a context is cut: joining two spans costs a hundredth of reading one, and part of the reduction order of a row.
 pub const SPAN_TOKENS: usize = 256;
 
-/// A task is this part of what is left for a thread when its turn comes, at most, where contexts allow: the last to end keep the others
-/// waiting for a span or so.
-const TASK_SHARE: usize = 16;
+/// A task is this part of what is left for a thread when its turn comes, at most, where contexts allow: so tasks get smaller towards the
+/// end, and the last keep the others waiting for a span or so. Not smaller before that: a row whose spans are several tasks has
+/// states to be handed over.
+const TASK_SHARE: usize = 2;
 
 /// One decode row to attend.
 #[derive(Debug)]
@@ -119,6 +120,8 @@ pub fn attend(
     for (row, Row { visible, .. }) in rows.iter().enumerate() {
         let spans = visible.start / SPAN_TOKENS..visible.end.div_ceil(SPAN_TOKENS);
         let most_spans = (left * kv_heads / (n_threads * TASK_SHARE) / SPAN_TOKENS).max(1);
+        // Parts of equal size.
+        let most_spans = spans.len().div_ceil(spans.len().div_ceil(most_spans));
         left -= visible.len();
         for kv_head in 0..kv_heads {
             if spans.len() <= most_spans {

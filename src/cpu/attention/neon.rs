@@ -173,13 +173,6 @@ impl Integers for I16x8 {
 
     #[inline]
     #[target_feature(enable = "neon")]
-    unsafe fn store_tokens(sums: int32x4_t, to: *mut f32) {
-        // SAFETY: good for 4 tokens, says the caller.
-        unsafe { vst1q_f32(to, vcvtq_f32_s32(sums)) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
     unsafe fn to_f32(sums: int32x4_t) -> F32x4 {
         F32x4(vcvtq_f32_s32(sums))
     }

@@ -150,12 +150,6 @@ impl Integers for I16x8 {
     }
 
     #[inline(always)]
-    unsafe fn store_tokens(sums: [i32; 4], to: *mut f32) {
-        // SAFETY: good for 4 tokens, says the caller; an array of f32 is aligned as an f32.
-        unsafe { to.cast::<[f32; 4]>().write(sums.map(|sum| sum as f32)) }
-    }
-
-    #[inline(always)]
     unsafe fn to_f32(sums: [i32; 4]) -> F32x4 {
         F32x4(sums.map(|sum| sum as f32))
     }

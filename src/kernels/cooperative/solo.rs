@@ -9,7 +9,6 @@
 //! The order of summation and what becomes of weights are those of [`template`](super::template).
 
 use super::template::{Weights, Writer};
-use crate::kernels::slabs::N_SLABS;
 
 /// Of workgroup memory: weights of so many fragments of columns, and the sums of a fragment.
 pub(super) const fn workgroup_bytes(fragments: u32, depth: u32, pad: u32) -> u32 {
@@ -70,19 +69,7 @@ impl Writer<'_> {
         );
         self.rows_of_tile();
         self.starts();
-        // Where weights are read in words, each read finds its slab. Here it is found once.
-        if self.wide {
-            self.line("switch place.x {");
-            for slab in 0..N_SLABS {
-                let label = if slab + 1 == N_SLABS { "default".to_owned() } else { format!("case {slab}u") };
-                self.line(format!("{label}: {{"));
-                self.steps(slab);
-                self.line("}");
-            }
-            self.line("}");
-        } else {
-            self.steps(0);
-        }
+        self.for_each_slab(Self::solo_steps);
         self.sums();
         self.line("}");
     }
@@ -122,9 +109,9 @@ impl Writer<'_> {
     }
 
     /// Starts the loads of a group's step at term `k`.
-    fn load_group(&mut self, group: Group, k: &str, slab: usize) {
+    fn load_group(&mut self, group: Group, k: &str) {
         let (name, matrix) = (self.prefix(group), self.matrix_names()[group.matrix].clone());
-        let (units, unit) = (self.row_units(), self.unit);
+        let (units, unit, slab) = (self.row_units(), self.unit, self.slab);
         for i in 0..self.loads() {
             let own = format!("(lane + {}u) % {units}u", i * 32);
             self.line(match (self.wide, self.tail) {
@@ -134,7 +121,7 @@ impl Writer<'_> {
                 ),
                 (false, _) => format!(
                     "{{ let k = {k} + {own} * 4u; {name}_{i} = vec4<f16>(0.0); if k < n_terms {{ {name}_{i} = \
-                     vec4<f16>({matrix}_quad(place, {name}_start{i} + k * params.k_stride, n_terms - k)); }} }}"
+                     vec4<f16>({matrix}_quad(vec2({slab}u, place.y), {name}_start{i} + k * params.k_stride, n_terms - k)); }} }}"
                 ),
             });
         }
@@ -166,11 +153,11 @@ impl Writer<'_> {
     }
 
     /// The loop over the terms, with weights from one slab.
-    fn steps(&mut self, slab: usize) {
+    fn solo_steps(&mut self) {
         let (depth, pitch) = (self.tile.depth, self.pitch());
         self.line("{");
         for group in self.groups() {
-            self.load_group(group, "0u", slab);
+            self.load_group(group, "0u");
         }
         self.line(format!("}}\nfor (var k0 = 0u; k0 < n_terms; k0 += {depth}u) {{"));
         // After the last step whole ones are loaded again, others are cut off by `load_group`: no branch around loads.
@@ -187,7 +174,7 @@ impl Writer<'_> {
             }
             self.line("workgroupBarrier();");
             for group in &part {
-                self.load_group(*group, "k1", slab);
+                self.load_group(*group, "k1");
             }
             for step in 0..depth / 16 {
                 self.line("{");
