@@ -8,7 +8,7 @@ struct Params {
     biased: u32,
 }
 var<immediate> params: Params;
-@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;     // [T * A, F up to a multiple of 256] of h, by sorted position
+@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;     // [T * A, F up to a multiple of 256] of h, by sorted position; or groups of fragments
 @group(0) @binding(1) var<storage, read>       scales: array<f32>;      // [T * A]
 @group(0) @binding(2) var<storage, read>       permutation: array<u32>; // [T * A] assignment of each sorted position
 @group(0) @binding(3) var<storage, read>       offsets: array<u32>;     // [E + 1] first sorted position of each expert

@@ -8,8 +8,8 @@ struct Params {
     biased: u32, limit: f32,
 }
 var<immediate> params: Params;
-@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;     // [T, D up to a multiple of 256]
-@group(0) @binding(1) var<storage, read>       scales: array<f32>;      // [T]
+@group(0) @binding(0) var<storage, read>       x: array<vec4<f16>>;     // [T, D up to a multiple of 256], or by position in groups of fragments
+@group(0) @binding(1) var<storage, read>       scales: array<f32>;      // [T], or by position
 @group(0) @binding(2) var<storage, read>       permutation: array<u32>; // [T * A] assignment of each sorted position
 @group(0) @binding(3) var<storage, read>       offsets: array<u32>;     // [E + 1] first sorted position of each expert
 @group(0) @binding(4) var<storage, read>       places: array<vec2<u32>>;// [E] slab and offset in words, of gate and of up
@@ -20,7 +20,10 @@ var<immediate> params: Params;
 fn terms() -> u32 { return params.d_model; }
 fn columns() -> u32 { return params.expert_width; }
 fn row_stride() -> u32 { return params.row_stride; }
-fn x_row(position: u32) -> u32 { return permutation[position] / params.n_chosen; }
+fn x_row(position: u32) -> u32 {
+    if ROWS_BY_POSITION { return position; }
+    return permutation[position] / params.n_chosen;
+}
 
 fn finish(position: u32, feature: u32, gate_sum: f32, up_sum: f32) {
     let scale = scales[x_row(position)];

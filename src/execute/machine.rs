@@ -27,7 +27,7 @@ use crate::checkpoint::{Dtype, Reader, Weights};
 use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
 use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::decode_attention::{Parts, SPLIT_TOKENS, parts_of};
-use crate::kernels::half_rows::{HalfRows, padded};
+use crate::kernels::half_rows::{ByExpert, HalfRows, groups, padded};
 use crate::kernels::lm_head_sample::Sample;
 use crate::kernels::prompt_attention::Tile;
 use crate::kernels::{
@@ -42,7 +42,7 @@ use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
 use crate::policy::{KvDtype, Precision, RowPath};
 use crate::reference::rotary::{rope_table, yarn_rope_table};
-use crate::tune::Tiles;
+use crate::tune::{SOLO_ROWS, Tiles};
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,13 +142,15 @@ pub struct HalfExtents {
     hidden: usize,
     /// A of them for each row.
     chosen: usize,
+    experts: usize,
 }
 
 impl HalfExtents {
     pub fn of(shape: &Shape, precision: Precision) -> Self {
         let padded = |n: usize| if precision == Precision::F16 { padded(n as u32) as usize } else { 0 };
         let rows = padded(shape.d_model).max(padded(shape.q_width()));
-        Self { rows, hidden: padded(shape.expert_width), chosen: shape.experts_per_token }
+        let (hidden, chosen, experts) = (padded(shape.expert_width), shape.experts_per_token, shape.experts);
+        Self { rows, hidden, chosen, experts }
     }
 
     /// Words of the widest row of a binding, per row of a pass.
@@ -167,7 +169,19 @@ impl HalfExtents {
             return 0;
         }
         let (rows, hidden) = (Self::n_rows(extents), extents.group_rows() * self.chosen);
-        words(rows * self.rows / 2) + words(rows) + words(hidden * self.hidden / 2) + words(hidden)
+        let ordered = words(self.ordered_words(extents)) + words(self.ordered_rows(extents));
+        words(rows * self.rows / 2) + words(rows) + words(hidden * self.hidden / 2) + words(hidden) + ordered
+    }
+
+    /// Rows that may lie by expert: few to each.
+    fn ordered_rows(&self, extents: &Extents) -> usize {
+        (extents.group_rows() * self.chosen).min((SOLO_ROWS as usize + 1) * self.experts)
+    }
+
+    /// Of rows that lie by expert, or of hidden ones: they take turns.
+    fn ordered_words(&self, extents: &Extents) -> usize {
+        let groups = groups(self.ordered_rows(extents) as u32, self.experts as u32) as usize;
+        groups * 16 * self.rows.max(self.hidden) / 2
     }
 }
 
@@ -177,6 +191,9 @@ struct HalfBuffers {
     scales: Buffer,
     hidden: Buffer,
     hidden_scales: Buffer,
+    /// By expert.
+    ordered: Buffer,
+    ordered_scales: Buffer,
 }
 
 impl HalfBuffers {
@@ -186,6 +203,10 @@ impl HalfBuffers {
 
     fn hidden(&self) -> HalfRows<'_> {
         HalfRows { rows: self.hidden.whole(), scales: self.hidden_scales.whole() }
+    }
+
+    fn ordered(&self) -> HalfRows<'_> {
+        HalfRows { rows: self.ordered.whole(), scales: self.ordered_scales.whole() }
     }
 }
 
@@ -508,6 +529,8 @@ impl Machine {
                 scales: gpu.buffer("scales of rows", words(HalfExtents::n_rows(&extents)))?,
                 hidden: gpu.buffer("expert hidden rows of f16", words(hidden_rows * half.hidden / 2))?,
                 hidden_scales: gpu.buffer("scales of expert hidden rows", words(hidden_rows))?,
+                ordered: gpu.buffer("rows of f16 by expert", words(half.ordered_words(&extents)))?,
+                ordered_scales: gpu.buffer("scales of rows by expert", words(half.ordered_rows(&extents)))?,
             }),
         };
         let [state_bytes, sum_bytes] = decode_attention::scratch_bytes(shape.q_heads, shape.head_width);
@@ -1300,8 +1323,9 @@ impl Machine {
         let bias = self.where_there(forward.biases, Role::GateUpBias { layer });
         let (down_places, y, down) = (self.down_places.whole(), buffers.expert_out.whole(), self.down.bindings());
         let down_bias = self.where_there(forward.biases, Role::DownBias { layer });
-        match self.operand(r, extent, shape.d_model, buffers.normed.whole())? {
-            Operand::Full(x) => {
+        match &self.halves {
+            None => {
+                let x = buffers.normed.whole();
                 let variant = Variant::new(self.expert_dtype);
                 let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 expert_gate_up::record(r, &variant, params, bindings)?;
@@ -1309,21 +1333,37 @@ impl Machine {
                 let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
                 expert_down::record(r, &variant, down_params, bindings)?;
             }
-            Operand::Half(x) => {
+            Some(halves) => {
                 // Slots start at multiples of 256 bytes.
                 let weights = (self.expert_dtype, true);
-                let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
-                let tile = self.tiles.gate_up(n_assignments / n_experts);
-                cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
-                let hidden = self.halves.as_ref().expect("there are in this class").hidden();
+                let per_expert = n_assignments / n_experts;
                 // Of this chunk's experts: other chunks' rows have been there, or will be.
                 let experts = &self.plan.chunks()[chunk].experts;
                 let experts = [experts.start as u32, experts.end as u32];
+                let order = |permutation| ByExpert { n_experts, experts, offsets, permutation };
+                let tile = self.tiles.gate_up(per_expert);
+                let (x, params_of_x) = (buffers.normed.whole(), |n| half_rows::Params::dense(n, d_model));
+                let x = if tile.is_solo() {
+                    let order = order(Some((permutation, n_chosen_u32)));
+                    half_rows::record_by_expert(r, params_of_x(n_assignments), order, x, halves.ordered())?;
+                    halves.ordered()
+                } else {
+                    half_rows::record(r, params_of_x(extent as u32), x, halves.rows())?;
+                    halves.rows()
+                };
+                let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
+                cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
+                let tile = self.tiles.down(per_expert);
                 let params = half_rows::Params::dense(n_assignments, expert_width);
-                half_rows::record_between(r, params, experts, offsets, h, hidden)?;
-                let (places, bias, h) = (down_places, down_bias, hidden);
+                let h = if tile.is_solo() {
+                    half_rows::record_by_expert(r, params, order(None), h, halves.ordered())?;
+                    halves.ordered()
+                } else {
+                    half_rows::record_between(r, params, experts, offsets, h, halves.hidden())?;
+                    halves.hidden()
+                };
+                let (places, bias) = (down_places, down_bias);
                 let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
-                let tile = self.tiles.down(n_assignments / n_experts);
                 cooperative::expert_down::record(r, weights, tile, down_params, bindings)?;
             }
         }

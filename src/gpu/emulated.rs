@@ -95,10 +95,15 @@ fn multiply_add(lane: u32, a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
 
 /// What `text` declares the elements of a variable to be.
 fn kind<'a>(text: &'a str, variable: &str) -> &'a str {
-    let declaration = text.find(&format!("> {variable}: array<")).expect("the variable is an array");
+    let declaration = text.find(&format!(" {variable}: array<")).expect("the variable is an array");
     let kind = text[declaration..].split_once("array<").expect("an array").1;
-    let end = kind.find(">,").map(|end| end + 1).into_iter().chain(kind.find(',')).min().expect("of so many");
-    &kind[..end]
+    // Up to the count, or to the bracket that closes an array without one.
+    let mut depth = 0;
+    let end = kind.find(|c| {
+        depth += (c == '<') as i32 - (c == '>') as i32;
+        depth < 0 || depth == 0 && c == ','
+    });
+    &kind[..end.expect("the array ends")]
 }
 
 /// `half_<variable>(i)` reads number `i` of the f16 that lie in a variable, `float_<variable>(i)` of its f32, `put_<variable>` writes those.

@@ -19,6 +19,10 @@ params! {
         /// Only the rows between these two entries of a list of bounds. Both 0: all of them.
         pub first_bound: u32,
         pub end_bound: u32,
+        /// Not 0: rows are sorted positions and lie by expert, as [`record_by_expert`] says.
+        pub n_experts: u32,
+        /// Not 0: position t has row `permutation[t] / n_chosen` of x.
+        pub n_chosen: u32,
     }
 }
 
@@ -30,7 +34,18 @@ pub const fn padded(n_in: u32) -> u32 {
 impl Params {
     /// All of rows `[T, n_in]`.
     pub fn dense(n_rows: u32, n_in: u32) -> Self {
-        Self { n_rows, n_in, n_padded: padded(n_in), x_stride: n_in, x_offset: 0, first_bound: 0, end_bound: 0 }
+        let n_padded = padded(n_in);
+        Self {
+            n_rows,
+            n_in,
+            n_padded,
+            x_stride: n_in,
+            x_offset: 0,
+            first_bound: 0,
+            end_bound: 0,
+            n_experts: 0,
+            n_chosen: 0,
+        }
     }
 }
 
@@ -39,14 +54,20 @@ pub static HALF_ROWS: Kernel = Kernel {
     parts: &[
         Part::Text(include_str!("../../shaders/shared/f16.wgsl")),
         Part::Text(include_str!("../../shaders/half_rows.wgsl")),
+        Part::Text(include_str!("../../shaders/shared/expert_groups.wgsl")),
     ],
-    bindings: &[Read, ReadWrite, ReadWrite, Read],
+    bindings: &[Read, ReadWrite, ReadWrite, Read, Read],
     param_bytes: size_of::<Params>(),
     params: Params::FIELDS,
     tunables: &[],
 };
 
-/// Rows of f16, `[T, n_padded]`, and the power of two that each is to be multiplied by, `[T]`.
+/// Groups of 16 rows that `n_rows` rows of `n_experts` experts take, each expert's own.
+pub const fn groups(n_rows: u32, n_experts: u32) -> u32 {
+    n_rows / 16 + n_experts
+}
+
+/// Rows of f16, `[T, n_padded]` or by expert, and the power of two that each is to be multiplied by, `[T]`.
 #[derive(Clone, Copy)]
 pub struct HalfRows<'a> {
     pub rows: Slice<'a>,
@@ -69,7 +90,39 @@ pub fn record_between(
     halves: HalfRows<'_>,
 ) -> Result<(), GpuError> {
     let params = Params { first_bound, end_bound, ..params };
+    // As they come, so any buffer will do for a permutation.
+    dispatch(recorder, params, [x, halves.rows, halves.scales, bounds, bounds])
+}
+
+/// Which rows a product over experts takes, and in which order.
+#[derive(Clone, Copy)]
+pub struct ByExpert<'a> {
+    pub n_experts: u32,
+    /// Only the rows of these experts.
+    pub experts: [u32; 2],
+    /// `[E + 1]` u32 from [`expert_sort`](super::expert_sort).
+    pub offsets: Slice<'a>,
+    /// `[T]` u32 of it, and how many of them share a row of x. Without it position t has row t.
+    pub permutation: Option<(Slice<'a>, u32)>,
+}
+
+/// Rows by sorted position, laid out as fragments for the products of few rows: row i of expert e is row `i % 16` of group
+/// `offsets[e] / 16 + e + i / 16`, of [`groups`] in all; a group is `n_padded / 16` fragments of 16 columns, each `[16, 16]`. Scales are by
+/// position. What no row falls to is left as it is.
+pub fn record_by_expert(
+    recorder: &mut Recorder<'_>,
+    params: Params,
+    order: ByExpert<'_>,
+    x: Slice<'_>,
+    halves: HalfRows<'_>,
+) -> Result<(), GpuError> {
+    let ByExpert { n_experts, experts: [first_bound, end_bound], offsets, permutation } = order;
+    let (permutation, n_chosen) = permutation.unwrap_or((offsets, 0));
+    let params = Params { first_bound, end_bound, n_experts, n_chosen, ..params };
+    dispatch(recorder, params, [x, halves.rows, halves.scales, offsets, permutation])
+}
+
+fn dispatch(recorder: &mut Recorder<'_>, params: Params, slices: [Slice<'_>; 5]) -> Result<(), GpuError> {
     let workgroups = [params.n_rows.min(recorder.max_workgroups()), 1, 1];
-    let slices = [x, halves.rows, halves.scales, bounds];
     recorder.dispatch(&HALF_ROWS, &Variant::new(Dtype::F32), &params, &slices, workgroups)
 }

@@ -23,3 +23,12 @@ pub fn half_rows(x: &[f32], n_in: usize, n_padded: usize) -> (Vec<f16>, Vec<f32>
     }
     (halves, scales)
 }
+
+/// Where element `k` of a sorted position lies among the fragments that rows by expert are made of: row `i % 16` of group
+/// `offsets[e] / 16 + e + i / 16` for row i of expert e, a group being `n_padded / 16` fragments `[16, 16]`.
+pub fn place_by_expert(offsets: &[u32], position: usize, k: usize, n_padded: usize) -> usize {
+    let expert = offsets.partition_point(|offset| *offset as usize <= position) - 1;
+    let first = offsets[expert] as usize;
+    let (group, row) = (first / 16 + expert + (position - first) / 16, (position - first) % 16);
+    ((group * (n_padded / 16) + k / 16) * 16 + row) * 16 + k % 16
+}

@@ -121,15 +121,15 @@ pub fn shares(
     let offsets = gpu.buffer("offsets", words(shape.experts + 1))?;
     let permutation = gpu.buffer("permutation", words(assignments))?;
     add("expert_sort", &mut |r| expert_sort::record(r, params, ids.whole(), offsets.whole(), permutation.whole()))?;
-    if tiles.is_some() {
-        add("half_rows", &mut |r| halve(r, &normed, d))?;
-    }
     let tile = tiles.map(|tiles| tiles.gate_up(per_expert));
-    add("expert_gate_up", &mut |r| experts.gate_up(r, tile, rows))?;
-    if tiles.is_some() {
-        add("half_rows of experts", &mut |r| experts.halve_hidden(r, assignments))?;
+    if let Some(tile) = tile {
+        add("half_rows", &mut |r| experts.halve(r, tile.is_solo(), rows))?;
     }
+    add("expert_gate_up", &mut |r| experts.gate_up(r, tile, rows))?;
     let tile = tiles.map(|tiles| tiles.down(per_expert));
+    if let Some(tile) = tile {
+        add("half_rows of experts", &mut |r| experts.halve_hidden(r, tile.is_solo(), assignments))?;
+    }
     add("expert_down", &mut |r| experts.down(r, tile, rows))?;
     let params = expert_combine::Params { n_rows: n, n_chosen: shape.experts_per_token as u32, d_model: d as u32 };
     let outputs = random("expert outputs", assignments * d)?;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::{NARROW, Operation, Tile};
 use crate::checkpoint::Dtype;
 use crate::gpu::{Buffer, Gpu, GpuError, Pipelines, Recorder, Slice, Variant};
-use crate::kernels::half_rows::{self, HalfRows, padded};
+use crate::kernels::half_rows::{self, ByExpert, HalfRows, groups, padded};
 use crate::kernels::slabs::{N_SLABS, Place};
 use crate::kernels::{cooperative, expert_down, expert_gate_up, expert_sort, matmul, probes};
 
@@ -291,6 +291,11 @@ pub struct Experts<'p> {
     h: Buffer,
     h_halves: Buffer,
     h_scales: Buffer,
+    /// Rows by expert, for tiles that want them so: of x, and hidden ones.
+    x_groups: Buffer,
+    x_group_scales: Buffer,
+    h_groups: Buffer,
+    h_group_scales: Buffer,
     y: Buffer,
 }
 
@@ -305,6 +310,7 @@ impl<'p> Experts<'p> {
             (0..experts as u32).map(|expert| Place { slab: 0, offset_words: expert * words }).collect();
         let assignments = (rows * chosen) as u64;
         let half_bytes = |rows: u64, n: usize| rows * padded(n as u32) as u64 * 2;
+        let group_rows = 16 * groups(assignments as u32, experts as u32) as u64;
         Ok(Self {
             pipelines,
             shape,
@@ -322,6 +328,10 @@ impl<'p> Experts<'p> {
             h: gpu.buffer("hidden rows", assignments * expert_width as u64 * 4)?,
             h_halves: gpu.buffer("hidden rows of f16", half_bytes(assignments, expert_width))?,
             h_scales: gpu.buffer("scales of hidden rows", assignments * 4)?,
+            x_groups: gpu.buffer("rows by expert", half_bytes(group_rows, d_model))?,
+            x_group_scales: gpu.buffer("scales of rows by expert", assignments * 4)?,
+            h_groups: gpu.buffer("hidden rows by expert", half_bytes(group_rows, expert_width))?,
+            h_group_scales: gpu.buffer("scales of hidden rows by expert", assignments * 4)?,
             y: gpu.buffer("products", assignments * d_model as u64 * 4)?,
         })
     }
@@ -329,7 +339,7 @@ impl<'p> Experts<'p> {
     /// Chooses experts for `rows` rows with the given loads, sorts, and makes the rows' f16. Returns the offsets and the
     /// permutation.
     pub fn route(&self, rows: usize, loads: &[f64]) -> Result<(Vec<u32>, Vec<u32>), GpuError> {
-        let ExpertShape { experts, chosen, d_model, .. } = self.shape;
+        let ExpertShape { experts, chosen, .. } = self.shape;
         let mut random = 0x1234_5678_9abc_def1u64;
         let mut ids = Vec::with_capacity(rows * chosen);
         for _ in 0..rows {
@@ -352,25 +362,60 @@ impl<'p> Experts<'p> {
         let params = expert_sort::Params { n_assignments: ids.len() as u32, n_experts: experts as u32 };
         let permutation = self.permutation.slice(0..4 * ids.len() as u64);
         expert_sort::record(&mut recorder, params, self.chosen.whole(), self.offsets.whole(), permutation)?;
-        let params = half_rows::Params::dense(rows as u32, d_model as u32);
-        half_rows::record(&mut recorder, params, self.x.whole(), self.x_halves())?;
+        self.halve(&mut recorder, false, rows)?;
+        self.halve(&mut recorder, true, rows)?;
         recorder.submit()?;
         let read = gpu.read_many(&[self.offsets.whole(), permutation])?;
         Ok((bytemuck::pod_collect_to_vec(&read[0]), bytemuck::pod_collect_to_vec(&read[1])))
     }
 
-    fn x_halves(&self) -> HalfRows<'_> {
-        HalfRows { rows: self.halves.whole(), scales: self.scales.whole() }
+    fn x_halves(&self, by_expert: bool) -> HalfRows<'_> {
+        match by_expert {
+            true => HalfRows { rows: self.x_groups.whole(), scales: self.x_group_scales.whole() },
+            false => HalfRows { rows: self.halves.whole(), scales: self.scales.whole() },
+        }
     }
 
-    fn h_halves(&self) -> HalfRows<'_> {
-        HalfRows { rows: self.h_halves.whole(), scales: self.h_scales.whole() }
+    fn h_halves(&self, by_expert: bool) -> HalfRows<'_> {
+        match by_expert {
+            true => HalfRows { rows: self.h_groups.whole(), scales: self.h_group_scales.whole() },
+            false => HalfRows { rows: self.h_halves.whole(), scales: self.h_scales.whole() },
+        }
     }
 
-    /// Hidden rows to f16.
-    pub fn halve_hidden(&self, recorder: &mut Recorder<'_>, assignments: usize) -> Result<(), GpuError> {
+    fn order<'a>(&'a self, permutation: Option<(Slice<'a>, u32)>) -> ByExpert<'a> {
+        let n_experts = self.shape.experts as u32;
+        ByExpert { n_experts, experts: [0, n_experts], offsets: self.offsets.whole(), permutation }
+    }
+
+    /// Rows to f16, as they come or by expert.
+    pub fn halve(&self, recorder: &mut Recorder<'_>, by_expert: bool, rows: usize) -> Result<(), GpuError> {
+        let ExpertShape { chosen, d_model, .. } = self.shape;
+        let (x, halves) = (self.x.whole(), self.x_halves(by_expert));
+        let n_rows = if by_expert { rows * chosen } else { rows };
+        let params = half_rows::Params::dense(n_rows as u32, d_model as u32);
+        match by_expert {
+            true => {
+                let order = self.order(Some((self.permutation.whole(), chosen as u32)));
+                half_rows::record_by_expert(recorder, params, order, x, halves)
+            }
+            false => half_rows::record(recorder, params, x, halves),
+        }
+    }
+
+    /// Hidden rows to f16, as they come or by expert.
+    pub fn halve_hidden(
+        &self,
+        recorder: &mut Recorder<'_>,
+        by_expert: bool,
+        assignments: usize,
+    ) -> Result<(), GpuError> {
         let params = half_rows::Params::dense(assignments as u32, self.shape.expert_width as u32);
-        half_rows::record(recorder, params, self.h.whole(), self.h_halves())
+        let (h, halves) = (self.h.whole(), self.h_halves(by_expert));
+        match by_expert {
+            true => half_rows::record_by_expert(recorder, params, self.order(None), h, halves),
+            false => half_rows::record(recorder, params, h, halves),
+        }
     }
 
     pub fn gate_up(&self, recorder: &mut Recorder<'_>, tile: Option<Tile>, rows: usize) -> Result<(), GpuError> {
@@ -382,7 +427,7 @@ impl<'p> Experts<'p> {
         let (h, bias) = (self.h.whole(), self.places.whole());
         match tile {
             Some(tile) => {
-                let x = self.x_halves();
+                let x = self.x_halves(tile.is_solo());
                 let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 cooperative::expert_gate_up::record(recorder, (self.weights, true), tile, params, bindings)
             }
@@ -403,7 +448,7 @@ impl<'p> Experts<'p> {
         let (y, bias) = (self.y.whole(), self.places.whole());
         match tile {
             Some(tile) => {
-                let h = self.h_halves();
+                let h = self.h_halves(tile.is_solo());
                 let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
                 cooperative::expert_down::record(recorder, (self.weights, true), tile, params, bindings)
             }
@@ -488,7 +533,7 @@ impl<'p> Experts<'p> {
     ) -> Result<Reading, MeasureError> {
         let ExpertShape { chosen, d_model, expert_width, .. } = self.shape;
         let mut recorder = Recorder::new(self.pipelines);
-        self.halve_hidden(&mut recorder, rows * chosen)?;
+        self.halve_hidden(&mut recorder, tile.is_some_and(|tile| tile.is_solo()), rows * chosen)?;
         self.down(&mut recorder, tile, rows)?;
         recorder.submit()?;
         let gpu = self.pipelines.gpu();

@@ -50,6 +50,9 @@ pub const NARROW: u32 = 3072;
 /// Products of up to so many rows (of an expert, on average) take one tile; more rows than the last take another.
 pub const ROW_CLASSES: [u32; 5] = [8, 16, 32, 64, 256];
 
+/// Experts with at most so many rows on average may take tiles that are [`solo`](Tile::is_solo): room is kept for the rows they read.
+pub const SOLO_ROWS: u32 = 64;
+
 /// A tile for every operation and class of rows.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Tiles {
@@ -60,6 +63,12 @@ pub struct Tiles {
 /// Where among [`ROW_CLASSES`] so many rows belong.
 fn class(rows: u32) -> usize {
     ROW_CLASSES.iter().position(|most| rows <= *most).unwrap_or(ROW_CLASSES.len())
+}
+
+/// Solo tiles are for experts of few rows.
+fn is_allowed(operation: Operation, class: usize, tile: Tile) -> bool {
+    let few = ROW_CLASSES.get(class).is_some_and(|most| *most <= SOLO_ROWS);
+    !tile.is_solo() || few && matches!(operation, Operation::GateUp | Operation::Down)
 }
 
 impl Tiles {
@@ -76,10 +85,19 @@ impl Tiles {
         self.tiles[operation as usize][class(rows)] = tile;
     }
 
-    /// One tile for gate and up, and one for every other product, whatever the rows.
-    pub fn forced(gate_up: Tile, other: Tile) -> Self {
-        let of = |operation| if operation == Operation::GateUp { gate_up } else { other };
-        Self { tiles: Operation::ALL.map(|operation| [of(operation); ROW_CLASSES.len() + 1]) }
+    /// One tile for gate and up, one for down, and one for every other product, whatever the rows; more than [`SOLO_ROWS`] keep the
+    /// default's where the tile is solo.
+    pub fn forced(gate_up: Tile, down: Tile, other: Tile) -> Self {
+        let mut tiles = Self::default();
+        for (operation, tile) in Operation::ALL.into_iter().zip([other, other, gate_up, down]) {
+            let classes = &mut tiles.tiles[operation as usize];
+            classes
+                .iter_mut()
+                .enumerate()
+                .filter(|(i, _)| is_allowed(operation, *i, tile))
+                .for_each(|(_, kept)| *kept = tile);
+        }
+        tiles
     }
 
     /// None needs what `gpu` lacks, or was opened without.
@@ -92,8 +110,10 @@ impl Tiles {
         Operation::ALL.iter().all(|operation| {
             let matrices = if *operation == Operation::GateUp { 2 } else { 1 };
             let dense = matches!(operation, Operation::Matmul | Operation::NarrowMatmul);
-            let tiles = self.tiles[*operation as usize].iter();
-            tiles.into_iter().all(|tile| tile.is_possible(matrices) && (dense || !tile.workgroup))
+            let mut classes = self.tiles[*operation as usize].iter().enumerate();
+            classes.all(|(i, tile)| {
+                tile.is_possible(matrices) && is_allowed(*operation, i, *tile) && (dense || !tile.workgroup)
+            })
         })
     }
 
@@ -148,18 +168,18 @@ impl Default for Tiles {
                     many,
                 ],
                 [
-                    t(16, 32, 64, 16, 16),
-                    wide(t(32, 64, 128, 16, 16)),
-                    wide(t(64, 32, 64, 32, 16)),
-                    t(96, 64, 32, 48, 32),
+                    Tile::solo(16, 32, 128, 1),
+                    Tile::solo(32, 16, 64, 2),
+                    Tile::solo(48, 16, 64, 2),
+                    Tile::solo(80, 16, 64, 2),
                     wide(t(128, 64, 64, 32, 32)),
                     wide(t(128, 64, 64, 32, 32)),
                 ],
                 [
-                    t(16, 128, 128, 16, 32),
-                    t(16, 128, 128, 16, 32),
-                    t(64, 128, 64, 32, 32),
-                    t(128, 128, 64, 64, 32),
+                    Tile::solo(16, 16, 128, 1),
+                    Tile::solo(32, 32, 64, 2),
+                    Tile::solo(48, 64, 64, 4),
+                    Tile::solo(80, 64, 64, 4),
                     wide(t(128, 128, 64, 64, 32)),
                     wide(t(128, 128, 64, 64, 32)),
                 ],

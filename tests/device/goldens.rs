@@ -182,7 +182,7 @@ fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
     let wishes = Wishes { precision: Some(Precision::F16), ..Wishes::default() };
     let answers = |tiles| answer_from(Engine::builder(folder).tiles(tiles), wishes, vec![golden.request("golden")]);
     let want = answers(Tiles::default());
-    let (gate_up, other) = (candidates::all(Operation::GateUp), candidates::all(Operation::Matmul));
+    let all = [Operation::GateUp, Operation::Down, Operation::Matmul].map(candidates::all);
     let try_tiles = |tiles: Tiles, what: String| {
         let got = answers(tiles);
         assert_eq!(got.tokens, want.tokens, "{what}");
@@ -191,9 +191,9 @@ fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
             assert_eq!(bits(&got.logits[place]), bits(want), "{what}: {place:?}");
         }
     };
-    for i in 0..gate_up.len().max(other.len()) {
-        let (gate_up, other) = (gate_up[i % gate_up.len()], other[i % other.len()]);
-        try_tiles(Tiles::forced(gate_up, other), format!("{gate_up} and {other}"));
+    for i in 0..all.iter().map(Vec::len).max().expect("three operations") {
+        let [gate_up, down, other] = all.each_ref().map(|tiles| tiles[i % tiles.len()]);
+        try_tiles(Tiles::forced(gate_up, down, other), format!("{gate_up}, {down} and {other}"));
     }
     if pipelines().gpu().workgroup_matrices() {
         let mut tiles = Tiles::default();

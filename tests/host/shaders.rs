@@ -244,7 +244,11 @@ fn cooperative_kernels_translate_to_spirv() {
             "cooperative/matmul" => &Dtype::ALL,
             _ => &[Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::Mxfp4],
         };
-        for (tile, dtype) in tiles().iter().flat_map(|tile| dtypes.iter().map(move |dtype| (tile, *dtype))) {
+        let mut tiles = tiles();
+        if kernel.name != "cooperative/matmul" {
+            tiles.extend([Tile::solo(16, 32, 64, 1), Tile::solo(48, 32, 128, 2), Tile::solo(80, 16, 32, 1)]);
+        }
+        for (tile, dtype) in tiles.iter().flat_map(|tile| dtypes.iter().map(move |dtype| (tile, *dtype))) {
             for (wide, tail) in [(true, false), (true, true), (false, false)] {
                 if !wide || dtype != Dtype::Mxfp4 {
                     translate(kernel, &tile.variant(dtype, wide, tail), tile.subgroups());

@@ -5,7 +5,6 @@ use crate::checkpoint::Dtype;
 use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Variant};
 use crate::kernels::expert_down::{Bindings, Params};
 use crate::kernels::half_rows::HalfRows;
-use crate::kernels::slabs;
 
 pub static EXPERT_DOWN: Kernel = Kernel {
     name: "cooperative/expert_down",
@@ -30,7 +29,8 @@ pub fn variant(weights: Dtype, tile: Tile, params: &Params, aligned_slots: bool)
     super::variant(weights, tile, params.expert_width, strides, aligned_slots)
 }
 
-/// As [`expert_down`](crate::kernels::expert_down::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes.
+/// As [`expert_down`](crate::kernels::expert_down::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes. A
+/// solo tile takes rows by expert, from [`record_by_expert`](crate::kernels::half_rows::record_by_expert).
 pub fn record(
     recorder: &mut Recorder<'_>,
     (weights, aligned_slots): (Dtype, bool),
@@ -42,6 +42,6 @@ pub fn record(
     let slices: Vec<_> =
         [h.rows, h.scales, permutation, offsets, places, y].into_iter().chain(down).chain([bias]).collect();
     let variant = variant(weights, tile, &params, aligned_slots);
-    let workgroups = slabs::tiles([tile.rows, tile.cols], params.n_assignments, params.n_experts, params.d_model);
+    let workgroups = super::workgroups(tile, params.n_assignments, params.n_experts, params.d_model);
     recorder.dispatch(&EXPERT_DOWN, &variant, &params, &slices, workgroups)
 }

@@ -5,7 +5,7 @@ use crate::checkpoint::Dtype;
 use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Variant};
 use crate::kernels::expert_gate_up::{Bindings, Params};
 use crate::kernels::half_rows::HalfRows;
-use crate::kernels::slabs::{self, N_SLABS};
+use crate::kernels::slabs::N_SLABS;
 
 const GATE: usize = 6;
 
@@ -32,7 +32,8 @@ pub fn variant(weights: Dtype, tile: Tile, params: &Params, aligned_slots: bool)
     super::variant(weights, tile, params.d_model, strides, aligned_slots)
 }
 
-/// As [`expert_gate_up`](crate::kernels::expert_gate_up::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes.
+/// As [`expert_gate_up`](crate::kernels::expert_gate_up::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes. A
+/// solo tile takes rows by expert, from [`record_by_expert`](crate::kernels::half_rows::record_by_expert).
 pub fn record(
     recorder: &mut Recorder<'_>,
     (weights, aligned_slots): (Dtype, bool),
@@ -44,6 +45,6 @@ pub fn record(
     let slices: Vec<_> =
         [x.rows, x.scales, permutation, offsets, places, h].into_iter().chain(gate).chain(up).chain([bias]).collect();
     let variant = variant(weights, tile, &params, aligned_slots);
-    let workgroups = slabs::tiles([tile.rows, tile.cols], params.n_assignments, params.n_experts, params.expert_width);
+    let workgroups = super::workgroups(tile, params.n_assignments, params.n_experts, params.expert_width);
     recorder.dispatch(&EXPERT_GATE_UP, &variant, &params, &slices, workgroups)
 }

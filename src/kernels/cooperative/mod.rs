@@ -4,11 +4,13 @@
 //! operation give, to f16's rounding of the operands. Only where [`Gpu::cooperative`](crate::gpu::Gpu::cooperative) says so.
 //!
 //! A [`Tile`] changes time and never bits (see `template`), so that one may be picked for every count of rows. Small ones read each
-//! weight once for up to 64 rows and are bound by memory; large ones share weights and rows between many products.
+//! weight once, those of an expert with few rows at the rate of memory (see `solo`); large ones share weights and rows between many
+//! products.
 //!
 //! One tile of dense products, [`Tile::WORKGROUP`], is no text of the template but SPIR-V, for adapters that hold matrices in a whole
 //! workgroup ([`Gpu::workgroup_matrices`](crate::gpu::Gpu::workgroup_matrices)). Its bits are those of the others.
 
+mod solo;
 mod template;
 mod unroll;
 
@@ -19,6 +21,7 @@ pub mod prompt_attention;
 
 use crate::checkpoint::Dtype;
 use crate::gpu::{Kernel, Variant};
+use crate::kernels::slabs;
 
 /// Every product on cooperative matrices, each cut into [`Tile`]s. Tests walk this list; [`prompt_attention`] is cut otherwise.
 pub static ALL: &[&Kernel] = &[&matmul::MATMUL, &expert_gate_up::EXPERT_GATE_UP, &expert_down::EXPERT_DOWN];
@@ -50,6 +53,10 @@ pub struct Tile {
     /// Of [`Tile::WORKGROUP`] alone.
     #[serde(default)]
     pub workgroup: bool,
+    /// Not 0: one subgroup alone computes all of it, for experts of few rows. Rows by expert, as
+    /// [`record_by_expert`](super::half_rows::record_by_expert) lays them out, are taken as fragments from memory, and weights go through
+    /// workgroup memory, so many fragments of 16 columns between two barriers.
+    pub solo: u32,
 }
 
 /// What a tile is to a kernel, with the defaults.
@@ -64,6 +71,7 @@ const TUNABLES: &[(&str, &[u32])] = &[
     ("PAD", &[2]),
     ("PREFETCH", &[1]),
     ("BUFFERS", &[1]),
+    ("SOLO", &[0]),
     ("WIDE", &[1]),
     ("TAIL", &[0]),
 ];
@@ -79,7 +87,7 @@ impl Tile {
     /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
         let least_subgroups = 4;
-        let (unit, pad, prefetch, buffers, workgroup) = (4, 2, true, 1, false);
+        let (unit, pad, prefetch, buffers, workgroup, solo) = (4, 2, true, 1, false, 0);
         Self {
             rows,
             cols,
@@ -92,7 +100,18 @@ impl Tile {
             prefetch,
             buffers,
             workgroup,
+            solo,
         }
+    }
+
+    /// `rows x cols` outputs of one subgroup, for experts: `depth` terms of `fragments` of columns between two barriers.
+    pub const fn solo(rows: u32, cols: u32, depth: u32, fragments: u32) -> Self {
+        Self { least_subgroups: 1, unit: 8, solo: fragments, ..Self::new(rows, cols, depth, rows, cols) }
+    }
+
+    /// Takes rows by expert, of [`record_by_expert`](super::half_rows::record_by_expert).
+    pub const fn is_solo(&self) -> bool {
+        self.solo > 0
     }
 
     /// Can be run by a kernel that multiplies with so many matrices: whole fragments everywhere, and no more workgroup memory than there is.
@@ -109,8 +128,15 @@ impl Tile {
             && [4, 8].contains(&self.unit)
             && pad.is_multiple_of(2) // rows of a tile start at multiples of 16 bytes
             && [rows, cols, buffers].iter().all(|n| (1..=1024).contains(n));
-        let tiles = || 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad);
-        whole && (1..=32).contains(&self.subgroups()) && tiles() + template::SUMS_BYTES + 32 <= WORKGROUP_BYTES
+        let bytes = || match self.solo {
+            1.. => solo::workgroup_bytes(self.solo, depth, pad),
+            0 => 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad) + template::SUMS_BYTES,
+        };
+        let alone = || {
+            let one = self.subgroups() == 1 && buffers == 1 && self.prefetch;
+            !self.is_solo() || one && (matrices * cols / 16).is_multiple_of(self.solo)
+        };
+        whole && alone() && (1..=32).contains(&self.subgroups()) && bytes() + 32 <= WORKGROUP_BYTES
     }
 
     fn of(kernel: &Kernel, variant: &Variant) -> Self {
@@ -127,6 +153,7 @@ impl Tile {
             prefetch: get("PREFETCH") == 1,
             buffers: get("BUFFERS"),
             workgroup: false,
+            solo: get("SOLO"),
         }
     }
 
@@ -158,6 +185,7 @@ impl Tile {
                 ("PAD", self.pad),
                 ("PREFETCH", self.prefetch as u32),
                 ("BUFFERS", self.buffers),
+                ("SOLO", self.solo),
                 ("WIDE", wide as u32),
                 ("TAIL", tail as u32),
             ],
@@ -170,6 +198,9 @@ impl std::fmt::Display for Tile {
         let Tile { rows, cols, depth, subgroup_rows, subgroup_cols, unit, pad, .. } = self;
         if self.workgroup {
             return write!(f, "{rows}x{cols}x{depth} by the whole workgroup");
+        }
+        if self.is_solo() {
+            return write!(f, "{rows}x{cols}x{depth} solo by {}, pad {pad}", self.solo);
         }
         write!(
             f,
@@ -184,6 +215,13 @@ impl std::fmt::Display for Tile {
         }
         Ok(())
     }
+}
+
+/// Workgroups of an operation over experts with `n_columns` outputs.
+fn workgroups(tile: Tile, n_assignments: u32, n_experts: u32, n_columns: u32) -> [u32; 3] {
+    let [row_tiles, column_tiles, one] = slabs::tiles([tile.rows, tile.cols], n_assignments, n_experts, n_columns);
+    // Columns first where neighbours are to find the same rows in their cache.
+    if tile.is_solo() { [column_tiles, row_tiles, one] } else { [row_tiles, column_tiles, one] }
 }
 
 /// The variant for weights of `n_terms` terms that lie as `strides` (row, k, first) say.

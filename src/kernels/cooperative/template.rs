@@ -36,7 +36,7 @@ pub(super) struct Operation {
 }
 
 impl Operation {
-    fn matrices(&self) -> usize {
+    pub fn matrices(&self) -> usize {
         match self.weights {
             Weights::Whole(_) => 1,
             Weights::Slabs(matrices) => matrices.len(),
@@ -44,18 +44,18 @@ impl Operation {
     }
 }
 
-struct Writer<'a> {
-    operation: &'a Operation,
-    tile: Tile,
+pub(super) struct Writer<'a> {
+    pub operation: &'a Operation,
+    pub tile: Tile,
     dtype: Dtype,
     /// Terms that a lane loads together, 4 or 8; they are stored by fours.
-    unit: u32,
+    pub unit: u32,
     /// Rows of weights are contiguous, and every unit of them starts at a multiple of its size.
-    wide: bool,
+    pub wide: bool,
     /// The number of terms is no multiple of the depth.
-    tail: bool,
+    pub tail: bool,
     /// Where experts' weights are, in the text being written.
-    slab: usize,
+    pub slab: usize,
     out: String,
 }
 
@@ -71,7 +71,10 @@ pub(super) fn source(kernel: &Kernel, operation: &Operation, variant: &Variant) 
         slab: 0,
         out: String::new(),
     };
-    writer.all();
+    match writer.tile.is_solo() {
+        true => writer.solo(),
+        false => writer.all(),
+    }
     writer.out
 }
 
@@ -81,7 +84,7 @@ fn rounds(items: u32, lanes: u32) -> Vec<(u32, bool)> {
 }
 
 impl Writer<'_> {
-    fn line(&mut self, text: impl AsRef<str>) {
+    pub(super) fn line(&mut self, text: impl AsRef<str>) {
         self.out.push_str(text.as_ref());
         self.out.push('\n');
     }
@@ -91,12 +94,12 @@ impl Writer<'_> {
     }
 
     /// Units of a row of a step.
-    fn row_units(&self) -> u32 {
+    pub(super) fn row_units(&self) -> u32 {
         self.tile.depth / self.unit
     }
 
     /// `vec4<f16>` from one row of a tile to the next.
-    fn pitch(&self) -> u32 {
+    pub(super) fn pitch(&self) -> u32 {
         self.tile.depth / 4 + self.tile.pad
     }
 
@@ -126,8 +129,13 @@ impl Writer<'_> {
         (divisor(self.tile.computing(), SUMS_BYTES / (fragments * matrices * 1024)), fragments)
     }
 
+    /// Words of a unit of weights.
+    pub(super) fn unit_words(&self) -> u32 {
+        if self.dtype == Dtype::F32 { self.unit } else { self.unit / 2 }
+    }
+
     /// A unit of weights in registers.
-    fn staged(&self) -> &'static str {
+    pub(super) fn staged(&self) -> &'static str {
         match (self.wide, self.dtype) {
             (true, Dtype::Bf16) if self.unit == 4 => "vec2<u32>",
             (true, Dtype::F32) => "vec4<u32>",
@@ -142,22 +150,9 @@ impl Writer<'_> {
     }
 
     fn all(&mut self) {
-        let tile = self.tile;
-        self.line("enable f16;\nenable wgpu_cooperative_matrix;");
-        self.line(format!("const TILE_ROWS: u32 = {}u;\nconst TILE_COLS: u32 = {}u;", tile.rows, tile.cols));
         // Rows come in units too.
-        let rows = "x: array<vec4<f16>>";
-        assert!(self.operation.text.contains(rows), "the rows are vec4<f16>");
-        self.line(self.operation.text.replace(rows, &format!("x: array<{}>", self.staged_x())));
-        self.bindings();
-        if let Weights::Slabs(_) = self.operation.weights {
-            self.line(include_str!("../../../shaders/shared/expert_tile.wgsl"));
-            if self.operation.matrices() == 2 {
-                self.line(include_str!("../../../shaders/shared/expert_activation.wgsl"));
-            }
-            self.line("var<workgroup> tile: RowTile;");
-        }
-        let buffers = tile.buffers;
+        self.head(self.staged_x());
+        let buffers = self.tile.buffers;
         let (x_len, w_len) = (buffers * self.x_tile_len(), buffers * self.w_tile_len());
         self.line(format!("var<workgroup> x_tile: array<vec4<f16>, {x_len}>;"));
         self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {w_len}>;"));
@@ -174,6 +169,25 @@ impl Writer<'_> {
         self.main_loop();
         self.finish();
         self.line("}");
+    }
+
+    /// All that stands before the variables of a workgroup, with rows of `element`.
+    pub(super) fn head(&mut self, element: &str) {
+        let (Tile { rows, cols, .. }, solo) = (self.tile, self.tile.is_solo());
+        self.line("enable f16;\nenable wgpu_cooperative_matrix;");
+        self.line(format!("const TILE_ROWS: u32 = {rows}u;\nconst TILE_COLS: u32 = {cols}u;"));
+        self.line(format!("const ROWS_BY_POSITION: bool = {solo};"));
+        let rows = "x: array<vec4<f16>>";
+        assert!(self.operation.text.contains(rows), "the rows are vec4<f16>");
+        self.line(self.operation.text.replace(rows, &format!("x: array<{element}>")));
+        self.bindings();
+        if let Weights::Slabs(_) = self.operation.weights {
+            self.line(include_str!("../../../shaders/shared/expert_tile.wgsl"));
+            if self.operation.matrices() == 2 {
+                self.line(include_str!("../../../shaders/shared/expert_activation.wgsl"));
+            }
+            self.line("var<workgroup> tile: RowTile;");
+        }
     }
 
     fn bindings(&mut self) {
@@ -223,7 +237,7 @@ impl Writer<'_> {
     }
 
     /// `first_row`, `end_row`, `first_col`, and the end of those without work.
-    fn rows_of_tile(&mut self) {
+    pub(super) fn rows_of_tile(&mut self) {
         match self.operation.weights {
             Weights::Whole(_) => {
                 self.line("let first_row = workgroup.x * TILE_ROWS;");
@@ -265,7 +279,7 @@ impl Writer<'_> {
                 let start = match (self.wide, &self.operation.weights) {
                     (true, Weights::Whole(_)) => format!("{column} * (row_stride() / {unit}u)"),
                     (true, Weights::Slabs(_)) => {
-                        let words = if self.dtype == Dtype::F32 { unit } else { unit / 2 };
+                        let words = self.unit_words();
                         format!("place.y / {words}u + ({column} * row_stride(){first}) / {unit}u")
                     }
                     (false, _) => format!("{column} * row_stride(){first}"),
@@ -284,7 +298,7 @@ impl Writer<'_> {
         self.line(format!("let x_from = own_row * {pitch}u;\nlet w_from = own_col * {pitch}u;"));
     }
 
-    fn matrix_names(&self) -> Vec<String> {
+    pub(super) fn matrix_names(&self) -> Vec<String> {
         match self.operation.weights {
             Weights::Whole(_) => vec!["w".to_owned()],
             Weights::Slabs(matrices) => matrices.iter().map(|(name, _)| (*name).to_owned()).collect(),
@@ -337,7 +351,7 @@ impl Writer<'_> {
     }
 
     /// The fours of f16 that a loaded unit becomes.
-    fn fours(&self, name: &str, of_weights: bool) -> Vec<String> {
+    pub(super) fn fours(&self, name: &str, of_weights: bool) -> Vec<String> {
         let halves = |function: &str| ["xy", "zw"].map(|half| format!("{function}({name}.{half})")).to_vec();
         match (of_weights, self.wide, self.dtype, self.unit) {
             (true, true, Dtype::Bf16, 8) => halves("halves"),
@@ -424,21 +438,23 @@ impl Writer<'_> {
         }
         match self.operation.weights {
             Weights::Whole(_) => self.steps(),
-            // A loop for each slab. With the choice at every load a third of the time is lost on an H200: loads no longer run beside
-            // products, so it seems.
-            Weights::Slabs(_) => {
-                self.line("switch place.x {");
-                for slab in 0..N_SLABS {
-                    // The last one is the default, for a switch needs one.
-                    let label = if slab + 1 == N_SLABS { "default".to_owned() } else { format!("case {slab}u") };
-                    self.line(format!("{label}: {{"));
-                    self.slab = slab;
-                    self.steps();
-                    self.line("}");
-                }
-                self.line("}");
-            }
+            Weights::Slabs(_) => self.for_each_slab(Self::steps),
         }
+    }
+
+    /// A loop for each slab. With the choice at every load a third of the time is lost on an H200: loads no longer run beside products, so
+    /// it seems.
+    pub(super) fn for_each_slab(&mut self, steps: fn(&mut Self)) {
+        self.line("switch place.x {");
+        for slab in 0..N_SLABS {
+            // The last one is the default, for a switch needs one.
+            let label = if slab + 1 == N_SLABS { "default".to_owned() } else { format!("case {slab}u") };
+            self.line(format!("{label}: {{"));
+            self.slab = slab;
+            steps(self);
+            self.line("}");
+        }
+        self.line("}");
     }
 
     /// Every step of the sums.

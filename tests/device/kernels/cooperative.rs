@@ -7,7 +7,7 @@ use fulmen::reference::matmul::matmul as reference_matmul;
 use fulmen::tune::{Operation, candidates};
 use libtest_mimic::Trial;
 
-use super::experts::{Form, Halves};
+use super::experts::{Extents, Form, Halves, SHAPES};
 use super::{expert_down, expert_gate_up};
 use crate::common::{
     DTYPES, Random, assert_close, assert_untouched, bits, download, has_matrices, if_cooperative, if_matrices,
@@ -67,11 +67,15 @@ fn some_tiles(operation: Operation) -> Vec<Tile> {
     if has_matrices() {
         return candidates::all(operation).into_iter().step_by(5).collect();
     }
-    vec![
+    let mut tiles = vec![
         Tile::new(16, 32, 64, 16, 16),
         Tile { unit: 8, prefetch: false, ..Tile::new(32, 32, 64, 32, 16) },
         Tile { unit: 8, buffers: 2, ..Tile::new(32, 64, 32, 16, 32) },
-    ]
+    ];
+    if matches!(operation, Operation::GateUp | Operation::Down) {
+        tiles.extend([Tile::solo(16, 16, 32, 1), Tile::solo(48, 32, 32, 2)]);
+    }
+    tiles
 }
 
 fn all_tiles(operation: Operation) -> Vec<Tile> {
@@ -260,20 +264,32 @@ fn expert_trials() -> Vec<Trial> {
             Trial::test(
                 format!("cooperative::expert_gate_up_matches_reference_and_no_tile_changes_bits::{}", dtype.name()),
                 move || {
-                    expert_gate_up::matches_reference(dtype, &forms(Operation::GateUp, dtype), tolerances);
+                    expert_gate_up::matches_reference(dtype, &SHAPES, &forms(Operation::GateUp, dtype), tolerances);
                     Ok(())
                 },
             ),
             Trial::test(
                 format!("cooperative::expert_down_matches_reference_and_no_tile_changes_bits::{}", dtype.name()),
                 move || {
-                    expert_down::matches_reference(dtype, &forms(Operation::Down, dtype), tolerances);
+                    expert_down::matches_reference(dtype, &SHAPES, &forms(Operation::Down, dtype), tolerances);
                     Ok(())
                 },
             ),
         ]);
     }
+    // What the trials above do, with so few tiles and shapes that emulated matrices take seconds.
+    const FEW_SHAPES: [Extents; 3] = [SHAPES[4], SHAPES[8], SHAPES[11]];
+    let form = |tile| Form::Cooperative { weights: Dtype::Bf16, tile, aligned_slots: true };
+    let solo = move || [Tile::new(16, 32, 64, 16, 16), Tile::solo(32, 16, 32, 1)].map(form);
     trials.extend([
+        Trial::test("cooperative::solo_expert_gate_up_has_the_bits_of_others", move || {
+            expert_gate_up::matches_reference(Dtype::Bf16, &FEW_SHAPES, &solo(), tolerances);
+            Ok(())
+        }),
+        Trial::test("cooperative::solo_expert_down_has_the_bits_of_others", move || {
+            expert_down::matches_reference(Dtype::Bf16, &FEW_SHAPES, &solo(), tolerances);
+            Ok(())
+        }),
         Trial::test("cooperative::expert_gate_up_leaves_the_rows_of_absent_experts_as_they_are", || {
             expert_gate_up::leaves_absent_rows(&forms(Operation::GateUp, Dtype::F16));
             Ok(())
@@ -287,8 +303,10 @@ fn expert_trials() -> Vec<Trial> {
 }
 
 pub fn trials() -> Vec<Trial> {
-    // With emulated matrices all of them take a quarter of an hour: the one that needs no large product stands for them.
-    let quick = |trial: &Trial| trial.name().ends_with("accumulate_adds_the_finished_sum");
+    // With emulated matrices all of them take a quarter of an hour: those that need no large product or few tiles stand for them.
+    let quick = |trial: &Trial| {
+        trial.name().ends_with("accumulate_adds_the_finished_sum") || trial.name().starts_with("cooperative::solo_")
+    };
     let (few, many) = matmul_trials().into_iter().chain(expert_trials()).partition(quick);
     let mut trials = if_cooperative(few);
     trials.extend(if_matrices(many));

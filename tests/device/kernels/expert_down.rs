@@ -6,7 +6,9 @@ use fulmen::kernels::slabs::Place;
 use fulmen::reference::expert_down::expert_down;
 use libtest_mimic::Trial;
 
-use super::experts::{Form, Halves, Matrices, ProductError, Routing, SHAPES, f32_error, matrices, matrices_at};
+use super::experts::{
+    Extents, Form, Halves, Matrices, ProductError, Routing, SHAPES, f32_error, matrices, matrices_at,
+};
 use crate::common::{DTYPES, Random, assert_close, assert_untouched, download, poisoned, run, upload};
 
 /// `[T * A, D]` by assignment, as words. What lies behind it stayed untouched.
@@ -25,7 +27,10 @@ fn down(form: &Form, h: &[f32], expert_width: usize, routing: &Routing, places: 
             run(|recorder| record(recorder, variant, params, bindings));
         }
         Form::Cooperative { weights, tile, aligned_slots } => {
-            let halves = Halves::of(&h, routing.n_assignments(), expert_width);
+            let halves = match tile.is_solo() {
+                true => Halves::by_expert(&h, true, routing, expert_width),
+                false => Halves::of(&h, routing.n_assignments(), expert_width),
+            };
             let bindings = Bindings { h: halves.rows(), permutation, offsets, places, y: y.whole(), down, bias };
             run(|recorder| {
                 cooperative::expert_down::record(recorder, (*weights, *aligned_slots), *tile, params, bindings)
@@ -39,9 +44,9 @@ fn down(form: &Form, h: &[f32], expert_width: usize, routing: &Routing, places: 
 }
 
 /// Every form against the reference, and against the first one bit for bit.
-pub fn matches_reference(dtype: Dtype, forms: &[Form], error: ProductError) {
+pub fn matches_reference(dtype: Dtype, shapes: &[Extents], forms: &[Form], error: ProductError) {
     let alignment = forms.iter().map(Form::alignment).max().expect("there are forms");
-    for (n_rows, n_chosen, n_experts, d_model, expert_width) in SHAPES {
+    for &(n_rows, n_chosen, n_experts, d_model, expert_width) in shapes {
         let mut random = Random::new((n_rows * 1000 + d_model) as u64);
         let routing = Routing::random(&mut random, n_rows, n_chosen, n_experts);
         let h = random.values(routing.n_assignments() * expert_width);
@@ -101,7 +106,7 @@ pub fn trials() -> Vec<Trial> {
         .into_iter()
         .map(|dtype| {
             Trial::test(format!("expert_down::matches_reference_with_every_tile::{}", dtype.name()), move || {
-                matches_reference(dtype, &forms(dtype), f32_error);
+                matches_reference(dtype, &SHAPES, &forms(dtype), f32_error);
                 Ok(())
             })
         })

@@ -7,7 +7,9 @@ use fulmen::reference::expert_gate_up::{Finish, expert_gate_up};
 use fulmen::reference::matmul::matmul;
 use libtest_mimic::Trial;
 
-use super::experts::{Form, Halves, Matrices, ProductError, Routing, SHAPES, f32_error, matrices, matrices_at};
+use super::experts::{
+    Extents, Form, Halves, Matrices, ProductError, Routing, SHAPES, f32_error, matrices, matrices_at,
+};
 use crate::common::{DTYPES, Random, assert_close, assert_untouched, download, poisoned, run, upload};
 
 /// `[T * A, F]` by sorted position, as words. What lies behind it stayed untouched.
@@ -35,7 +37,10 @@ fn gate_up(
             run(|recorder| record(recorder, variant, params, bindings));
         }
         Form::Cooperative { weights, tile, aligned_slots } => {
-            let halves = Halves::of(&x, n_rows, d_model);
+            let halves = match tile.is_solo() {
+                true => Halves::by_expert(&x, false, routing, d_model),
+                false => Halves::of(&x, n_rows, d_model),
+            };
             let bindings = Bindings { x: halves.rows(), permutation, offsets, places, h: h.whole(), gate, up, bias };
             run(|recorder| {
                 cooperative::expert_gate_up::record(recorder, (*weights, *aligned_slots), *tile, params, bindings)
@@ -78,9 +83,9 @@ fn tolerances(
 }
 
 /// Every form against the reference, and against the first one bit for bit.
-pub fn matches_reference(dtype: Dtype, forms: &[Form], error: ProductError) {
+pub fn matches_reference(dtype: Dtype, shapes: &[Extents], forms: &[Form], error: ProductError) {
     let alignment = forms.iter().map(Form::alignment).max().expect("there are forms");
-    for (n_rows, n_chosen, n_experts, d_model, expert_width) in SHAPES {
+    for &(n_rows, n_chosen, n_experts, d_model, expert_width) in shapes {
         let mut random = Random::new((n_rows * 1000 + d_model) as u64);
         let x = random.values(n_rows * d_model);
         let routing = Routing::random(&mut random, n_rows, n_chosen, n_experts);
@@ -135,7 +140,7 @@ pub fn trials() -> Vec<Trial> {
         .into_iter()
         .map(|dtype| {
             Trial::test(format!("expert_gate_up::matches_reference_with_every_tile::{}", dtype.name()), move || {
-                matches_reference(dtype, &forms(dtype), f32_error);
+                matches_reference(dtype, &SHAPES, &forms(dtype), f32_error);
                 Ok(())
             })
         })

@@ -3,7 +3,7 @@
 use fulmen::checkpoint::Dtype;
 use fulmen::gpu::{Buffer, Slice, Variant};
 use fulmen::kernels::cooperative::Tile;
-use fulmen::kernels::half_rows::{self, HalfRows, padded};
+use fulmen::kernels::half_rows::{self, ByExpert, HalfRows, groups, padded};
 use fulmen::kernels::slabs::{N_SLABS, Place};
 use fulmen::reference::expert_sort::expert_sort;
 use fulmen::reference::matmul::matmul;
@@ -54,6 +54,23 @@ impl Halves {
         let halves = Self { rows: poisoned(n_rows * padded(n_in as u32) as usize / 2), scales: poisoned(n_rows) };
         let params = half_rows::Params::dense(n_rows as u32, n_in as u32);
         run(|recorder| half_rows::record(recorder, params, x.whole(), halves.rows()));
+        halves
+    }
+
+    /// Of the rows that sorted positions have, as fragments: of rows `x`, or of one for each position where `by_position`.
+    pub fn by_expert(x: &Buffer, by_position: bool, routing: &Routing, n_in: usize) -> Self {
+        let (n_rows, n_experts) = (routing.n_assignments(), routing.offsets.len() as u32 - 1);
+        let in_groups = 16 * groups(n_rows as u32, n_experts) as usize;
+        let halves = Self { rows: poisoned(in_groups * padded(n_in as u32) as usize / 2), scales: poisoned(n_rows) };
+        let (offsets, permutation) = (upload(&routing.offsets), upload(&routing.permutation));
+        let order = ByExpert {
+            n_experts,
+            experts: [0, n_experts],
+            offsets: offsets.whole(),
+            permutation: (!by_position).then(|| (permutation.whole(), routing.n_chosen as u32)),
+        };
+        let params = half_rows::Params::dense(n_rows as u32, n_in as u32);
+        run(|recorder| half_rows::record_by_expert(recorder, params, order, x.whole(), halves.rows()));
         halves
     }
 
@@ -174,9 +191,12 @@ pub fn matrices_at(
     (matrices.collect(), places)
 }
 
-/// T, A, E, D, F: none, one, primes, around the tiles of 16, 32 and 64 rows and of 32, 64 and 128 columns, odd widths,
+/// T, A, E, D, F.
+pub type Extents = (usize, usize, usize, usize, usize);
+
+/// None, one, primes, around the tiles of 16, 32 and 64 rows and of 32, 64 and 128 columns, odd widths,
 /// one expert for all, as many chosen as there are.
-pub const SHAPES: [(usize, usize, usize, usize, usize); 12] = [
+pub const SHAPES: [Extents; 12] = [
     (0, 1, 1, 8, 8),
     (1, 1, 1, 1, 1),
     (1, 2, 3, 16, 64),

@@ -1,5 +1,7 @@
-use fulmen::kernels::half_rows::{HalfRows, Params, padded, record, record_between};
-use fulmen::reference::half_rows::half_rows;
+use fulmen::kernels::half_rows::{
+    ByExpert, HalfRows, Params, groups, padded, record, record_between, record_by_expert,
+};
+use fulmen::reference::half_rows::{half_rows, place_by_expert};
 use half::f16;
 use libtest_mimic::Trial;
 
@@ -81,6 +83,59 @@ pub fn trials() -> Vec<Trial> {
                         assert_untouched("half_rows' scales", &scales, row);
                     }
                 }
+            }
+            Ok(())
+        }),
+        // Empty experts first, in between and last; one with exactly a group, one with more; of all experts and of some.
+        Trial::test("half_rows::by_expert_lays_rows_out_as_fragments", || {
+            let (n_experts, n_in, n_chosen) = (7, 300, 2);
+            let counts = [0u32, 16, 3, 0, 21, 10, 0];
+            let offsets: Vec<u32> = std::iter::once(0)
+                .chain(counts.iter().scan(0, |sum, n| {
+                    *sum += n;
+                    Some(*sum)
+                }))
+                .collect();
+            let n = offsets[n_experts] as usize;
+            let n_padded = padded(n_in as u32) as usize;
+            let in_groups = 16 * groups(n as u32, n_experts as u32) as usize * n_padded;
+            // Any order will do.
+            let permutation: Vec<u32> = (0..n as u32).map(|i| i * 7 % n as u32).collect();
+            let x = Random::new(9).values(n * n_in);
+            let (want, want_scales) = half_rows(&x, n_in, n_padded);
+            let (device_x, device_offsets, device_permutation) = (upload(&x), upload(&offsets), upload(&permutation));
+            for (experts, gathers) in
+                [([0u32, 7], true), ([0, 7], false), ([1, 5], true), ([6, 7], true), ([4, 5], false)]
+            {
+                let (rows, scales) = (poisoned(in_groups / 2 + 70), poisoned(n + 70));
+                let order = ByExpert {
+                    n_experts: n_experts as u32,
+                    experts,
+                    offsets: device_offsets.whole(),
+                    permutation: gathers.then(|| (device_permutation.whole(), n_chosen)),
+                };
+                let halves = HalfRows { rows: rows.whole(), scales: scales.whole() };
+                let params = Params::dense(n as u32, n_in as u32);
+                run(|r| record_by_expert(r, params, order, device_x.whole(), halves));
+                let (rows, scales): (Vec<u32>, Vec<u32>) = (download(rows.whole()), download(scales.whole()));
+                let taken = offsets[experts[0] as usize] as usize..offsets[experts[1] as usize] as usize;
+                let mut written = vec![false; rows.len()];
+                for position in 0..n {
+                    if !taken.contains(&position) {
+                        assert_untouched("scales by expert", &scales, position);
+                        continue;
+                    }
+                    let row = if gathers { (permutation[position] / n_chosen) as usize } else { position };
+                    assert_eq!(scales[position], want_scales[row].to_bits(), "scale of {position}, {experts:?}");
+                    for k in (0..n_padded).step_by(2) {
+                        let at = place_by_expert(&offsets, position, k, n_padded) / 2;
+                        let pair = bytemuck::pod_collect_to_vec::<f16, u32>(&want[row * n_padded + k..][..2]);
+                        assert_eq!(rows[at], pair[0], "position {position}, column {k}, {experts:?}");
+                        written[at] = true;
+                    }
+                }
+                (0..rows.len()).filter(|i| !written[*i]).for_each(|i| assert_untouched("rows by expert", &rows, i));
+                (n..scales.len()).for_each(|i| assert_untouched("scales by expert", &scales, i));
             }
             Ok(())
         }),
