@@ -27,12 +27,17 @@ pub fn run(arguments: Arguments) -> Result<u8> {
         let (index, name, kind, backend) = (adapter.index, &adapter.name, &adapter.kind, &adapter.backend);
         print_line(format_args!("{index}: {name}  ({kind}, {backend}, {})", adapter.driver))?;
         print_line(format_args!(
-            "   largest binding {}, largest buffer {}, workgroup memory {}, subgroups {}..{}{}",
+            "   largest binding {}, largest buffer {}, workgroup memory {}, subgroups {}..{}{}{}",
             human_bytes(adapter.max_binding_bytes),
             human_bytes(adapter.max_buffer_bytes),
             human_bytes(adapter.workgroup_memory_bytes as u64),
             adapter.subgroup_sizes.0,
             adapter.subgroup_sizes.1,
+            match (adapter.cooperative, adapter.workgroup_matrices) {
+                (_, true) => ", matrices of subgroups and of whole workgroups",
+                (true, false) => ", matrices of subgroups",
+                (false, false) => "",
+            },
             if adapter.usable { "" } else { "   cannot be used: it lacks push constants" },
         ))?;
     }

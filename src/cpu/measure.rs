@@ -13,7 +13,9 @@ use std::time::Instant;
 use half::f16;
 
 use super::attention::{DecodeRow, attend};
-use super::isa::{Isa, Level};
+use super::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::isa::Level;
 use crate::memory::host_memory;
 use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, Half, KvCache, KvError, KvLayout};
 use crate::model::AttentionShape;

@@ -10,6 +10,7 @@ use super::timing::Clock;
 use super::transfer::plain::PlainTransfer;
 use super::transfer::{HostMemoryRefused, Line, Ticket, Transfer, TransferChoice, vulkan};
 use super::uploads::Uploads;
+use super::workgroup_matrices;
 
 /// What the GPU side can fail with.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -55,6 +56,8 @@ pub struct AdapterSummary {
     pub usable: bool,
     /// Has 16x16x16 cooperative matrices of f16 with f32 sums, and subgroups of 32 lanes: what the kernels that use them need.
     pub cooperative: bool,
+    /// Has VK_NV_cooperative_matrix2 with all that the kernels in SPIR-V need of it: matrices that a whole workgroup holds.
+    pub workgroup_matrices: bool,
 }
 
 /// Which adapter to open.
@@ -91,6 +94,7 @@ pub struct Gpu {
     test_faults: TestFaults,
     /// [`TestFaults::emulated_matrices`], where it is of use.
     pub(super) emulates_cooperative: bool,
+    workgroup_matrices: bool,
     taken: Arc<AtomicU64>,
     /// Most that was taken.
     peak: AtomicU64,
@@ -141,12 +145,14 @@ pub struct TestFaults {
     pub device_bytes: Option<u64>,
     /// No fault, but a machine that is not there either: where the adapter has no cooperative matrices but has f16, they are emulated.
     pub emulated_matrices: bool,
+    /// No fault: matrices of a whole workgroup are left alone, as on an adapter without them.
+    pub no_workgroup_matrices: bool,
 }
 
 impl std::str::FromStr for TestFaults {
     type Err = String;
 
-    /// `pinned-refused,import-refused,lost-after=40,device-bytes=1000000,emulated-matrices`, any of them.
+    /// `pinned-refused,import-refused,lost-after=40,device-bytes=1000000,emulated-matrices,no-workgroup-matrices`, any of them.
     fn from_str(text: &str) -> Result<Self, String> {
         let mut faults = TestFaults::default();
         for word in text.split(',').filter(|word| !word.is_empty()) {
@@ -156,6 +162,7 @@ impl std::str::FromStr for TestFaults {
                 "pinned-refused" => faults.pinned_refused = true,
                 "import-refused" => faults.import_refused = true,
                 "emulated-matrices" => faults.emulated_matrices = true,
+                "no-workgroup-matrices" => faults.no_workgroup_matrices = true,
                 "lost-after" => faults.lost_after = Some(number()?),
                 "device-bytes" => faults.device_bytes = Some(number()?),
                 _ => return Err(format!("'{word}' is no test fault")),
@@ -243,6 +250,7 @@ fn has_cooperative_matrices(adapter: &wgpu::Adapter, subgroups: (u32, u32)) -> b
 
 fn summarise(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
     let (info, limits) = (adapter.get_info(), adapter.limits());
+    let cooperative = has_cooperative_matrices(adapter, (info.subgroup_min_size, info.subgroup_max_size));
     AdapterSummary {
         index,
         name: info.name,
@@ -261,7 +269,8 @@ fn summarise(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
         workgroup_memory_bytes: limits.max_compute_workgroup_storage_size,
         subgroup_sizes: (info.subgroup_min_size, info.subgroup_max_size),
         usable: adapter.features().contains(wgpu::Features::IMMEDIATES),
-        cooperative: has_cooperative_matrices(adapter, (info.subgroup_min_size, info.subgroup_max_size)),
+        cooperative,
+        workgroup_matrices: cooperative && workgroup_matrices::are_there(adapter),
     }
 }
 
@@ -312,11 +321,21 @@ impl Gpu {
         } else if emulates {
             features |= f16;
         }
+        // wgpu's own way to open a device has no room for the extension.
+        let workgroup_matrices = summary.workgroup_matrices
+            && !options.test_faults.no_workgroup_matrices
+            && options.transfer == TransferChoice::Best;
+        if workgroup_matrices {
+            features |= wgpu::Features::PASSTHROUGH_SHADERS;
+        }
         let open = |cause: String| GpuError::Open { adapter: summary.name.clone(), cause };
         let faults = Arc::new(Faults::default());
         let beside = match options.transfer {
             TransferChoice::Plain => None,
-            TransferChoice::Best => vulkan::open(adapter, features, &limits, faults.clone(), options.test_faults),
+            TransferChoice::Best => {
+                let wanted = (features, &limits, workgroup_matrices);
+                vulkan::open(adapter, wanted, faults.clone(), options.test_faults)
+            }
         };
         let (device, queue, transfer) = match beside {
             Some(opened) => {
@@ -357,6 +376,7 @@ impl Gpu {
             faults,
             test_faults: options.test_faults,
             emulates_cooperative: emulates,
+            workgroup_matrices,
             pace: options.link_pace.map(|bytes_per_s| Pace { bytes_per_s, free_at: Mutex::new(Instant::now()) }),
             taken: Arc::new(AtomicU64::new(0)),
             peak: AtomicU64::new(0),
@@ -381,6 +401,11 @@ impl Gpu {
     /// Kernels may use cooperative matrices; see [`AdapterSummary::cooperative`] and [`TestFaults::emulated_matrices`].
     pub fn cooperative(&self) -> bool {
         self.summary.cooperative || self.emulates_cooperative
+    }
+
+    /// Kernels in SPIR-V may use matrices that a whole workgroup holds; see [`AdapterSummary::workgroup_matrices`].
+    pub fn workgroup_matrices(&self) -> bool {
+        self.workgroup_matrices
     }
 
     /// Largest storage binding in bytes.

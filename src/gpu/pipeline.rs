@@ -32,6 +32,8 @@ pub enum Part {
     /// Text made of the variant's tunables, which are then no `override` constants: loops unrolled over tiles, accumulators by name.
     /// Such a kernel needs what [`Gpu::cooperative`] tells of.
     Template(fn(&Variant) -> String),
+    /// No text but SPIR-V for the variant's dtype, the kernel's only part. It needs what [`Gpu::workgroup_matrices`] tells of.
+    Spirv(fn(Dtype) -> &'static [u8]),
 }
 
 /// A field of a kernel's `Params`, as the Rust side lays it out; the macro `params!` lists them.
@@ -105,7 +107,9 @@ impl Kernel {
 
     /// Its text depends on the dtype of weights, so it exists once per dtype.
     pub fn reads_weights(&self) -> bool {
-        self.parts.iter().any(|part| matches!(part, Part::Weight | Part::MadeFor(_) | Part::Template(_)))
+        self.parts
+            .iter()
+            .any(|part| matches!(part, Part::Weight | Part::MadeFor(_) | Part::Template(_) | Part::Spirv(_)))
     }
 
     /// Its text is made of its tunables.
@@ -142,6 +146,12 @@ impl Kernel {
         variants
     }
 
+    /// The SPIR-V of a variant, where the kernel has no text.
+    pub fn spirv(&self, weights: Dtype) -> Option<Vec<u32>> {
+        let [Part::Spirv(of)] = self.parts else { return None };
+        Some(of(weights).chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("four bytes"))).collect())
+    }
+
     /// The WGSL text of a variant.
     pub fn source(&self, variant: &Variant) -> String {
         let weights = variant.weights;
@@ -159,6 +169,7 @@ impl Kernel {
                 Part::Made(make) => Cow::Owned(make()),
                 Part::MadeFor(make) => Cow::Owned(make(weights)),
                 Part::Template(make) => Cow::Owned(make(variant)),
+                Part::Spirv(_) => panic!("{} is SPIR-V and has no text", self.name),
             })
             .collect::<Vec<_>>()
             .join("\n")
@@ -243,26 +254,49 @@ impl Pipelines {
         Ok(self.compiled.lock().expect("pipeline cache lock").entry(key).or_insert(pipeline).clone())
     }
 
-    fn compile(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Pipeline, GpuError> {
-        let fail = |cause: String| GpuError::Shader { kernel: kernel.name.to_owned(), cause };
+    /// The text that the device gets.
+    fn text(&self, kernel: &Kernel, variant: &Variant) -> Result<String, GpuError> {
         let mut source = kernel.source(variant);
         for patch in self.patches.iter().filter(|p| p.kernel == kernel.name) {
             if !source.contains(&patch.from) {
-                return Err(fail(format!("patch finds no '{}'", patch.from)));
+                let cause = format!("patch finds no '{}'", patch.from);
+                return Err(GpuError::Shader { kernel: kernel.name.to_owned(), cause });
             }
             source = source.replace(&patch.from, &patch.to);
         }
         if self.gpu.emulates_cooperative && emulated::is_needed(&source) {
             source = emulated::emulate(&source);
         }
+        Ok(source)
+    }
+
+    fn compile(&self, kernel: &'static Kernel, variant: &Variant) -> Result<Pipeline, GpuError> {
+        let fail = |cause: String| GpuError::Shader { kernel: kernel.name.to_owned(), cause };
+        let spirv = kernel.spirv(variant.weights);
+        let text = if spirv.is_some() { String::new() } else { self.text(kernel, variant)? };
         let device = &self.gpu.device;
         let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
         let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
-        let descriptor =
-            wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source: wgpu::ShaderSource::Wgsl(source.into()) };
-        // SAFETY: the checks that are left out guard against out-of-bounds indices and endless loops. Every kernel is
-        // held against its reference at odd sizes, and none loops without a bound taken from its parameters.
-        let module = unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
+        let module = match spirv {
+            Some(words) => {
+                let main = wgpu::PassthroughShaderEntryPoint { name: "main".into(), workgroup_size: (1, 1, 1) };
+                let descriptor = wgpu::ShaderModuleDescriptorPassthrough {
+                    label: Some(kernel.name),
+                    entry_points: vec![main].into(),
+                    spirv: Some(words.into()),
+                    ..Default::default()
+                };
+                // SAFETY: the words are the compiler's, validated when they were made, and held against the kernel's reference.
+                unsafe { device.create_shader_module_passthrough(descriptor) }
+            }
+            None => {
+                let source = wgpu::ShaderSource::Wgsl(text.into());
+                let descriptor = wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source };
+                // SAFETY: the checks that are left out guard against out-of-bounds indices and endless loops. Every kernel is
+                // held against its reference at odd sizes, and none loops without a bound taken from its parameters.
+                unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+            }
+        };
         let entries: Vec<_> = kernel
             .bindings
             .iter()

@@ -5,7 +5,7 @@ use super::{NARROW, Operation, ROW_CLASSES, Tiles};
 use crate::checkpoint::Dtype;
 use rayon::iter::{ParallelBridge, ParallelIterator};
 
-use crate::gpu::Pipelines;
+use crate::gpu::{Gpu, Pipelines};
 use crate::kernels::cooperative::{self, Tile};
 use crate::kernels::{expert_down, expert_gate_up};
 
@@ -101,6 +101,7 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             t(64, 128, 64, 32, 32),
             t(128, 128, 64, 64, 32),
             wide(t(64, 64, 64, 32, 32)),
+            wide(t(128, 128, 64, 64, 32)),
         ],
         (_, _) => vec![
             t(64, 64, 128, 32, 32),
@@ -119,7 +120,12 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
     }
 }
 
-/// Every tile that is a candidate for an operation at any number of rows, each once.
+/// One more of many rows, where the device can run it.
+fn in_spirv(gpu: &Gpu, operation: Operation) -> Option<Tile> {
+    (operation == Operation::Matmul && gpu.workgroup_matrices()).then_some(Tile::WORKGROUP)
+}
+
+/// Every tile that is a candidate for an operation at any number of rows on any device, each once.
 pub fn all(operation: Operation) -> Vec<Tile> {
     let mut tiles = Vec::new();
     for rows in ROW_CLASSES.into_iter().chain([u32::MAX]) {
@@ -139,9 +145,7 @@ fn compile(pipelines: &Pipelines, shape: ExpertShape) {
     let [e, a, d, f] = [experts, chosen, d_model, expert_width].map(|n| n as u32);
     let (gate_up, down) = (expert_gate_up::Params::plain(1, e, a, d, f), expert_down::Params::plain(1, e, d, f));
     let variant_of = |operation, tile: Tile| match operation {
-        Operation::Matmul | Operation::NarrowMatmul => {
-            (&cooperative::matmul::MATMUL, cooperative::matmul::variant(Dtype::Bf16, tile, d))
-        }
+        Operation::Matmul | Operation::NarrowMatmul => cooperative::matmul::kernel(Dtype::Bf16, tile, d),
         Operation::GateUp => (
             &cooperative::expert_gate_up::EXPERT_GATE_UP,
             cooperative::expert_gate_up::variant(Dtype::Bf16, tile, &gate_up, true),
@@ -152,7 +156,9 @@ fn compile(pipelines: &Pipelines, shape: ExpertShape) {
     };
     Operation::ALL
         .into_iter()
-        .flat_map(|operation| all(operation).into_iter().map(move |tile| (operation, tile)))
+        .flat_map(|operation| {
+            all(operation).into_iter().chain(in_spirv(pipelines.gpu(), operation)).map(move |tile| (operation, tile))
+        })
         .par_bridge()
         .for_each(|(operation, tile)| {
             let (kernel, variant) = variant_of(operation, tile);
@@ -175,7 +181,9 @@ pub fn tune(
                        measure: &mut dyn FnMut(Tile) -> Result<Reading, MeasureError>|
      -> Result<(), MeasureError> {
         let mut best: Option<(f64, Tile)> = None;
-        for tile in candidates(operation, rows) {
+        for tile in
+            candidates(operation, rows).into_iter().chain(in_spirv(pipelines.gpu(), operation).filter(|_| rows > 64))
+        {
             let seconds = match measure(tile) {
                 Ok(reading) => Some(reading.seconds),
                 Err(error) => {

@@ -13,7 +13,7 @@ use crate::kernels::{cooperative, expert_down, expert_gate_up, expert_sort, matm
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Reading {
     pub operation: Operation,
-    /// Of the matrices: outputs x terms.
+    /// Of the matrices: outputs x terms, and their dtype.
     pub shape: String,
     pub rows: usize,
     /// The tile; None: the portable kernel.
@@ -217,7 +217,7 @@ impl<'p> Dense<'p> {
         let elements = (self.n_out * self.n_in) as f64;
         Ok(Reading {
             operation: if (self.n_out as u32) < NARROW { Operation::NarrowMatmul } else { Operation::Matmul },
-            shape: format!("{}x{}", self.n_out, self.n_in),
+            shape: format!("{}x{} {}", self.n_out, self.n_in, self.weights.name()),
             rows,
             tile,
             seconds,
@@ -471,9 +471,10 @@ impl<'p> Experts<'p> {
         let ExpertShape { chosen, d_model, expert_width, .. } = self.shape;
         let (d, f, n) = (d_model as f64, expert_width as f64, (rows * chosen) as f64);
         let used = offsets.windows(2).filter(|pair| pair[0] < pair[1]).count() as f64;
+        let dtype = self.weights.name();
         let (shape, matrices, io) = match operation {
-            Operation::GateUp => (format!("{expert_width}x{d_model}"), 2.0, n * (2.0 * d + 4.0 * f)),
-            _ => (format!("{d_model}x{expert_width}"), 1.0, n * (2.0 * f + 4.0 * d)),
+            Operation::GateUp => (format!("{expert_width}x{d_model} {dtype}"), 2.0, n * (2.0 * d + 4.0 * f)),
+            _ => (format!("{d_model}x{expert_width} {dtype}"), 1.0, n * (2.0 * f + 4.0 * d)),
         };
         Reading {
             operation,

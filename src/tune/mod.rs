@@ -100,12 +100,20 @@ impl Tiles {
         tiles
     }
 
+    /// None needs what `gpu` lacks, or was opened without.
+    pub fn run_on(&self, gpu: &Gpu) -> bool {
+        gpu.workgroup_matrices() || !self.tiles.iter().flatten().any(|tile| tile.workgroup)
+    }
+
     /// Kernels can run them all.
     fn are_possible(&self) -> bool {
         Operation::ALL.iter().all(|operation| {
             let matrices = if *operation == Operation::GateUp { 2 } else { 1 };
+            let dense = matches!(operation, Operation::Matmul | Operation::NarrowMatmul);
             let mut classes = self.tiles[*operation as usize].iter().enumerate();
-            classes.all(|(i, tile)| tile.is_possible(matrices) && is_allowed(*operation, i, *tile))
+            classes.all(|(i, tile)| {
+                tile.is_possible(matrices) && is_allowed(*operation, i, *tile) && (dense || !tile.workgroup)
+            })
         })
     }
 
@@ -126,8 +134,8 @@ impl Tiles {
     /// The choice kept for this device, else the defaults.
     pub fn for_device(gpu: &Gpu) -> Self {
         match Kept::read(gpu.summary()) {
-            Ok(Some(kept)) => kept.tiles,
-            Ok(None) => Self::default(),
+            Ok(Some(kept)) if kept.tiles.run_on(gpu) => kept.tiles,
+            Ok(_) => Self::default(),
             Err(error) => {
                 tracing::warn!(%error, "the kept tiles are left aside: run `fulmen bench kernels --retune`");
                 Self::default()
@@ -140,7 +148,7 @@ impl Default for Tiles {
     fn default() -> Self {
         let t = Tile::new;
         let wide = |tile| Tile { unit: 8, ..tile };
-        let many = wide(t(128, 128, 32, 64, 64));
+        let many = Tile::MANY;
         Self {
             tiles: [
                 [
@@ -164,15 +172,15 @@ impl Default for Tiles {
                     Tile::solo(32, 16, 64, 2),
                     Tile::solo(48, 16, 64, 2),
                     Tile::solo(80, 16, 64, 2),
-                    t(96, 64, 32, 48, 32),
-                    wide(t(128, 128, 32, 64, 32)),
+                    wide(t(128, 64, 64, 32, 32)),
+                    wide(t(128, 64, 64, 32, 32)),
                 ],
                 [
                     Tile::solo(16, 16, 128, 1),
                     Tile::solo(32, 32, 64, 2),
                     Tile::solo(48, 64, 64, 4),
                     Tile::solo(80, 64, 64, 4),
-                    t(128, 128, 64, 64, 32),
+                    wide(t(128, 128, 64, 64, 32)),
                     wide(t(128, 128, 64, 64, 32)),
                 ],
             ],

@@ -20,20 +20,25 @@ pub fn has_matrices() -> bool {
 
 /// Trials of the f16 class: ignored, with the reason, where the adapter has neither cooperative matrices nor f16 to emulate them with.
 pub fn if_cooperative(trials: Vec<Trial>) -> Vec<Trial> {
-    unless_ignored(|| pipelines().gpu().cooperative(), trials)
+    unless_ignored(|| pipelines().gpu().cooperative(), "no cooperative matrices", trials)
 }
 
 /// Likewise of whole models, whose tiles an emulating adapter may have no workgroup memory for.
 pub fn if_matrices(trials: Vec<Trial>) -> Vec<Trial> {
-    unless_ignored(has_matrices, trials)
+    unless_ignored(has_matrices, "no cooperative matrices", trials)
 }
 
-fn unless_ignored(there: fn() -> bool, trials: Vec<Trial>) -> Vec<Trial> {
+/// Likewise of kernels in SPIR-V.
+pub fn if_workgroup_matrices(trials: Vec<Trial>) -> Vec<Trial> {
+    unless_ignored(|| pipelines().gpu().workgroup_matrices(), "no VK_NV_cooperative_matrix2", trials)
+}
+
+fn unless_ignored(there: fn() -> bool, reason: &str, trials: Vec<Trial>) -> Vec<Trial> {
     // Without any adapter main ignores them all.
     if fulmen::gpu::list_adapters().is_empty() || there() {
         return trials;
     }
-    let ignored = |trial: Trial| trial.with_kind("ignored: no cooperative matrices").with_ignored_flag(true);
+    let ignored = |trial: Trial| trial.with_kind(format!("ignored: {reason}")).with_ignored_flag(true);
     trials.into_iter().map(ignored).collect()
 }
 

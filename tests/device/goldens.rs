@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use fulmen::engine::{Engine, EngineBuilder, Event, RunOptions};
 use fulmen::gpu::ShaderPatch;
+use fulmen::kernels::cooperative::Tile;
 use fulmen::plan::Wishes;
 use fulmen::policy::{AttentionPlace, KvDtype, Precision};
 use fulmen::request::{Request, SamplingParams};
@@ -14,7 +15,7 @@ use fulmen::tune::{Operation, Tiles, candidates};
 use libtest_mimic::{Failed, Trial};
 use safetensors::SafeTensors;
 
-use crate::common::{device, if_matrices};
+use crate::common::{device, if_matrices, pipelines};
 
 /// Of the row's largest |logit|. Most of it is the KV cache: K and V are stored in f16, transformers keeps f32 (its own logits
 /// move by up to 4.4e-4 when K and V are rounded so, tests/goldens/manifest.json).
@@ -182,14 +183,25 @@ fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
     let answers = |tiles| answer_from(Engine::builder(folder).tiles(tiles), wishes, vec![golden.request("golden")]);
     let want = answers(Tiles::default());
     let all = [Operation::GateUp, Operation::Down, Operation::Matmul].map(candidates::all);
-    for i in 0..all.iter().map(Vec::len).max().expect("three operations") {
-        let [gate_up, down, other] = all.each_ref().map(|tiles| tiles[i % tiles.len()]);
-        let got = answers(Tiles::forced(gate_up, down, other));
-        assert_eq!(got.tokens, want.tokens, "{gate_up}, {down} and {other}");
+    let try_tiles = |tiles: Tiles, what: String| {
+        let got = answers(tiles);
+        assert_eq!(got.tokens, want.tokens, "{what}");
         for (place, want) in &want.logits {
             let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&got.logits[place]), bits(want), "{gate_up}, {down} and {other}: {place:?}");
+            assert_eq!(bits(&got.logits[place]), bits(want), "{what}: {place:?}");
         }
+    };
+    for i in 0..all.iter().map(Vec::len).max().expect("three operations") {
+        let [gate_up, down, other] = all.each_ref().map(|tiles| tiles[i % tiles.len()]);
+        try_tiles(Tiles::forced(gate_up, down, other), format!("{gate_up}, {down} and {other}"));
+    }
+    if pipelines().gpu().workgroup_matrices() {
+        let mut tiles = Tiles::default();
+        for rows in [1, 9, 17, 33, 65, 257] {
+            tiles.set(Operation::Matmul, rows, Tile::WORKGROUP);
+            tiles.set(Operation::NarrowMatmul, rows, Tile::WORKGROUP);
+        }
+        try_tiles(tiles, "matrices of a whole workgroup".to_owned());
     }
     Ok(())
 }

@@ -297,3 +297,69 @@ fn candidates_are_possible() {
     let too_large = Tile { buffers: 2, ..Tile::new(128, 128, 64, 64, 64) };
     assert!(!too_large.is_possible(1));
 }
+
+/// The literal string at the start of `words`, and the words after it.
+fn string(words: &[u32]) -> (String, &[u32]) {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let end = bytes.iter().position(|byte| *byte == 0).expect("strings in SPIR-V end with 0");
+    (String::from_utf8(bytes[..end].to_vec()).expect("the text is UTF-8"), &words[end / 4 + 1..])
+}
+
+/// What naga says of the kernels in WGSL, of words that no part of wgpu looks at: they were made of the text beside them, its entry point,
+/// bindings and parameters are what the Rust side believes, and a workgroup computes what its tile says.
+#[test]
+fn spirv_is_of_its_text_and_fits_the_rust_side() {
+    const MATMUL: &Kernel = &cooperative::matmul::WORKGROUP_MATMUL;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders/spirv/matmul.comp");
+    let text = std::fs::read_to_string(path).expect("the text can be read");
+    for dtype in [Dtype::Bf16, Dtype::F16] {
+        let words = MATMUL.spirv(dtype).expect("it is SPIR-V");
+        assert_eq!(words[0], 0x0723_0203, "{dtype:?}: magic number");
+        let (mut source, mut defined, mut entry) = (String::new(), Vec::new(), None);
+        let (mut names, mut bindings, mut read_only) = (Vec::new(), Vec::new(), HashSet::new());
+        let (mut offsets, mut lanes) = (Vec::new(), 0);
+        let mut rest = &words[5..];
+        while let Some(first) = rest.first() {
+            let (op, length) = (first & 0xffff, (first >> 16) as usize);
+            let operands = &rest[1..length];
+            match (op, operands) {
+                (3, [_, _, _, text @ ..]) => source = string(text).0,
+                (2, text) => source.push_str(&string(text).0),
+                (330, text) => defined.push(string(text).0),
+                (15, [model, _, name @ ..]) => entry = Some((*model, string(name).0)),
+                (16, [_, 17, x, y, z]) => lanes = x * y * z,
+                (6, [id, member, name @ ..]) => names.push((*id, *member, string(name).0)),
+                (71, [id, 33, binding]) => bindings.push((*binding, *id)),
+                (71, [_, 34, set]) => assert_eq!(*set, 0, "{dtype:?}: descriptor set"),
+                (71, [id, 24]) => assert!(read_only.insert(*id), "{dtype:?}: said twice"),
+                (72, [id, member, 35, offset]) => offsets.push((*id, *member, *offset)),
+                _ => {}
+            }
+            rest = &rest[length..];
+        }
+        // The compiler puts what it was told to define, and line numbers, in front.
+        assert!(source.ends_with(&text), "{dtype:?}: the words were made of another text: run shaders/spirv/make");
+        let wanted = format!("define-macro {}", dtype.name().to_uppercase());
+        assert!(defined.contains(&wanted), "{dtype:?}: {defined:?}");
+        assert_eq!(entry, Some((5, "main".to_owned())), "{dtype:?}: entry point");
+        bindings.sort_unstable();
+        let access = |id| if read_only.contains(id) { Access::Read } else { Access::ReadWrite };
+        let bindings: Vec<_> = bindings.iter().map(|(binding, id)| (*binding, access(id))).collect();
+        assert_eq!(bindings, (0..).zip(MATMUL.bindings.iter().copied()).collect::<Vec<_>>(), "{dtype:?}: bindings");
+        let fields: Vec<_> = MATMUL.params.iter().enumerate().collect();
+        for (member, field) in &fields {
+            let (id, ..) =
+                *names.iter().find(|(_, _, name)| name == field.name).expect("a member has the field's name");
+            let wanted = (id, *member as u32, field.offset as u32);
+            assert!(offsets.contains(&wanted), "{dtype:?}: {} lies elsewhere", field.name);
+        }
+        let (of_params, ..) = names.iter().find(|(_, _, name)| name == "n_rows").expect("found above");
+        assert_eq!(offsets.iter().filter(|(id, ..)| id == of_params).count(), fields.len(), "{dtype:?}: parameters");
+        assert_eq!(lanes, 32 * Tile::WORKGROUP.subgroups(), "{dtype:?}: lanes");
+    }
+    for (name, value) in
+        [("ROWS", Tile::WORKGROUP.rows), ("COLS", Tile::WORKGROUP.cols), ("DEPTH", Tile::WORKGROUP.depth)]
+    {
+        assert!(text.contains(&format!("const uint {name} = {value};")), "{name} is {value} on the Rust side");
+    }
+}

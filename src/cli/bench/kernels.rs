@@ -108,6 +108,13 @@ pub fn run(arguments: Arguments) -> Result<u8> {
             keep(dense.measure(tiles.map(|tiles| tiles.matmul(rows as u32, n_out as u32)), rows)?)?;
         }
     }
+    if gpu.cooperative() && most >= 4096 {
+        // What libraries are compared by, in each of the ways for many rows.
+        let square = Dense::new(&pipelines, (4096, 4096), Dtype::F16, 4096, sizes.memory_bytes / 4)?;
+        for tile in [Tile::MANY].into_iter().chain(gpu.workgroup_matrices().then_some(Tile::WORKGROUP)) {
+            keep(square.measure(Some(tile), 4096)?)?;
+        }
+    }
     {
         let layer = Experts::new(&pipelines, experts, Dtype::Bf16, most)?;
         let tile = |operation, rows: usize| -> Option<Tile> {
@@ -146,7 +153,10 @@ pub fn run(arguments: Arguments) -> Result<u8> {
 /// The tiles that were kept, or the best of all candidates, which are kept then.
 fn kept(pipelines: &Pipelines, shape: ExpertShape, loads: &[f64], again: bool) -> Result<Kept> {
     let summary = pipelines.gpu().summary();
-    if !again && let Ok(Some(kept)) = Kept::read(summary) {
+    if !again
+        && let Ok(Some(kept)) = Kept::read(summary)
+        && kept.tiles.run_on(pipelines.gpu())
+    {
         return Ok(kept);
     }
     let (tiles, tried) = tune::tune(pipelines, shape, loads, &mut |tried| {
@@ -173,7 +183,7 @@ fn print_ceilings(ceilings: &Ceilings) -> Result<()> {
 
 fn print_head() -> Result<()> {
     print_line(format_args!(
-        "{:<16}{:>13}{:>7}{:>12}{:>10}{:>9}{:>8}{:>8}  tile",
+        "{:<16}{:>18}{:>7}{:>12}{:>10}{:>9}{:>8}{:>8}  tile",
         "product", "shape", "rows", "time", "TFLOP/s", "GB/s", "% roof", "error"
     ))
 }
@@ -181,7 +191,7 @@ fn print_head() -> Result<()> {
 fn print_reading(ceilings: &Ceilings, reading: &Reading) -> Result<()> {
     let Reading { operation, shape, rows, tile, seconds, operations, bytes, worst_error } = reading;
     print_line(format_args!(
-        "{:<16}{shape:>13}{rows:>7}{:>9.1} us{:>10.3}{:>9.1}{:>8.1}{worst_error:>8.3}  {}",
+        "{:<16}{shape:>18}{rows:>7}{:>9.1} us{:>10.3}{:>9.1}{:>8.1}{worst_error:>8.3}  {}",
         operation.name(),
         seconds * 1e6,
         operations / seconds * 1e-12,

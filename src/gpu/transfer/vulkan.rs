@@ -17,7 +17,7 @@ use wgpu::hal::api::Vulkan;
 use super::{HostMemoryRefused, Line, SharedBuffer, Ticket, Ticks, Transfer};
 use crate::gpu::buffer::{CopyRange, HostBuffer, HostMemory, Keep, Slice};
 use crate::gpu::device::Faults;
-use crate::gpu::{GpuError, TestFaults};
+use crate::gpu::{GpuError, TestFaults, workgroup_matrices};
 
 /// Copies that may be under way at a time on one line. A copy beyond that waits for the oldest.
 const DEPTH: usize = 256;
@@ -309,11 +309,10 @@ struct Queues {
     words: &'static str,
 }
 
-/// Opens `adapter` with queues for copies. None: it is no Vulkan adapter.
+/// Opens `adapter` with queues for copies, and with VK_NV_cooperative_matrix2 where that is wanted. None: it is no Vulkan adapter.
 pub(in crate::gpu) fn open(
     adapter: &wgpu::Adapter,
-    features: wgpu::Features,
-    limits: &wgpu::Limits,
+    (features, limits, with_matrices): (wgpu::Features, &wgpu::Limits, bool),
     faults: Arc<Faults>,
     test_faults: TestFaults,
 ) -> Option<Result<(wgpu::Device, wgpu::Queue, VulkanTransfer), String>> {
@@ -337,6 +336,9 @@ pub(in crate::gpu) fn open(
     let priorities = [1.0f32; 3];
     let hints = wgpu::MemoryHints::MemoryUsage;
     let reset = &mut reset;
+    let mut matrices = workgroup_matrices::Features::needed();
+    let mut addresses = vk::PhysicalDeviceBufferDeviceAddressFeatures::default().buffer_device_address(true);
+    let (matrices, addresses) = (&mut matrices, &mut addresses);
     // SAFETY: the callback adds queues, extensions and a feature that the device was just found to have.
     let opened = unsafe {
         hal.open_with_callback(
@@ -358,6 +360,12 @@ pub(in crate::gpu) fn open(
                 };
                 push(import, ash::ext::external_memory_host::NAME);
                 push(calibrate, ash::ext::calibrated_timestamps::NAME);
+                if with_matrices {
+                    push(true, workgroup_matrices::EXTENSION);
+                    // Functions that make f16 of what is loaded are handed references to it.
+                    *arguments.create_info =
+                        std::mem::take(arguments.create_info).push_next(matrices).push_next(addresses);
+                }
                 if timed {
                     *arguments.create_info = std::mem::take(arguments.create_info).push_next(reset);
                 }

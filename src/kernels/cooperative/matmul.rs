@@ -39,6 +39,29 @@ pub static MATMUL: Kernel = Kernel {
     tunables: TUNABLES,
 };
 
+/// [`Tile::WORKGROUP`], of weights as [`takes`] says.
+pub static WORKGROUP_MATMUL: Kernel = Kernel {
+    name: "spirv/matmul",
+    parts: &[Part::Spirv(spirv)],
+    bindings: &[Read, Read, Read, ReadWrite],
+    param_bytes: size_of::<Params>(),
+    params: Params::FIELDS,
+    tunables: &[],
+};
+
+fn spirv(weights: Dtype) -> &'static [u8] {
+    match weights {
+        Dtype::Bf16 => include_bytes!("../../../shaders/spirv/matmul_bf16.spv"),
+        _ => include_bytes!("../../../shaders/spirv/matmul_f16.spv"),
+    }
+}
+
+/// The SPIR-V is for these weights: halves, in whole tiles.
+fn takes(weights: Dtype, params: &Params) -> bool {
+    let whole = params.n_out.is_multiple_of(Tile::WORKGROUP.cols) && params.n_in.is_multiple_of(Tile::WORKGROUP.depth);
+    matches!(weights, Dtype::Bf16 | Dtype::F16) && whole
+}
+
 fn source(variant: &Variant) -> String {
     let operation = template::Operation {
         weights: template::Weights::Whole(2),
@@ -47,9 +70,12 @@ fn source(variant: &Variant) -> String {
     template::source(&MATMUL, &operation, variant)
 }
 
-/// The variant that [`record`] takes for these weights.
-pub fn variant(weights: Dtype, tile: Tile, n_in: u32) -> Variant {
-    super::variant(weights, tile, n_in, [n_in, 1, 0], true)
+/// The kernel and its variant that [`record`] takes for these weights.
+pub fn kernel(weights: Dtype, tile: Tile, n_in: u32) -> (&'static Kernel, Variant) {
+    match tile.workgroup {
+        true => (&WORKGROUP_MATMUL, Variant::new(weights)),
+        false => (&MATMUL, super::variant(weights, tile, n_in, [n_in, 1, 0], true)),
+    }
 }
 
 /// `y[t, y_offset + n] (+)= sum over k of x[t, k] * w[n, k]`, as [`matmul`](crate::kernels::matmul::record) has it.
@@ -62,7 +88,8 @@ pub fn record(
     w: Slice<'_>,
     y: Slice<'_>,
 ) -> Result<(), GpuError> {
+    let tile = if tile.workgroup && !takes(weights, &params) { Tile::MANY } else { tile };
     let workgroups = [params.n_rows.div_ceil(tile.rows), params.n_out.div_ceil(tile.cols), 1];
-    let variant = variant(weights, tile, params.n_in);
-    recorder.dispatch(&MATMUL, &variant, &params, &[x.rows, x.scales, w, y], workgroups)
+    let (kernel, variant) = kernel(weights, tile, params.n_in);
+    recorder.dispatch(kernel, &variant, &params, &[x.rows, x.scales, w, y], workgroups)
 }

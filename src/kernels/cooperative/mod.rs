@@ -6,6 +6,9 @@
 //! A [`Tile`] changes time and never bits (see `template`), so that one may be picked for every count of rows. Small ones read each
 //! weight once, those of an expert with few rows at the rate of memory (see `solo`); large ones share weights and rows between many
 //! products.
+//!
+//! One tile of dense products, [`Tile::WORKGROUP`], is no text of the template but SPIR-V, for adapters that hold matrices in a whole
+//! workgroup ([`Gpu::workgroup_matrices`](crate::gpu::Gpu::workgroup_matrices)). Its bits are those of the others.
 
 mod solo;
 mod template;
@@ -47,6 +50,9 @@ pub struct Tile {
     pub prefetch: bool,
     /// Tiles in workgroup memory: 2 save a barrier a step.
     pub buffers: u32,
+    /// Of [`Tile::WORKGROUP`] alone.
+    #[serde(default)]
+    pub workgroup: bool,
     /// Not 0: one subgroup alone computes all of it, for experts of few rows. Rows by expert, as
     /// [`record_by_expert`](super::half_rows::record_by_expert) lays them out, are taken as fragments from memory, and weights go through
     /// workgroup memory, so many fragments of 16 columns between two barriers.
@@ -71,11 +77,31 @@ const TUNABLES: &[(&str, &[u32])] = &[
 ];
 
 impl Tile {
+    /// The tile of `shaders/spirv/matmul.comp`. Weights that it does not take are multiplied with [`Tile::MANY`].
+    pub const WORKGROUP: Tile =
+        Tile { pad: 0, prefetch: false, workgroup: true, unit: 8, ..Tile::new(128, 256, 64, 64, 64) };
+
+    /// The best of the template's for many rows of a dense matrix on an H100 and an H200.
+    pub const MANY: Tile = Tile { unit: 8, ..Tile::new(128, 128, 32, 64, 64) };
+
     /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
         let least_subgroups = 4;
-        let (unit, pad, prefetch, buffers, solo) = (4, 2, true, 1, 0);
-        Self { rows, cols, depth, subgroup_rows, subgroup_cols, least_subgroups, unit, pad, prefetch, buffers, solo }
+        let (unit, pad, prefetch, buffers, workgroup, solo) = (4, 2, true, 1, false, 0);
+        Self {
+            rows,
+            cols,
+            depth,
+            subgroup_rows,
+            subgroup_cols,
+            least_subgroups,
+            unit,
+            pad,
+            prefetch,
+            buffers,
+            workgroup,
+            solo,
+        }
     }
 
     /// `rows x cols` outputs of one subgroup, for experts: `depth` terms of `fragments` of columns between two barriers.
@@ -91,6 +117,9 @@ impl Tile {
     /// Can be run by a kernel that multiplies with so many matrices: whole fragments everywhere, and no more workgroup memory than there is.
     /// NVIDIA's driver 580 takes a pipeline with more than that and hangs when it runs.
     pub fn is_possible(&self, matrices: u32) -> bool {
+        if self.workgroup {
+            return matrices == 1 && *self == Self::WORKGROUP;
+        }
         let Self { rows, cols, depth, subgroup_rows, subgroup_cols, pad, buffers, .. } = *self;
         let whole = [subgroup_rows, subgroup_cols, depth].iter().all(|n| *n > 0 && n.is_multiple_of(16))
             && rows.is_multiple_of(subgroup_rows.max(1))
@@ -123,6 +152,7 @@ impl Tile {
             pad: get("PAD"),
             prefetch: get("PREFETCH") == 1,
             buffers: get("BUFFERS"),
+            workgroup: false,
             solo: get("SOLO"),
         }
     }
@@ -166,6 +196,9 @@ impl Tile {
 impl std::fmt::Display for Tile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Tile { rows, cols, depth, subgroup_rows, subgroup_cols, unit, pad, .. } = self;
+        if self.workgroup {
+            return write!(f, "{rows}x{cols}x{depth} by the whole workgroup");
+        }
         if self.is_solo() {
             return write!(f, "{rows}x{cols}x{depth} solo by {}, pad {pad}", self.solo);
         }

@@ -11,7 +11,7 @@ use super::experts::{Extents, Form, Halves, SHAPES};
 use super::{expert_down, expert_gate_up};
 use crate::common::{
     DTYPES, Random, assert_close, assert_untouched, bits, download, has_matrices, if_cooperative, if_matrices,
-    poisoned, run, upload, upload_weights,
+    if_workgroup_matrices, poisoned, run, upload, upload_weights,
 };
 
 /// `[T, n_out]`, with `residual` to add to.
@@ -197,6 +197,58 @@ fn matmul_trials() -> Vec<Trial> {
     trials
 }
 
+/// The tile in SPIR-V against the reference, and against a tile of the template bit for bit: one row, around whole tiles of rows, its long loop
+/// with and without a rest, and matrices that it leaves to the other; on its own, added to a residual, and as a part of wider rows.
+fn workgroup_trials() -> Vec<Trial> {
+    let shapes = [
+        (0, 256, 64),
+        (1, 256, 64),
+        (127, 512, 192),
+        (128, 256, 512),
+        (129, 256, 576),
+        (300, 768, 1088),
+        (5, 256, 2048),
+        (130, 300, 64),
+        (3, 256, 72),
+    ];
+    let trial = |dtype: Dtype| {
+        let name = format!("cooperative::matrices_of_a_workgroup_give_the_bits_of_tiles::{}", dtype.name());
+        Trial::test(name, move || {
+            for (n_rows, n_out, n_in) in shapes {
+                let mut random = Random::new((n_rows * 1000 + n_in) as u64);
+                let (x, w) = (random.values(n_rows * n_in), random.values(n_out * n_in));
+                let (_, w) = upload_weights(dtype, &w);
+                let (want, allowed) = (reference_matmul(&x, &w, n_in), tolerances(&x, &w, n_in));
+                let what = format!("{dtype:?} {n_rows}x{n_out}x{n_in}");
+                let got = product(Tile::WORKGROUP, dtype, &x, &w, n_in, None);
+                assert_close(&what, &got, &want, |i| allowed[i]);
+                assert_eq!(bits(&got), bits(&product(Tile::MANY, dtype, &x, &w, n_in, None)), "{what}");
+                let residual = random.values(n_rows * n_out);
+                let [ours, theirs] = [Tile::WORKGROUP, Tile::MANY]
+                    .map(|tile| bits(&product(tile, dtype, &x, &w, n_in, Some(&residual))));
+                assert_eq!(ours, theirs, "{what}, added");
+                let [ours, theirs] = [Tile::WORKGROUP, Tile::MANY].map(|tile| part_of_rows(tile, dtype, &x, &w, n_in));
+                assert_eq!(ours, theirs, "{what}, as a part");
+            }
+            Ok(())
+        })
+    };
+    vec![trial(Dtype::Bf16), trial(Dtype::F16)]
+}
+
+/// All words of a poisoned `[T, n_out + 10]` of which columns `3 .. 3 + n_out` are the product.
+fn part_of_rows(tile: Tile, dtype: Dtype, x: &[f32], w: &[f32], n_in: usize) -> Vec<u32> {
+    let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
+    let (w, _) = upload_weights(dtype, w);
+    let x = upload(x);
+    let y = poisoned(n_rows * (n_out + 10));
+    let halves = Halves::of(&x, n_rows, n_in);
+    let params = matmul::Params::dense(n_rows as u32, n_out as u32, n_in as u32);
+    let params = matmul::Params { y_stride: n_out as u32 + 10, y_offset: 3, ..params };
+    run(|recorder| matmul::record(recorder, dtype, tile, params, halves.rows(), w.whole(), y.whole()));
+    download(y.whole())
+}
+
 /// Of an operation, with units of weights as they come and wherever they lie.
 fn forms(operation: Operation, weights: Dtype) -> Vec<Form> {
     let tiles = some_tiles(operation).into_iter();
@@ -268,5 +320,6 @@ pub fn trials() -> Vec<Trial> {
     let (few, many) = matmul_trials().into_iter().chain(expert_trials()).partition(quick);
     let mut trials = if_cooperative(few);
     trials.extend(if_matrices(many));
+    trials.extend(if_workgroup_matrices(workgroup_trials()));
     trials
 }
