@@ -81,8 +81,8 @@ impl Tile {
     pub const WORKGROUP: Tile =
         Tile { pad: 0, prefetch: false, workgroup: true, unit: 8, ..Tile::new(128, 256, 64, 64, 64) };
 
-    /// The best of the template's for many rows of a dense matrix on an H100 and an H200.
-    pub const MANY: Tile = Tile { unit: 8, ..Tile::new(128, 128, 32, 64, 64) };
+    /// The best of the template's for many rows of a dense matrix on an H200.
+    pub const MANY: Tile = Tile { unit: 8, ..Tile::new(128, 128, 64, 64, 32) };
 
     /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {

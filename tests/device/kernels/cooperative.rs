@@ -197,14 +197,16 @@ fn matmul_trials() -> Vec<Trial> {
     trials
 }
 
-/// The tile in SPIR-V against the reference, and against a tile of the template bit for bit: one row, around whole tiles of rows, its long loop
-/// with and without a rest, and matrices that it leaves to the other; on its own, added to a residual, and as a part of wider rows.
+/// The tile in SPIR-V against the reference, and against a tile of the template bit for bit: whole tiles, its long loop with and without a rest,
+/// and rows, matrices and residuals that it leaves to the other; on its own, and as a part of wider rows.
 fn workgroup_trials() -> Vec<Trial> {
     let shapes = [
-        (0, 256, 64),
         (1, 256, 64),
         (127, 512, 192),
+        (128, 256, 64),
         (128, 256, 512),
+        (256, 768, 1088),
+        (384, 512, 2048),
         (129, 256, 576),
         (300, 768, 1088),
         (5, 256, 2048),
