@@ -169,19 +169,35 @@ impl HalfExtents {
             return 0;
         }
         let (rows, hidden) = (Self::n_rows(extents), extents.group_rows() * self.chosen);
-        let ordered = words(self.ordered_words(extents)) + words(self.ordered_rows(extents));
+        let ordered = self.ordered_bytes(extents.group_rows()) + words(self.ordered_rows(extents.group_rows()));
         words(rows * self.rows / 2) + words(rows) + words(hidden * self.hidden / 2) + words(hidden) + ordered
     }
 
-    /// Rows that may lie by expert: few to each.
-    fn ordered_rows(&self, extents: &Extents) -> usize {
-        (extents.group_rows() * self.chosen).min((SOLO_ROWS as usize + 1) * self.experts)
+    /// Rows that may lie by expert, of a group of `group_rows`: few to each.
+    fn ordered_rows(&self, group_rows: usize) -> usize {
+        group_rows.saturating_mul(self.chosen).min((SOLO_ROWS as usize + 1) * self.experts)
     }
 
-    /// Of rows that lie by expert, or of hidden ones: they take turns.
-    fn ordered_words(&self, extents: &Extents) -> usize {
-        let groups = groups(self.ordered_rows(extents) as u32, self.experts as u32) as usize;
-        groups * 16 * self.rows.max(self.hidden) / 2
+    /// Of a group of 16 rows by expert, or of hidden ones: they take turns.
+    fn ordered_group_bytes(&self) -> u64 {
+        words(16 * self.rows.max(self.hidden) / 2)
+    }
+
+    /// Device memory, bound together, of rows by expert.
+    pub fn ordered_bytes(&self, group_rows: usize) -> u64 {
+        let groups = groups(self.ordered_rows(group_rows) as u32, self.experts as u32);
+        groups as u64 * self.ordered_group_bytes()
+    }
+
+    /// The most rows of a group whose rows by expert one binding of so many bytes holds.
+    pub fn group_rows_that_bind(&self, binding_bytes: u64) -> usize {
+        if self.ordered_bytes(usize::MAX) <= binding_bytes {
+            return usize::MAX;
+        }
+        match (binding_bytes / self.ordered_group_bytes()).checked_sub(self.experts as u64) {
+            Some(groups) => (groups as usize * 16 + 15) / self.chosen,
+            None => 0,
+        }
     }
 }
 
@@ -529,8 +545,9 @@ impl Machine {
                 scales: gpu.buffer("scales of rows", words(HalfExtents::n_rows(&extents)))?,
                 hidden: gpu.buffer("expert hidden rows of f16", words(hidden_rows * half.hidden / 2))?,
                 hidden_scales: gpu.buffer("scales of expert hidden rows", words(hidden_rows))?,
-                ordered: gpu.buffer("rows of f16 by expert", words(half.ordered_words(&extents)))?,
-                ordered_scales: gpu.buffer("scales of rows by expert", words(half.ordered_rows(&extents)))?,
+                ordered: gpu.buffer("rows of f16 by expert", half.ordered_bytes(extents.group_rows()))?,
+                ordered_scales: gpu
+                    .buffer("scales of rows by expert", words(half.ordered_rows(extents.group_rows())))?,
             }),
         };
         let [state_bytes, sum_bytes] = decode_attention::scratch_bytes(shape.q_heads, shape.head_width);

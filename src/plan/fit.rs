@@ -304,16 +304,19 @@ fn fit_with_pool(
     // Rows per micro-batch: what one binding of each row-wise buffer holds, those of a group together.
     let widest = (shape.experts_per_token * shape.expert_width.max(shape.d_model)).max(shape.qkv_width());
     let widest = widest.max(shape.experts).max(4); // router logits; an attended row
-    let widest = widest.max(HalfExtents::of(shape, precision).widest_words());
-    let rows_that_bind = (machine.binding_bytes / words(widest)) as usize / group_size;
+    let half = HalfExtents::of(shape, precision);
+    let widest = widest.max(half.widest_words());
+    let rows_that_bind = (machine.binding_bytes / words(widest)) as usize;
+    let rows_that_bind = rows_that_bind.min(half.group_rows_that_bind(machine.binding_bytes)) / group_size;
     // Regions of a group's buffers are padded.
     let padded = |rows: usize| if group_size > 1 { rows.next_multiple_of(64) } else { rows };
     let rows_that_bind = if group_size > 1 { rows_that_bind / 64 * 64 } else { rows_that_bind };
     let wished_rows = pass_rows / micro_batches;
     if wishes.pass_rows.is_some() && wished_rows > rows_that_bind || rows_that_bind == 0 {
+        let group_rows = padded(wished_rows.max(1)) * group_size;
         return Err(PlanError::Binding {
             what: "a group's expert rows",
-            needed: words(widest) * (padded(wished_rows.max(1)) * group_size) as u64,
+            needed: (words(widest) * group_rows as u64).max(half.ordered_bytes(group_rows)),
             limit: machine.binding_bytes,
             option: "--max-num-batched-tokens (or raise --expert-groups)",
         });

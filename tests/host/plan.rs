@@ -134,6 +134,13 @@ fn buffers(config: &ModelConfig, bytes: &ModelBytes, plan: &Plan, binding: u64) 
             ("expert hidden rows of f16", words(assignments * half(shape.expert_width))),
             ("scales of expert hidden rows", words(assignments)),
         ]);
+        // Where experts have up to 64 rows on average, they lie by expert, in groups of 16; hidden ones in turn.
+        let ordered = assignments.min(65 * shape.experts);
+        let widest = half(shape.d_model).max(half(shape.q_width())).max(half(shape.expert_width));
+        buffers.extend([
+            ("rows of f16 by expert", words((ordered / 16 + shape.experts) * 16 * widest)),
+            ("scales of rows by expert", words(ordered)),
+        ]);
     }
     let workspace = (policy.workspace_blocks * one_layer.bytes_per_block()) as u64;
     buffers.extend((0..policy.workspaces).map(|_| ("KV workspace", workspace)));
