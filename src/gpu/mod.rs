@@ -1,6 +1,7 @@
 //! wgpu and ash stop here: devices, buffers, pipelines, and the recording of dispatches.
 //!
-//! In: WGSL text (SPIR-V for what WGSL has no words for) and plain parameter structs. Out: buffers with bytes in them. Nothing above this module names a wgpu type.
+//! In: WGSL text (SPIR-V for what WGSL has no words for) and plain parameter structs. Out: buffers with bytes in them. Nothing above
+//! this module names a wgpu type.
 //!
 //! Guarantees: an error of the driver (no adapter, out of memory, a lost device, a shader that it refuses) comes back as a
 //! [`GpuError`] and never as a panic; memory taken is counted, so a cap can be obeyed.
