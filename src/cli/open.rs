@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::Usage;
 use super::progress::LoadProgress;
 use crate::cpu::isa::Isa;
 use crate::engine::{Engine, EngineBuilder, EngineError, Prepared, ProfileChoice, machine_limits};
@@ -212,7 +213,7 @@ impl ModelArguments {
     /// Reads the small files: tokenizer, template, defaults.
     pub fn open_text(&self) -> Result<Text> {
         if !self.model.is_dir() {
-            anyhow::bail!("--model {}: no such folder", self.model.display());
+            bail!("--model {}: no such folder", self.model.display());
         }
         let tokenizer = Tokenizer::open(&self.model)?;
         // A model without a template can still complete prompts; chat requests then say what is missing.
@@ -276,6 +277,18 @@ impl EngineArguments {
         let named = || format!("--policy {}", file.display());
         let text = std::fs::read_to_string(file).with_context(named)?;
         Ok(Some(serde_json::from_str(&text).with_context(named)?))
+    }
+
+    /// For a command that has policies of its own.
+    pub fn refuse_policies(&self, command: &str) -> Result<()> {
+        for (option, given) in [("--policy", &self.policy), ("--save-policy", &self.save_policy)] {
+            if given.is_some() {
+                bail!(Usage(format!(
+                    "{option}: `{command}` has policies of its own; single flags of a policy hold for them"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// --save-policy.

@@ -161,6 +161,10 @@ fn traces_and_timelines_are_written() -> Result<(), Failed> {
         assert!(schedule["tokens_per_second"].as_f64().expect("a rate") > 0.0, "{schedule}");
         assert!(schedule["page_bytes"].as_u64().expect("bytes") > 0, "{schedule}");
     }
+    for command in ["pipeline", "predict"] {
+        let refused = fulmen(["bench", command, "--synthetic", "mixtral-tiny", "--policy", "kept.json"]).run();
+        refused.ends(2).says(["--policy", "policies of its own"]);
+    }
     fulmen(["bench", "pipeline", "--synthetic", "mixtral-huge"]).run().ends(2).says(["mixtral-8x7b"]);
     fulmen(["bench", "pipeline", "--synthetic", "mixtral-8x7b", "--layers", "33"]).run().ends(2).says(["1 to 32"]);
     Ok(())

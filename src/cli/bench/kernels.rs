@@ -2,8 +2,8 @@
 //!
 //! First the ceilings, measured in this run: streaming reads, a copy, multiply-adds in registers. Then every product of a Mixtral-shaped
 //! layer at several numbers of rows: sampled elements are checked against plain sums, then it is timed by the device's clock. Then a
-//! layer's time kernel by kernel, and attention. Where the adapter has cooperative matrices their tiles are tried once ([`tune`]) and the choice is kept;
-//! `--retune` tries again.
+//! layer's time kernel by kernel, and attention. Where the adapter has cooperative matrices their tiles are tried once ([`tune`]) and the
+//! choice is kept; `--retune` tries again.
 //!
 //! [`tune`]: crate::tune
 

@@ -167,6 +167,7 @@ pub fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
+    arguments.engine.refuse_policies("bench pipeline")?;
     let builder = match (&arguments.model, &arguments.synthetic) {
         (_, Some(name)) => Engine::synthetic(shape(name, arguments.layers)?),
         (Some(folder), None) => Engine::builder(folder),

@@ -111,6 +111,7 @@ struct Bench<'a> {
 }
 
 pub fn run(arguments: Arguments) -> Result<u8> {
+    arguments.engine.refuse_policies("bench predict")?;
     if arguments.passes == 0 || arguments.gen_len == 0 || arguments.prompt_len == 0 || arguments.most_sequences == 0 {
         bail!(Usage("--passes, --gen-len, --prompt-len and --most-sequences must be at least 1".to_owned()));
     }

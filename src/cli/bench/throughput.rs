@@ -5,6 +5,9 @@
 //! not count. Tokens per second are generated tokens over wall time, with all prompts computed in that time as well: FlexGen's
 //! metric, for a run without beginning and end.
 //!
+//! Micro-batches, groups, ring and pages are those of `--policy`, else those that the search finds best for the last workload where the
+//! machine was calibrated, else the defaults; flags win. Sequences are as many as the pool holds, half grown in the mean.
+//!
 //! **The bound** is the link's and the host memory's, for the best policy and not for ours: requests as host memory holds (95 % of
 //! it without the experts), a pass in the time in which the experts that do not fit on the GPU cross the link with nothing else
 //! running. It counts neither kernels nor attention nor edges. Host memory that holds all experts is the bound's usual assumption, and

@@ -51,7 +51,6 @@ pub struct Tile {
     /// Tiles in workgroup memory: 2 save a barrier a step.
     pub buffers: u32,
     /// Of [`Tile::WORKGROUP`] alone.
-    #[serde(default)]
     pub workgroup: bool,
     /// Not 0: one subgroup alone computes all of it, for experts of few rows. Rows by expert, as
     /// [`record_by_expert`](super::half_rows::record_by_expert) lays them out, are taken as fragments from memory, and weights go through
