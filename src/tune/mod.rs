@@ -86,7 +86,7 @@ impl Tiles {
     }
 
     /// One tile for gate and up, one for down, and one for every other product, whatever the rows; more than [`BY_EXPERT_ROWS`] keep the
-    /// default's where the tile is solo.
+    /// default's where the tile takes rows by expert.
     pub fn forced(gate_up: Tile, down: Tile, other: Tile) -> Self {
         let mut tiles = Self::default();
         for (operation, tile) in Operation::ALL.into_iter().zip([other, other, gate_up, down]) {
