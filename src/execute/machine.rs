@@ -16,15 +16,17 @@
 //! Methods may be called from several lanes at a time; what they may not do at the same time the schedule keeps apart. Nothing is
 //! allocated on the device after [`Machine::open`].
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use half::f16;
 
 use crate::checkpoint::{Dtype, Reader, Weights};
-use crate::gpu::{Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Recorder, Slice, Ticket, Variant};
+use crate::gpu::{
+    Buffer, CopyRange, Gpu, GpuError, HostBuffer, Line, Pipelines, Preparing, Recorder, Slice, Ticket, Variant,
+};
 use crate::kernels::cooperative::prompt_attention::Cut;
 use crate::kernels::decode_attention::{Parts, SPLIT_TOKENS, parts_of};
 use crate::kernels::half_rows::{ByExpert, HalfRows, groups, padded};
@@ -42,7 +44,7 @@ use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
 use crate::policy::{KvDtype, Precision, RowPath};
 use crate::reference::rotary::{rope_table, yarn_rope_table};
-use crate::tune::{BY_EXPERT_ROWS, Tiles};
+use crate::tune::{BY_EXPERT_ROWS, Operation, Tiles};
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -373,6 +375,8 @@ pub struct Machine {
     /// In the f16 class.
     halves: Option<HalfBuffers>,
     tiles: Tiles,
+    /// Threads that compile what may be needed.
+    preparing: Option<Preparing>,
     /// Of parts of decode rows.
     attention_states: Buffer,
     attention_sums: Buffer,
@@ -581,6 +585,7 @@ impl Machine {
             host_heads: gpu.host_buffer("ids and logits", words(extents.head_rows * (4 + shape.vocab)))?,
             halves,
             tiles,
+            preparing: None,
             attention_states: gpu.buffer("states of parts of decode rows", n_parts * state_bytes)?,
             attention_sums: gpu.buffer("sums of parts of decode rows", n_parts * sum_bytes)?,
             plan,
@@ -588,6 +593,51 @@ impl Machine {
         };
         machine.load(weights, kept, progress)?;
         Ok(machine)
+    }
+
+    /// Begins to compile what products in the f16 class may take, while weights are read: a driver takes a second and more for each, and the
+    /// first passes would wait for one after the other.
+    fn prepare_ahead(&self, dense: &[(Role, Dtype, u64)]) -> Option<Preparing> {
+        self.halves.as_ref()?;
+        if !self.pipelines.gpu().summary().cooperative {
+            // Emulated ones take minutes.
+            return None;
+        }
+        let Shape { d_model, experts, expert_width, experts_per_token, .. } = self.config.shape;
+        let most = self.extents.rows_per_micro_batch as u32;
+        let dense_tiles =
+            [Operation::Matmul, Operation::NarrowMatmul].map(|operation| self.tiles.up_to(operation, most));
+        let mut variants = Vec::new();
+        for (role, dtype, _) in dense {
+            let n_in = match role {
+                Role::AttentionOutput { .. } => self.config.shape.q_width(),
+                Role::Query { .. } | Role::QueryKeyValue { .. } | Role::Router { .. } | Role::LmHead => d_model,
+                _ => continue,
+            };
+            let of_role = |tile: &cooperative::Tile| cooperative::matmul::kernel(*dtype, *tile, n_in as u32);
+            variants.extend(dense_tiles.iter().flatten().map(of_role));
+        }
+        let assignments = self.extents.group_rows() * experts_per_token;
+        let [n, e, a, d, f] = [assignments, experts, experts_per_token, d_model, expert_width].map(|n| n as u32);
+        let layout = self.config.forward.experts;
+        let shape = &self.config.shape;
+        let gate_up = expert_gate_up::Params::plain(n, e, a, d, f).with_layout(Layout::gate_up(layout, shape));
+        let down = expert_down::Params::plain(n, e, d, f).with_layout(Layout::down(layout, shape));
+        for tile in self.tiles.up_to(Operation::GateUp, n / e) {
+            let variant = cooperative::expert_gate_up::variant(self.expert_dtype, tile, &gate_up, true);
+            variants.push((&cooperative::expert_gate_up::EXPERT_GATE_UP, variant));
+        }
+        for tile in self.tiles.up_to(Operation::Down, n / e) {
+            let variant = cooperative::expert_down::variant(self.expert_dtype, tile, &down, true);
+            variants.push((&cooperative::expert_down::EXPERT_DOWN, variant));
+        }
+        if let Some(cut) = self.prompt_cut() {
+            let variant = cut.variant(&self.attention_shape(0));
+            variants.push((&cooperative::prompt_attention::PROMPT_ATTENTION, variant));
+        }
+        let mut seen = HashSet::new();
+        variants.retain(|(kernel, variant)| seen.insert((kernel.name, variant.clone())));
+        Some(self.pipelines.prepare_ahead(variants))
     }
 
     fn load(
@@ -608,6 +658,7 @@ impl Machine {
             .filter(|tensor| !tensor.role.in_slots())
             .map(|tensor| (tensor.role, tensor.dtype, tensor.bytes()))
             .collect();
+        self.preparing = self.prepare_ahead(&dense);
         let total = dense.iter().map(|(_, _, bytes)| *bytes).sum::<u64>()
             + resident.len() as u64 * self.matrix_bytes.iter().sum::<u64>();
         let mut done = 0;

@@ -21,6 +21,6 @@ mod workgroup_matrices;
 pub use buffer::{Buffer, CopyRange, HostBuffer, Place, Slice};
 pub use device::{AdapterSummary, DeviceChoice, Gpu, GpuError, OpenOptions, TestFaults, list_adapters};
 pub(crate) use pipeline::params;
-pub use pipeline::{Access, Kernel, ParamField, ParamType, Part, Pipelines, ShaderPatch, Variant};
+pub use pipeline::{Access, Kernel, ParamField, ParamType, Part, Pipelines, Preparing, ShaderPatch, Variant};
 pub use recorder::Recorder;
 pub use transfer::{HostMemoryRefused, Line, Ticket, TransferChoice};

@@ -210,7 +210,23 @@ pub struct ShaderPatch {
 pub struct Pipelines {
     gpu: Arc<Gpu>,
     patches: Vec<ShaderPatch>,
-    compiled: Mutex<HashMap<(&'static str, Variant), Arc<Pipeline>>>,
+    compiled: Mutex<HashMap<(&'static str, Variant), Arc<Mutex<Option<Arc<Pipeline>>>>>>,
+}
+
+/// Other threads compile, until all is done or this is dropped.
+pub struct Preparing {
+    left: Arc<Mutex<Vec<(&'static Kernel, Variant)>>>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Preparing {
+    fn drop(&mut self) {
+        self.left.lock().expect("list lock").clear();
+        // A driver is not left while it compiles.
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
 }
 
 pub(super) struct Pipeline {
@@ -235,6 +251,25 @@ impl Pipelines {
         &self.gpu
     }
 
+    /// Begins to compile variants on half of the cores, so that a first dispatch finds it done or waits for it. What fails fails again there.
+    pub fn prepare_ahead(self: &Arc<Self>, variants: Vec<(&'static Kernel, Variant)>) -> Preparing {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let n_threads = cores.div_ceil(2).min(variants.len());
+        let left = Arc::new(Mutex::new(variants));
+        let threads = (0..n_threads).map(|_| {
+            let (pipelines, left) = (self.clone(), left.clone());
+            std::thread::spawn(move || {
+                loop {
+                    let Some((kernel, variant)) = left.lock().expect("list lock").pop() else { break };
+                    if let Err(error) = pipelines.prepare(kernel, &variant) {
+                        tracing::debug!(%error, "not compiled ahead");
+                    }
+                }
+            })
+        });
+        Preparing { threads: threads.collect(), left }
+    }
+
     /// Compiles a variant now instead of at its first dispatch.
     pub fn prepare(&self, kernel: &'static Kernel, variant: &Variant) -> Result<(), GpuError> {
         self.get(kernel, variant).map(|_| ())
@@ -246,12 +281,13 @@ impl Pipelines {
             variant.weights = Dtype::F32;
         }
         let key = (kernel.name, variant);
-        if let Some(pipeline) = self.compiled.lock().expect("pipeline cache lock").get(&key) {
-            return Ok(pipeline.clone());
+        let place = self.compiled.lock().expect("pipeline cache lock").entry(key.clone()).or_default().clone();
+        // Its own lock alone is held: several threads may compile at a time, each another one.
+        let mut pipeline = place.lock().expect("pipeline lock");
+        if pipeline.is_none() {
+            *pipeline = Some(Arc::new(self.compile(kernel, &key.1)?));
         }
-        // Without the lock: several threads may compile at a time, and whoever is first wins.
-        let pipeline = Arc::new(self.compile(kernel, &key.1)?);
-        Ok(self.compiled.lock().expect("pipeline cache lock").entry(key).or_insert(pipeline).clone())
+        Ok(pipeline.clone().expect("it is compiled"))
     }
 
     /// The text that the device gets.

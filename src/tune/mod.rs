@@ -131,6 +131,14 @@ impl Tiles {
         self.get(Operation::Down, rows)
     }
 
+    /// All that an operation takes for up to `most` rows, each once.
+    pub fn up_to(&self, operation: Operation, most: u32) -> Vec<Tile> {
+        let mut tiles = self.tiles[operation as usize][..=class(most)].to_vec();
+        tiles.sort_by_key(|tile| tile.to_string());
+        tiles.dedup();
+        tiles
+    }
+
     /// The choice kept for this device, else the defaults.
     pub fn for_device(gpu: &Gpu) -> Self {
         match Kept::read(gpu.summary()) {
