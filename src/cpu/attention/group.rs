@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvDtype, KvLayout};
+use super::{BLOCK_TOKENS, BlockTable, KvCache, KvDtype, KvLayout};
 
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
 pub(super) const WIDEST: usize = 16;
@@ -140,7 +140,23 @@ pub(super) struct State {
 /// 64-byte aligned, so that no load of scratch crosses a cache line.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-pub(super) struct CacheLine([f32; WIDEST]);
+pub(super) struct CacheLine(pub [f32; WIDEST]);
+
+impl CacheLine {
+    /// Halves by halves.
+    #[inline(always)]
+    pub fn sum(&self) -> f32 {
+        let mut lanes = self.0;
+        let mut width = WIDEST / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+}
 
 pub(super) fn floats(lines: &mut [CacheLine]) -> &mut [f32] {
     bytemuck::cast_slice_mut(lines)
@@ -189,9 +205,8 @@ impl State {
             let later_lines = &later.out[head * self.padded / WIDEST..];
             let sums = (&mut self.weight_sums[head], &later.weight_sums[head]);
             for (line, later) in own_lines.zip(later_lines).chain([sums]) {
-                for (x, later) in line.0.iter_mut().zip(&later.0) {
-                    *x = *x * own + later * theirs;
-                }
+                // A whole line, then its store: lanes of one register.
+                line.0 = std::array::from_fn(|lane| line.0[lane] * own + later.0[lane] * theirs);
             }
         }
     }
@@ -199,16 +214,8 @@ impl State {
     /// Weighted values by the sum of weights: `[heads, K]`.
     pub fn finish(&self, into: &mut [f32]) {
         for (head, result) in into.chunks_exact_mut(self.head_width).enumerate() {
-            let mut lanes = self.weight_sums[head].0;
-            let mut width = WIDEST / 2;
-            while width > 0 {
-                for lane in 0..width {
-                    lanes[lane] += lanes[lane + width];
-                }
-                width /= 2;
-            }
             let out: &[f32] = bytemuck::cast_slice(&self.out[head * self.padded / WIDEST..]);
-            let factor = 1.0 / lanes[0];
+            let factor = 1.0 / self.weight_sums[head].sum();
             for (result, weighted) in result.iter_mut().zip(out) {
                 *result = weighted * factor;
             }
@@ -223,12 +230,11 @@ pub(super) struct Scratch {
     pub q: Vec<CacheLine>,
     /// `[heads, BLOCK_TOKENS]`: one block's scores, then its weights.
     pub weights: Vec<CacheLine>,
-    /// Both as 16-bit integers, where K and V are integers: one query, `[padded]`; all of them, each pair in every lane of KEY_GROUP,
-    /// and their scales, `[heads]`; the weights.
-    pub q_rounded: Vec<CacheLine>,
-    pub q_pairs: Vec<CacheLine>,
-    pub weight_pairs: Vec<CacheLine>,
+    /// Both as 16-bit integers, where K and V are integers, and of queries, `[heads]`, their scales and what sums of products begin with.
+    pub q_fours: Vec<CacheLine>,
+    pub weight_fours: Vec<CacheLine>,
     pub q_scales: Vec<f32>,
+    pub q_sums: Vec<i32>,
     /// `[heads]`: `max` with this block's scores; the scale of this block's weights as integers.
     pub new_max: Vec<f32>,
     pub weight_scales: Vec<f32>,
@@ -243,10 +249,10 @@ impl Scratch {
             heads,
             q: zeros(heads * state.padded),
             weights: zeros(heads * BLOCK_TOKENS),
-            q_rounded: zeros((state.padded / 2).next_multiple_of(WIDEST)),
-            q_pairs: zeros(heads * state.padded / 2 * KEY_GROUP),
-            weight_pairs: zeros(heads * BLOCK_TOKENS / 2),
+            q_fours: zeros((heads * state.padded / 2).next_multiple_of(WIDEST)),
+            weight_fours: zeros(heads * BLOCK_TOKENS / 2),
             q_scales: vec![0.0; heads],
+            q_sums: vec![0; heads],
             new_max: vec![0.0; heads],
             weight_scales: vec![0.0; heads],
             state,
