@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::group::{self, Group, Lanes, Scratch, State};
-use super::int8::{self, Four, Integers};
+use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group on AVX2.
 ///
@@ -164,6 +164,39 @@ impl Integers for Wide {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x8::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x8::load(numbers.add(at)).mul(F32x8::splat(factor)) };
+
+            let integers = _mm256_cvtps_epi32(product.0);
+            let words = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256::<1>(integers));
+            // SAFETY: good for 8 integers, says the caller: 16 bytes.
+            unsafe { _mm_storeu_si128(to.add(at).cast(), words) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        // SAFETY: as the caller's.
+        unsafe { Self::store_query(numbers, factor, STEP_TOKENS, to) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
+        max_magnitude(a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude_lane(of: F32x8) -> f32 {
+        max_magnitude_lane(of)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn sums(of: i32) -> [__m256i; 2] {
         [_mm256_set1_epi64x(i64::from(of as u32)); 2]
     }
@@ -212,34 +245,6 @@ impl Integers for Wide {
         let joined = _mm256_hadd_epi32(sums[0], sums[1]);
         F32x8(_mm256_cvtepi32_ps(_mm256_permute4x64_epi64::<0b11_01_10_00>(joined)))
     }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn store_query(numbers: F32x8, to: *mut Four) {
-        let integers = _mm256_cvtps_epi32(numbers.0);
-        let words = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256::<1>(integers));
-        // SAFETY: good for 2 fours, says the caller: 16 bytes.
-        unsafe { _mm_storeu_si128(to.cast(), words) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn store_weights(numbers: F32x8, to: *mut Four) {
-        // SAFETY: as the caller's.
-        unsafe { Self::store_query(numbers, to) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
-        max_magnitude(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn max_magnitude_lane(of: F32x8) -> f32 {
-        max_magnitude_lane(of)
-    }
 }
 
 /// Products of bytes, beside 8 lanes of f32: factors and sums of high digits, and of low ones.
@@ -254,6 +259,45 @@ impl Integers for Bytes {
     // 127 · 256 + 127.
     const LARGEST_QUERY: f32 = 32639.0;
     const LARGEST_WEIGHT: f32 = 65535.0;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x8::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x8::load(numbers.add(at)).mul(F32x8::splat(factor)) };
+
+            // With 128 more, the high digit is the upper byte, and the low one the lower byte, 128 less.
+            let integers = _mm256_add_epi32(_mm256_cvtps_epi32(product.0), _mm256_set1_epi32(128));
+            let low = _mm_set1_epi64x(0x8080_8080 << 32);
+            // SAFETY: good for 8 integers, says the caller: 16 bytes.
+            unsafe { _mm_storeu_si128(to.add(at).cast(), _mm_xor_si128(digits(integers), low)) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        for at in (0..STEP_TOKENS).step_by(F32x8::COUNT) {
+            // SAFETY: good for 64, says the caller.
+            let product = unsafe { F32x8::load(numbers.add(at)).mul(F32x8::splat(factor)) };
+
+            // SAFETY: good for 8 integers, says the caller: 16 bytes.
+            unsafe { _mm_storeu_si128(to.add(at).cast(), digits(_mm256_cvtps_epi32(product.0))) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
+        max_magnitude(a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude_lane(of: F32x8) -> f32 {
+        max_magnitude_lane(of)
+    }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
@@ -298,35 +342,6 @@ impl Integers for Bytes {
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
     unsafe fn to_f32([high, low]: [__m256i; 2]) -> F32x8 {
         F32x8(_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32::<8>(high), low)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-    unsafe fn store_query(numbers: F32x8, to: *mut Four) {
-        // With 128 more, the high digit is the upper byte, and the low one the lower byte, 128 less.
-        let integers = _mm256_add_epi32(_mm256_cvtps_epi32(numbers.0), _mm256_set1_epi32(128));
-        let low = _mm_set1_epi64x(0x8080_8080 << 32);
-        // SAFETY: good for 2 fours, says the caller: 16 bytes.
-        unsafe { _mm_storeu_si128(to.cast(), _mm_xor_si128(digits(integers), low)) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-    unsafe fn store_weights(numbers: F32x8, to: *mut Four) {
-        // SAFETY: good for 2 fours, says the caller: 16 bytes.
-        unsafe { _mm_storeu_si128(to.cast(), digits(_mm256_cvtps_epi32(numbers.0))) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
-        max_magnitude(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn max_magnitude_lane(of: F32x8) -> f32 {
-        max_magnitude_lane(of)
     }
 }
 

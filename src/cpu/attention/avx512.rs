@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::group::{self, Group, Lanes, Scratch, State};
-use super::int8::{self, Four, Integers};
+use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group on AVX-512.
 ///
@@ -168,6 +168,37 @@ impl Integers for Wide {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x16::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x16::load(numbers.add(at)).mul(F32x16::splat(factor)) };
+
+            // SAFETY: good for 16 integers, says the caller: 32 bytes.
+            unsafe { _mm256_storeu_si256(to.add(at).cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(product.0))) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        // SAFETY: as the caller's.
+        unsafe { Self::store_query(numbers, factor, STEP_TOKENS, to) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn max_magnitude(a: F32x16, b: F32x16) -> F32x16 {
+        max_magnitude(a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn max_magnitude_lane(of: F32x16) -> f32 {
+        max_magnitude_lane(of)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
     unsafe fn sums(of: i32) -> [__m512i; 2] {
         [_mm512_set1_epi64(i64::from(of as u32)); 2]
     }
@@ -217,32 +248,6 @@ impl Integers for Wide {
         let [even, odd] = [even, odd].map(|lanes| _mm512_permutex2var_epi32(sums[0], lanes, sums[1]));
         F32x16(_mm512_cvtepi32_ps(_mm512_add_epi32(even, odd)))
     }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn store_query(numbers: F32x16, to: *mut Four) {
-        // SAFETY: good for 4 fours, says the caller: 32 bytes.
-        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(numbers.0))) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn store_weights(numbers: F32x16, to: *mut Four) {
-        // SAFETY: as the caller's.
-        unsafe { Self::store_query(numbers, to) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn max_magnitude(a: F32x16, b: F32x16) -> F32x16 {
-        max_magnitude(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn max_magnitude_lane(of: F32x16) -> f32 {
-        max_magnitude_lane(of)
-    }
 }
 
 /// Products of bytes, beside 16 lanes of f32: factors and sums of high digits, and of low ones.
@@ -257,6 +262,45 @@ impl Integers for Bytes {
     // 127 · 256 + 127.
     const LARGEST_QUERY: f32 = 32639.0;
     const LARGEST_WEIGHT: f32 = 65535.0;
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x16::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x16::load(numbers.add(at)).mul(F32x16::splat(factor)) };
+
+            // With 128 more, the high digit is the upper byte, and the low one the lower byte, 128 less.
+            let integers = _mm512_add_epi32(_mm512_cvtps_epi32(product.0), _mm512_set1_epi32(128));
+            let low = _mm256_set1_epi64x(0x8080_8080 << 32);
+            // SAFETY: good for 16 integers, says the caller: 32 bytes.
+            unsafe { _mm256_storeu_si256(to.add(at).cast(), _mm256_xor_si256(digits(integers), low)) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        for at in (0..STEP_TOKENS).step_by(F32x16::COUNT) {
+            // SAFETY: good for 64, says the caller.
+            let product = unsafe { F32x16::load(numbers.add(at)).mul(F32x16::splat(factor)) };
+
+            // SAFETY: good for 16 integers, says the caller: 32 bytes.
+            unsafe { _mm256_storeu_si256(to.add(at).cast(), digits(_mm512_cvtps_epi32(product.0))) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn max_magnitude(a: F32x16, b: F32x16) -> F32x16 {
+        max_magnitude(a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn max_magnitude_lane(of: F32x16) -> f32 {
+        max_magnitude_lane(of)
+    }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]
@@ -301,35 +345,6 @@ impl Integers for Bytes {
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]
     unsafe fn to_f32([high, low]: [__m512i; 2]) -> F32x16 {
         F32x16(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(high), low)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]
-    unsafe fn store_query(numbers: F32x16, to: *mut Four) {
-        // With 128 more, the high digit is the upper byte, and the low one the lower byte, 128 less.
-        let integers = _mm512_add_epi32(_mm512_cvtps_epi32(numbers.0), _mm512_set1_epi32(128));
-        let low = _mm256_set1_epi64x(0x8080_8080 << 32);
-        // SAFETY: good for 4 fours, says the caller: 32 bytes.
-        unsafe { _mm256_storeu_si256(to.cast(), _mm256_xor_si256(digits(integers), low)) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]
-    unsafe fn store_weights(numbers: F32x16, to: *mut Four) {
-        // SAFETY: good for 4 fours, says the caller: 32 bytes.
-        unsafe { _mm256_storeu_si256(to.cast(), digits(_mm512_cvtps_epi32(numbers.0))) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn max_magnitude(a: F32x16, b: F32x16) -> F32x16 {
-        max_magnitude(a, b)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn max_magnitude_lane(of: F32x16) -> f32 {
-        max_magnitude_lane(of)
     }
 }
 

@@ -6,7 +6,7 @@ use std::arch::aarch64::*;
 use half::f16;
 
 use super::group::{self, Group, Lanes, Scratch, State};
-use super::int8::{self, Four, Integers};
+use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group on NEON.
 ///
@@ -143,6 +143,39 @@ impl Integers for Wide {
 
     #[inline]
     #[target_feature(enable = "neon")]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x4::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x4::load(numbers.add(at)).mul(F32x4::splat(factor)) };
+
+            // SAFETY: good for 4 integers, says the caller: 8 bytes.
+            unsafe { vst1_s16(to.add(at).cast(), vqmovn_s32(vcvtnq_s32_f32(product.0))) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        // SAFETY: as the caller's.
+        unsafe { Self::store_query(numbers, factor, STEP_TOKENS, to) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn max_magnitude(a: F32x4, b: F32x4) -> F32x4 {
+        // Without a sign, bits order numbers as numbers do, and NaN above them.
+        let [a, b] = [a, b].map(|x| vreinterpretq_u32_f32(vabsq_f32(x.0)));
+        F32x4(vreinterpretq_f32_u32(vmaxq_u32(a, b)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn max_magnitude_lane(of: F32x4) -> f32 {
+        f32::from_bits(vmaxvq_u32(vreinterpretq_u32_f32(of.0)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn sums(of: i32) -> [int32x4_t; 4] {
         [vsetq_lane_s32::<0>(of, vdupq_n_s32(0)); 4]
     }
@@ -192,33 +225,5 @@ impl Integers for Wide {
     #[target_feature(enable = "neon")]
     unsafe fn to_f32([a, b, c, d]: [int32x4_t; 4]) -> F32x4 {
         F32x4(vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d))))
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn store_query(numbers: F32x4, to: *mut Four) {
-        // SAFETY: good for a four, says the caller: 8 bytes.
-        unsafe { vst1_s16(to.cast(), vqmovn_s32(vcvtnq_s32_f32(numbers.0))) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn store_weights(numbers: F32x4, to: *mut Four) {
-        // SAFETY: as the caller's.
-        unsafe { Self::store_query(numbers, to) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn max_magnitude(a: F32x4, b: F32x4) -> F32x4 {
-        // Without a sign, bits order numbers as numbers do, and NaN above them.
-        let [a, b] = [a, b].map(|x| vreinterpretq_u32_f32(vabsq_f32(x.0)));
-        F32x4(vreinterpretq_f32_u32(vmaxq_u32(a, b)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn max_magnitude_lane(of: F32x4) -> f32 {
-        f32::from_bits(vmaxvq_u32(vreinterpretq_u32_f32(of.0)))
     }
 }

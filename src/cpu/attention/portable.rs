@@ -5,7 +5,7 @@
 use half::f16;
 
 use super::group::{self, Group, Lanes, Scratch, State};
-use super::int8::{self, Four, Integers};
+use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group anywhere.
 ///
@@ -125,6 +125,34 @@ impl Integers for Wide {
     const LARGEST_WEIGHT: f32 = 32767.0;
 
     #[inline(always)]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x4::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x4::load(numbers.add(at)).mul(F32x4::splat(factor)) };
+
+            // SAFETY: good for 4 integers, says the caller.
+            unsafe { to.add(at).cast::<[i16; 4]>().write_unaligned(product.0.map(nearest)) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        // SAFETY: as the caller's.
+        unsafe { Self::store_query(numbers, factor, STEP_TOKENS, to) }
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude(a: F32x4, b: F32x4) -> F32x4 {
+        // Without a sign, bits order numbers as numbers do, and NaN above them.
+        a.zip(b, |a, b| f32::from_bits(a.abs().to_bits().max(b.abs().to_bits())))
+    }
+
+    #[inline(always)]
+    unsafe fn max_magnitude_lane(of: F32x4) -> f32 {
+        f32::from_bits(of.0.map(f32::to_bits).into_iter().max().expect("four lanes"))
+    }
+
+    #[inline(always)]
     unsafe fn sums(of: i32) -> [i32; 8] {
         [of, 0, of, 0, of, 0, of, 0]
     }
@@ -162,29 +190,6 @@ impl Integers for Wide {
     #[inline(always)]
     unsafe fn to_f32(sums: [i32; 8]) -> F32x4 {
         F32x4(std::array::from_fn(|lane| sums[2 * lane].wrapping_add(sums[2 * lane + 1]) as f32))
-    }
-
-    #[inline(always)]
-    unsafe fn store_query(numbers: F32x4, to: *mut Four) {
-        // SAFETY: good for a four, says the caller.
-        unsafe { to.cast::<[i16; 4]>().write_unaligned(numbers.0.map(nearest)) }
-    }
-
-    #[inline(always)]
-    unsafe fn store_weights(numbers: F32x4, to: *mut Four) {
-        // SAFETY: as the caller's.
-        unsafe { Self::store_query(numbers, to) }
-    }
-
-    #[inline(always)]
-    unsafe fn max_magnitude(a: F32x4, b: F32x4) -> F32x4 {
-        // Without a sign, bits order numbers as numbers do, and NaN above them.
-        a.zip(b, |a, b| f32::from_bits(a.abs().to_bits().max(b.abs().to_bits())))
-    }
-
-    #[inline(always)]
-    unsafe fn max_magnitude_lane(of: F32x4) -> f32 {
-        f32::from_bits(of.0.map(f32::to_bits).into_iter().max().expect("four lanes"))
     }
 }
 
