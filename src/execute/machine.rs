@@ -42,7 +42,7 @@ use crate::memory::pages::{PagePlan, PageShape, PageTable, Piece};
 use crate::model::{Activation, ExpertMatrix, ModelConfig, Norm, QkNorm, Role, Shape};
 use crate::policy::{KvDtype, Precision, RowPath};
 use crate::reference::rotary::{rope_table, yarn_rope_table};
-use crate::tune::{SOLO_ROWS, Tiles};
+use crate::tune::{BY_EXPERT_ROWS, Tiles};
 
 /// Extents of everything that is allocated at open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,7 +175,7 @@ impl HalfExtents {
 
     /// Rows that may lie by expert, of a group of `group_rows`: few to each.
     fn ordered_rows(&self, group_rows: usize) -> usize {
-        group_rows.saturating_mul(self.chosen).min((SOLO_ROWS as usize + 1) * self.experts)
+        group_rows.saturating_mul(self.chosen).min((BY_EXPERT_ROWS as usize + 1) * self.experts)
     }
 
     /// Of a group of 16 rows by expert, or of hidden ones: they take turns.
@@ -1360,7 +1360,7 @@ impl Machine {
                 let order = |permutation| ByExpert { n_experts, experts, offsets, permutation };
                 let tile = self.tiles.gate_up(per_expert);
                 let (x, params_of_x) = (buffers.normed.whole(), |n| half_rows::Params::dense(n, d_model));
-                let x = if tile.is_solo() {
+                let x = if tile.takes_rows_by_expert() {
                     let order = order(Some((permutation, n_chosen_u32)));
                     half_rows::record_by_expert(r, params_of_x(n_assignments), order, x, halves.ordered())?;
                     halves.ordered()
@@ -1372,7 +1372,7 @@ impl Machine {
                 cooperative::expert_gate_up::record(r, weights, tile, params, bindings)?;
                 let tile = self.tiles.down(per_expert);
                 let params = half_rows::Params::dense(n_assignments, expert_width);
-                let h = if tile.is_solo() {
+                let h = if tile.takes_rows_by_expert() {
                     half_rows::record_by_expert(r, params, order(None), h, halves.ordered())?;
                     halves.ordered()
                 } else {

@@ -1,7 +1,7 @@
 //! Rows as f16 with a power of two each: what the kernels on cooperative matrices read.
 //!
 //! In: rows of f32. Out: the same rows padded with zeros, as they come ([`record`], [`record_between`]) or by the expert that takes them, as
-//! the fragments that a solo tile loads ([`record_by_expert`]); a row's numbers are the same in either.
+//! the fragments that tiles of few rows load ([`record_by_expert`]); a row's numbers are the same in either.
 
 use crate::checkpoint::Dtype;
 use crate::gpu::{Access::*, GpuError, Kernel, Part, Recorder, Slice, Variant, params};

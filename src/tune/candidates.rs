@@ -24,20 +24,24 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
     let t = Tile::new;
     let wide = |tile| Tile { unit: 8, ..tile };
     // Rows for what experts have where some are more popular than others: most weights are to be read once.
-    let solo = Tile::solo;
+    let (solo, direct) = (Tile::solo, Tile::direct);
     match (operation, rows) {
         (Operation::GateUp, 0..=8) => {
-            vec![solo(16, 32, 128, 1), solo(16, 16, 64, 1), t(16, 32, 64, 16, 16), wide(t(16, 32, 64, 16, 16))]
+            vec![solo(16, 32, 128, 1), solo(16, 16, 64, 1), direct(16, 64, 64, 16, 16), wide(t(16, 32, 64, 16, 16))]
         }
         (Operation::GateUp, 9..=16) => {
-            vec![solo(32, 16, 64, 1), solo(32, 16, 128, 1), t(16, 32, 64, 16, 16), wide(t(32, 64, 128, 16, 16))]
+            vec![solo(32, 16, 64, 1), solo(32, 16, 128, 1), direct(32, 64, 64, 16, 32), wide(t(32, 64, 128, 16, 16))]
         }
         (Operation::GateUp, 17..=32) => {
-            vec![solo(48, 16, 64, 1), solo(48, 16, 128, 1), t(64, 64, 32, 32, 32), wide(t(64, 32, 64, 32, 16))]
+            vec![solo(48, 16, 64, 1), solo(48, 16, 128, 1), direct(48, 64, 64, 48, 16), wide(t(64, 32, 64, 32, 16))]
         }
-        (Operation::GateUp, 33..=64) => {
-            vec![solo(80, 16, 64, 1), solo(80, 16, 64, 2), wide(t(96, 64, 64, 48, 32)), wide(t(128, 64, 64, 32, 32))]
-        }
+        (Operation::GateUp, 33..=64) => vec![
+            direct(96, 64, 64, 48, 32),
+            direct(80, 64, 64, 80, 16),
+            direct(96, 128, 64, 48, 32),
+            solo(80, 16, 64, 1),
+            wide(t(128, 64, 64, 32, 32)),
+        ],
         (Operation::GateUp, _) => vec![
             t(64, 64, 32, 32, 32),
             t(96, 64, 32, 48, 32),
@@ -51,13 +55,21 @@ fn candidates(operation: Operation, rows: u32) -> Vec<Tile> {
             wide(t(128, 128, 32, 64, 32)),
         ],
         (Operation::Down, 0..=8) => {
-            vec![solo(16, 32, 64, 1), solo(16, 32, 64, 2), t(16, 128, 128, 16, 32), wide(t(16, 32, 64, 16, 16))]
+            vec![direct(16, 64, 128, 16, 16), direct(16, 128, 64, 16, 32), solo(16, 32, 64, 1), t(16, 128, 128, 16, 32)]
         }
-        (Operation::Down, 9..=16) => vec![solo(32, 32, 64, 1), solo(32, 32, 64, 2), t(16, 128, 128, 16, 32)],
-        (Operation::Down, 17..=32) => vec![solo(48, 32, 64, 1), solo(48, 64, 64, 4), t(64, 128, 64, 32, 32)],
-        (Operation::Down, 33..=64) => {
-            vec![solo(80, 32, 64, 1), solo(80, 32, 128, 2), t(128, 128, 64, 64, 32), wide(t(128, 128, 64, 64, 32))]
+        (Operation::Down, 9..=16) => {
+            vec![direct(32, 64, 128, 16, 32), direct(32, 128, 64, 32, 32), solo(32, 32, 64, 1), t(16, 128, 128, 16, 32)]
         }
+        (Operation::Down, 17..=32) => {
+            vec![direct(48, 128, 64, 48, 32), direct(48, 64, 128, 48, 16), solo(48, 32, 64, 1), t(64, 128, 64, 32, 32)]
+        }
+        (Operation::Down, 33..=64) => vec![
+            direct(80, 128, 64, 80, 32),
+            direct(96, 128, 64, 48, 64),
+            direct(96, 64, 128, 48, 32),
+            solo(80, 32, 128, 2),
+            wide(t(128, 128, 64, 64, 32)),
+        ],
         (_, 0..=16) => vec![
             t(16, 16, 256, 16, 16),
             t(16, 32, 128, 16, 16),

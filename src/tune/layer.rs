@@ -123,12 +123,12 @@ pub fn shares(
     add("expert_sort", &mut |r| expert_sort::record(r, params, ids.whole(), offsets.whole(), permutation.whole()))?;
     let tile = tiles.map(|tiles| tiles.gate_up(per_expert));
     if let Some(tile) = tile {
-        add("half_rows", &mut |r| experts.halve(r, tile.is_solo(), rows))?;
+        add("half_rows", &mut |r| experts.halve(r, tile.takes_rows_by_expert(), rows))?;
     }
     add("expert_gate_up", &mut |r| experts.gate_up(r, tile, rows))?;
     let tile = tiles.map(|tiles| tiles.down(per_expert));
     if let Some(tile) = tile {
-        add("half_rows of experts", &mut |r| experts.halve_hidden(r, tile.is_solo(), assignments))?;
+        add("half_rows of experts", &mut |r| experts.halve_hidden(r, tile.takes_rows_by_expert(), assignments))?;
     }
     add("expert_down", &mut |r| experts.down(r, tile, rows))?;
     let params = expert_combine::Params { n_rows: n, n_chosen: shape.experts_per_token as u32, d_model: d as u32 };

@@ -1,6 +1,6 @@
 //! Kernels on made-up data: checked on sampled elements, then timed.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{NARROW, Operation, Tile};
 use crate::checkpoint::Dtype;
@@ -100,6 +100,25 @@ pub(super) fn filled(
     Ok(buffer)
 }
 
+/// Keeps a GPU busy for a second, after memory was taken and before anything is timed: in the first half of a second after that an H200 was
+/// seen to take two to eight times as long for everything. CPUs do not need it.
+fn warm_up(pipelines: &Pipelines) -> Result<(), GpuError> {
+    if pipelines.gpu().summary().kind == "cpu" {
+        return Ok(());
+    }
+    let buffer = pipelines.gpu().buffer("warm-up", 256 << 20)?;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(1) {
+        let mut recorder = Recorder::new(pipelines);
+        for seed in 0..16 {
+            probes::fill(&mut recorder, Dtype::F32, seed, 1.0, buffer.whole())?;
+        }
+        recorder.submit()?;
+        pipelines.gpu().wait()?;
+    }
+    Ok(())
+}
+
 fn floats(gpu: &Gpu, slices: &[Slice<'_>], dtype: Dtype) -> Result<Vec<Vec<f32>>, GpuError> {
     Ok(gpu.read_many(slices)?.iter().map(|bytes| dtype.read_all(bytes)).collect())
 }
@@ -170,7 +189,7 @@ impl<'p> Dense<'p> {
         let w = (0..copies)
             .map(|copy| filled(pipelines, "matrix", weights, elements, 7 + copy as u32, 0.1))
             .collect::<Result<_, _>>()?;
-        Ok(Self {
+        let dense = Self {
             pipelines,
             n_out,
             n_in,
@@ -180,7 +199,9 @@ impl<'p> Dense<'p> {
             halves: gpu.buffer("rows of f16", (rows as u64) * padded(n_in as u32) as u64 * 2)?,
             scales: gpu.buffer("scales of rows", rows as u64 * 4)?,
             y: gpu.buffer("products", (rows * n_out) as u64 * 4)?,
-        })
+        };
+        warm_up(pipelines)?;
+        Ok(dense)
     }
 
     fn halves(&self) -> HalfRows<'_> {
@@ -311,7 +332,7 @@ impl<'p> Experts<'p> {
         let assignments = (rows * chosen) as u64;
         let half_bytes = |rows: u64, n: usize| rows * padded(n as u32) as u64 * 2;
         let group_rows = 16 * groups(assignments as u32, experts as u32) as u64;
-        Ok(Self {
+        let all = Self {
             pipelines,
             shape,
             weights,
@@ -333,7 +354,9 @@ impl<'p> Experts<'p> {
             h_groups: gpu.buffer("hidden rows by expert", half_bytes(group_rows, expert_width))?,
             h_group_scales: gpu.buffer("scales of hidden rows by expert", assignments * 4)?,
             y: gpu.buffer("products", assignments * d_model as u64 * 4)?,
-        })
+        };
+        warm_up(pipelines)?;
+        Ok(all)
     }
 
     /// Chooses experts for `rows` rows with the given loads, sorts, and makes the rows' f16. Returns the offsets and the
@@ -427,7 +450,7 @@ impl<'p> Experts<'p> {
         let (h, bias) = (self.h.whole(), self.places.whole());
         match tile {
             Some(tile) => {
-                let x = self.x_halves(tile.is_solo());
+                let x = self.x_halves(tile.takes_rows_by_expert());
                 let bindings = expert_gate_up::Bindings { x, permutation, offsets, places, h, gate, up, bias };
                 cooperative::expert_gate_up::record(recorder, (self.weights, true), tile, params, bindings)
             }
@@ -448,7 +471,7 @@ impl<'p> Experts<'p> {
         let (y, bias) = (self.y.whole(), self.places.whole());
         match tile {
             Some(tile) => {
-                let h = self.h_halves(tile.is_solo());
+                let h = self.h_halves(tile.takes_rows_by_expert());
                 let bindings = expert_down::Bindings { h, permutation, offsets, places, y, down, bias };
                 cooperative::expert_down::record(recorder, (self.weights, true), tile, params, bindings)
             }
@@ -533,7 +556,7 @@ impl<'p> Experts<'p> {
     ) -> Result<Reading, MeasureError> {
         let ExpertShape { chosen, d_model, expert_width, .. } = self.shape;
         let mut recorder = Recorder::new(self.pipelines);
-        self.halve_hidden(&mut recorder, tile.is_some_and(|tile| tile.is_solo()), rows * chosen)?;
+        self.halve_hidden(&mut recorder, tile.is_some_and(|tile| tile.takes_rows_by_expert()), rows * chosen)?;
         self.down(&mut recorder, tile, rows)?;
         recorder.submit()?;
         let gpu = self.pipelines.gpu();

@@ -50,8 +50,8 @@ pub const NARROW: u32 = 3072;
 /// Products of up to so many rows (of an expert, on average) take one tile; more rows than the last take another.
 pub const ROW_CLASSES: [u32; 5] = [8, 16, 32, 64, 256];
 
-/// Experts with at most so many rows on average may take tiles that are [`solo`](Tile::is_solo): room is kept for the rows they read.
-pub const SOLO_ROWS: u32 = 64;
+/// Experts with at most so many rows on average may take tiles that read [rows by expert](Tile::takes_rows_by_expert): room is kept for those.
+pub const BY_EXPERT_ROWS: u32 = 64;
 
 /// A tile for every operation and class of rows.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -65,10 +65,10 @@ fn class(rows: u32) -> usize {
     ROW_CLASSES.iter().position(|most| rows <= *most).unwrap_or(ROW_CLASSES.len())
 }
 
-/// Solo tiles are for experts of few rows.
+/// Tiles that take rows by expert are for few of them.
 fn is_allowed(operation: Operation, class: usize, tile: Tile) -> bool {
-    let few = ROW_CLASSES.get(class).is_some_and(|most| *most <= SOLO_ROWS);
-    !tile.is_solo() || few && matches!(operation, Operation::GateUp | Operation::Down)
+    let few = ROW_CLASSES.get(class).is_some_and(|most| *most <= BY_EXPERT_ROWS);
+    !tile.takes_rows_by_expert() || few && matches!(operation, Operation::GateUp | Operation::Down)
 }
 
 impl Tiles {
@@ -85,8 +85,8 @@ impl Tiles {
         self.tiles[operation as usize][class(rows)] = tile;
     }
 
-    /// One tile for gate and up, one for down, and one for every other product, whatever the rows; more than [`SOLO_ROWS`] keep the
-    /// default's where the tile is solo.
+    /// One tile for gate and up, one for down, and one for every other product, whatever the rows; more than [`BY_EXPERT_ROWS`] keep the
+    /// default's where the tile takes rows by expert.
     pub fn forced(gate_up: Tile, down: Tile, other: Tile) -> Self {
         let mut tiles = Self::default();
         for (operation, tile) in Operation::ALL.into_iter().zip([other, other, gate_up, down]) {
@@ -170,16 +170,16 @@ impl Default for Tiles {
                 [
                     Tile::solo(16, 32, 128, 1),
                     Tile::solo(32, 16, 64, 1),
-                    Tile::solo(48, 16, 128, 1),
-                    wide(t(128, 64, 64, 32, 32)),
-                    wide(t(128, 64, 64, 32, 32)),
-                    wide(t(128, 64, 64, 32, 32)),
+                    Tile::solo(48, 16, 64, 1),
+                    Tile::direct(96, 64, 64, 48, 32),
+                    wide(t(128, 128, 32, 64, 32)),
+                    wide(t(128, 128, 32, 64, 32)),
                 ],
                 [
-                    t(16, 128, 128, 16, 32),
-                    Tile::solo(32, 32, 64, 2),
-                    Tile::solo(48, 32, 64, 1),
-                    t(128, 128, 64, 64, 32),
+                    Tile::direct(16, 64, 128, 16, 16),
+                    Tile::direct(32, 64, 128, 16, 32),
+                    Tile::direct(48, 128, 64, 48, 32),
+                    Tile::direct(80, 128, 64, 80, 32),
                     wide(t(128, 128, 64, 64, 32)),
                     wide(t(128, 128, 64, 64, 32)),
                 ],

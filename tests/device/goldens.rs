@@ -13,6 +13,7 @@ use fulmen::policy::{AttentionPlace, KvDtype, Precision};
 use fulmen::request::{Request, SamplingParams};
 use fulmen::tune::{Operation, Tiles, candidates};
 use libtest_mimic::{Failed, Trial};
+use rayon::prelude::*;
 use safetensors::SafeTensors;
 
 use crate::common::{device, if_matrices, pipelines};
@@ -191,10 +192,11 @@ fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
             assert_eq!(bits(&got.logits[place]), bits(want), "{what}: {place:?}");
         }
     };
-    for i in 0..all.iter().map(Vec::len).max().expect("three operations") {
+    // Beside each other: a driver takes a second and more for each kernel of each tile.
+    (0..all.iter().map(Vec::len).max().expect("three operations")).into_par_iter().for_each(|i| {
         let [gate_up, down, other] = all.each_ref().map(|tiles| tiles[i % tiles.len()]);
         try_tiles(Tiles::forced(gate_up, down, other), format!("{gate_up}, {down} and {other}"));
-    }
+    });
     if pipelines().gpu().workgroup_matrices() {
         let mut tiles = Tiles::default();
         for rows in [1, 9, 17, 33, 65, 257] {

@@ -247,6 +247,7 @@ fn cooperative_kernels_translate_to_spirv() {
         let mut tiles = tiles();
         if kernel.name != "cooperative/matmul" {
             tiles.extend([Tile::solo(16, 32, 64, 1), Tile::solo(48, 32, 128, 2), Tile::solo(80, 16, 32, 1)]);
+            tiles.extend([Tile::direct(80, 64, 64, 80, 16), Tile::direct(48, 64, 32, 16, 32)]);
         }
         for (tile, dtype) in tiles.iter().flat_map(|tile| dtypes.iter().map(move |dtype| (tile, *dtype))) {
             for (wide, tail) in [(true, false), (true, true), (false, false)] {

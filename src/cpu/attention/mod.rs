@@ -110,54 +110,58 @@ pub fn attend(
             table,
             visible: shape.first_visible(*context)..*context,
             out: Mutex::new(out),
+            first_task: 0,
+            task_spans: 0,
+            shared: Vec::new(),
         })
         .collect();
     // Stable: neighbours in memory stay together.
     rows.sort_by_key(|row| std::cmp::Reverse(row.visible.len()));
-
-    let mut left: usize = rows.iter().map(|row| row.visible.len()).sum();
-    let n_threads = threads.current_num_threads();
-    let (mut tasks, mut shared) = (Vec::with_capacity(rows.len() * kv_heads), Vec::new());
-    for (row, Row { visible, .. }) in rows.iter().enumerate() {
-        let spans = visible.start / SPAN_TOKENS..visible.end.div_ceil(SPAN_TOKENS);
-        let most_spans = (left * kv_heads / (n_threads * TASK_SHARE) / SPAN_TOKENS).max(1);
-        // Parts of equal size.
-        let most_spans = spans.len().div_ceil(spans.len().div_ceil(most_spans));
-        left -= visible.len();
-        for kv_head in 0..kv_heads {
-            if spans.len() <= most_spans {
-                tasks.push(Task { row, kv_head, spans: spans.clone(), shared: None });
-                continue;
-            }
-            for start in spans.clone().step_by(most_spans) {
-                let spans = start..(start + most_spans).min(spans.end);
-                tasks.push(Task { row, kv_head, spans, shared: Some(shared.len()) });
-            }
-            shared.push(Shared {
-                left: AtomicUsize::new(spans.len().div_ceil(most_spans)),
-                first_span: spans.start,
-                states: Mutex::new(spans.clone().map(|_| None).collect()),
-            });
-        }
-    }
+    let n_tasks = divide(&mut rows, kv_heads, threads.current_num_threads());
 
     let next_task = AtomicUsize::new(0);
     // Every thread is woken at once, where jobs of a scope wake one after the other. One that comes late, because other work held it,
     // finds nothing left to do.
     threads.broadcast(|_| {
-        let take = || tasks.get(next_task.fetch_add(1, Ordering::Relaxed));
+        let take = || {
+            let number = next_task.fetch_add(1, Ordering::Relaxed);
+            (number < n_tasks).then(|| Task::number(number, &rows))
+        };
         let mut scratch = Scratch::new(heads, head_width);
         let mut total = State::new(heads, head_width);
         let mut task = take();
         while let Some(now) = task {
             task = take();
-            let next = task.map_or([&[][..]; STEP_BLOCKS], |task| {
-                let row = &rows[task.row];
-                form.group(row, task.kv_head).seen_keys_of_step(row.span(task.spans.start).start / BLOCK_TOKENS)
+            let next = task.as_ref().map_or([&[][..]; STEP_BLOCKS], |Task { row, kv_head, spans }| {
+                form.group(row, *kv_head).seen_keys_of_step(row.span(spans.start).start / BLOCK_TOKENS)
             });
-            now.run(&form, &rows[now.row], next, &mut scratch, &mut total, &shared);
+            now.run(&form, next, &mut scratch, &mut total);
         }
     });
+}
+
+/// Divides every row into tasks, and returns their number. Only rows are touched, for the threads wait meanwhile: what a task is follows
+/// from its number ([`Task::number`]).
+fn divide(rows: &mut [Row], kv_heads: usize, n_threads: usize) -> usize {
+    let mut left: usize = rows.iter().map(|row| row.visible.len()).sum();
+    let mut n_tasks = 0;
+    for row in rows {
+        let spans = row.spans();
+        let most_spans = (left * kv_heads / (n_threads * TASK_SHARE) / SPAN_TOKENS).max(1);
+        // Parts of equal size.
+        row.task_spans = spans.len().div_ceil(spans.len().div_ceil(most_spans));
+        row.first_task = n_tasks;
+        left -= row.visible.len();
+        let parts = row.parts();
+        n_tasks += parts * kv_heads;
+        if parts > 1 {
+            row.shared.extend((0..kv_heads).map(|_| Shared {
+                left: AtomicUsize::new(parts),
+                states: Mutex::new(spans.clone().map(|_| None).collect()),
+            }));
+        }
+    }
+    n_tasks
 }
 
 /// What all tasks of a call have in common.
@@ -195,44 +199,57 @@ struct Row<'a> {
     table: &'a BlockTable,
     visible: Range<usize>,
     out: Mutex<&'a mut [f32]>,
+    /// Number of the first of its tasks: part by part, one key/value head after the other.
+    first_task: usize,
+    /// Spans of a part, fewer in the last one.
+    task_spans: usize,
+    /// `[G]`, where a group is several parts.
+    shared: Vec<Shared>,
 }
 
 impl Row<'_> {
+    fn spans(&self) -> Range<usize> {
+        self.visible.start / SPAN_TOKENS..self.visible.end.div_ceil(SPAN_TOKENS)
+    }
+
+    fn parts(&self) -> usize {
+        self.spans().len().div_ceil(self.task_spans)
+    }
+
     fn span(&self, span: usize) -> Range<usize> {
         self.visible.start.max(span * SPAN_TOKENS)..self.visible.end.min((span + 1) * SPAN_TOKENS)
     }
 }
 
 /// Spans of one group of one row.
-struct Task {
-    row: usize,
+struct Task<'a> {
+    row: &'a Row<'a>,
     kv_head: usize,
     spans: Range<usize>,
-    /// Where the spans' states go, if these are not all of the group's.
-    shared: Option<usize>,
 }
 
 /// A group whose spans are several tasks.
 struct Shared {
     /// Tasks that have not ended.
     left: AtomicUsize,
-    first_span: usize,
     states: Mutex<Vec<Option<State>>>,
 }
 
-impl Task {
+impl<'a> Task<'a> {
+    /// Task `number` of all that the rows are [divided](divide) into.
+    fn number(number: usize, rows: &'a [Row<'a>]) -> Self {
+        let row = &rows[rows.partition_point(|row| row.first_task <= number) - 1];
+        let (parts, of_row) = (row.parts(), number - row.first_task);
+        let spans = row.spans();
+        let start = spans.start + of_row % parts * row.task_spans;
+        Self { row, kv_head: of_row / parts, spans: start..(start + row.task_spans).min(spans.end) }
+    }
+
     /// `next`: what this thread reads afterwards.
-    fn run(
-        &self,
-        form: &Form,
-        row: &Row,
-        next: [&[u8]; STEP_BLOCKS],
-        scratch: &mut Scratch,
-        total: &mut State,
-        shared: &[Shared],
-    ) {
+    fn run(&self, form: &Form, next: [&[u8]; STEP_BLOCKS], scratch: &mut Scratch, total: &mut State) {
+        let row = self.row;
         let whole = form.group(row, self.kv_head);
-        let shared = self.shared.map(|index| &shared[index]);
+        let shared = row.shared.get(self.kv_head);
         for span in self.spans.clone() {
             let visible = row.span(span);
             let goes_on = span + 1 < self.spans.end;
@@ -247,7 +264,7 @@ impl Task {
                 None => std::mem::swap(total, &mut scratch.state),
                 Some(shared) => {
                     let state = std::mem::replace(&mut scratch.state, State::new(form.heads, form.head_width));
-                    shared.states.lock().expect("states lock")[span - shared.first_span] = Some(state);
+                    shared.states.lock().expect("states lock")[span - row.spans().start] = Some(state);
                 }
             }
         }

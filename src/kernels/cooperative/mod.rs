@@ -4,7 +4,7 @@
 //! operation give, to f16's rounding of the operands. Only where [`Gpu::cooperative`](crate::gpu::Gpu::cooperative) says so.
 //!
 //! A [`Tile`] changes time and never bits (see `template`), so that one may be picked for every count of rows. Small ones read each
-//! weight once, those of an expert with few rows at the rate of memory (see `solo`); large ones share weights and rows between many
+//! weight once, those of an expert with few rows near the rate of memory (see `solo`); large ones share weights and rows between many
 //! products.
 //!
 //! One tile of dense products, [`Tile::WORKGROUP`], is no text of the template but SPIR-V, for adapters that hold matrices in a whole
@@ -56,6 +56,8 @@ pub struct Tile {
     /// [`record_by_expert`](super::half_rows::record_by_expert) lays them out, are taken as fragments from memory, and weights go through
     /// workgroup memory, so many fragments of 16 columns between two barriers.
     pub solo: u32,
+    /// Rows by expert are taken as fragments by several subgroups as well, and weights alone go through workgroup memory.
+    pub direct: bool,
 }
 
 /// What a tile is to a kernel, with the defaults.
@@ -71,6 +73,7 @@ const TUNABLES: &[(&str, &[u32])] = &[
     ("PREFETCH", &[1]),
     ("BUFFERS", &[1]),
     ("SOLO", &[0]),
+    ("DIRECT", &[0]),
     ("WIDE", &[1]),
     ("TAIL", &[0]),
 ];
@@ -86,7 +89,7 @@ impl Tile {
     /// `rows x cols x depth` in subgroups of `subgroup_rows x subgroup_cols`.
     pub const fn new(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
         let least_subgroups = 4;
-        let (unit, pad, prefetch, buffers, workgroup, solo) = (4, 2, true, 1, false, 0);
+        let (unit, pad, prefetch, buffers, workgroup, solo, direct) = (4, 2, true, 1, false, 0, false);
         Self {
             rows,
             cols,
@@ -100,6 +103,7 @@ impl Tile {
             buffers,
             workgroup,
             solo,
+            direct,
         }
     }
 
@@ -108,9 +112,20 @@ impl Tile {
         Self { least_subgroups: 1, unit: 8, solo: fragments, ..Self::new(rows, cols, depth, rows, cols) }
     }
 
-    /// Takes rows by expert, of [`record_by_expert`](super::half_rows::record_by_expert).
-    pub const fn is_solo(&self) -> bool {
+    /// The same of as many subgroups as that takes, each with `subgroup_rows x subgroup_cols` of all weights of a step.
+    pub const fn direct(rows: u32, cols: u32, depth: u32, subgroup_rows: u32, subgroup_cols: u32) -> Self {
+        let tile = Self::new(rows, cols, depth, subgroup_rows, subgroup_cols);
+        Self { least_subgroups: 1, unit: 8, direct: true, ..tile }
+    }
+
+    /// One subgroup alone, with the text of `solo`.
+    const fn is_solo(&self) -> bool {
         self.solo > 0
+    }
+
+    /// Takes rows by expert, of [`record_by_expert`](super::half_rows::record_by_expert).
+    pub const fn takes_rows_by_expert(&self) -> bool {
+        self.is_solo() || self.direct
     }
 
     /// Can be run by a kernel that multiplies with so many matrices: whole fragments everywhere, and no more workgroup memory than there is.
@@ -129,13 +144,17 @@ impl Tile {
             && [rows, cols, buffers].iter().all(|n| (1..=1024).contains(n));
         let bytes = || match self.solo {
             1.. => solo::workgroup_bytes(self.solo, depth, pad),
-            0 => 8 * buffers * (rows + matrices * cols) * (depth / 4 + pad) + template::SUMS_BYTES,
+            0 => {
+                let rows = if self.direct { 0 } else { rows };
+                8 * buffers * (rows + matrices * cols) * (depth / 4 + pad) + template::SUMS_BYTES
+            }
         };
         let alone = || {
-            let one = self.subgroups() == 1 && buffers == 1 && self.prefetch;
+            let one = self.subgroups() == 1 && buffers == 1 && self.prefetch && !self.direct;
             !self.is_solo() || one && (matrices * cols / 16).is_multiple_of(self.solo)
         };
-        whole && alone() && (1..=32).contains(&self.subgroups()) && bytes() + 32 <= WORKGROUP_BYTES
+        let direct = || !self.direct || buffers == 1 && self.prefetch && self.subgroups() == self.computing();
+        whole && alone() && direct() && (1..=32).contains(&self.subgroups()) && bytes() + 32 <= WORKGROUP_BYTES
     }
 
     fn of(kernel: &Kernel, variant: &Variant) -> Self {
@@ -153,6 +172,7 @@ impl Tile {
             buffers: get("BUFFERS"),
             workgroup: false,
             solo: get("SOLO"),
+            direct: get("DIRECT") == 1,
         }
     }
 
@@ -185,6 +205,7 @@ impl Tile {
                 ("PREFETCH", self.prefetch as u32),
                 ("BUFFERS", self.buffers),
                 ("SOLO", self.solo),
+                ("DIRECT", self.direct as u32),
                 ("WIDE", wide as u32),
                 ("TAIL", tail as u32),
             ],
@@ -212,6 +233,9 @@ impl std::fmt::Display for Tile {
         if self.buffers > 1 {
             write!(f, ", {} buffers", self.buffers)?;
         }
+        if self.direct {
+            write!(f, ", rows from memory")?;
+        }
         Ok(())
     }
 }
@@ -220,7 +244,7 @@ impl std::fmt::Display for Tile {
 fn workgroups(tile: Tile, n_assignments: u32, n_experts: u32, n_columns: u32) -> [u32; 3] {
     let [row_tiles, column_tiles, one] = slabs::tiles([tile.rows, tile.cols], n_assignments, n_experts, n_columns);
     // Columns first where neighbours are to find the same rows in their cache.
-    if tile.is_solo() { [column_tiles, row_tiles, one] } else { [row_tiles, column_tiles, one] }
+    if tile.takes_rows_by_expert() { [column_tiles, row_tiles, one] } else { [row_tiles, column_tiles, one] }
 }
 
 /// The variant for weights of `n_terms` terms that lie as `strides` (row, k, first) say.

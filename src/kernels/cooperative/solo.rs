@@ -31,10 +31,6 @@ impl Writer<'_> {
         16 * self.row_units() / 32
     }
 
-    fn row_fragments(&self) -> u32 {
-        self.tile.rows / 16
-    }
-
     fn groups(&self) -> Vec<Group> {
         let columns = self.tile.cols / 16;
         let of = |matrix| (0..columns).map(move |column| Group { matrix, column });
@@ -59,7 +55,6 @@ impl Writer<'_> {
     pub(super) fn solo(&mut self) {
         assert!(matches!(self.operation.weights, Weights::Slabs(_)), "only experts have few rows of many matrices");
         self.head("vec4<f16>");
-        self.line(include_str!("../../../shaders/shared/expert_groups.wgsl"));
         self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {}>;", self.tile.solo * 16 * self.pitch()));
         self.line("var<workgroup> sums: array<f32, 256>;");
         // Neighbours have the same rows and other columns.
@@ -77,15 +72,7 @@ impl Writer<'_> {
     /// Where the rows' fragments and each lane's weights begin, and the accumulators.
     fn starts(&mut self) {
         let (units, unit) = (self.row_units(), self.unit);
-        // Of a group of rows, in vec4<f16>.
-        self.line("let x_pitch = (n_terms + 255u) / 256u * 1024u;");
-        self.line("let first_position = offsets[tile.expert];");
-        self.line("let group = first_group(tile.expert) + (first_row - first_position) / 16u;");
-        self.line("let last_group = params.n_assignments / 16u + params.n_experts - 1u;");
-        for r in 0..self.row_fragments() {
-            // Fragments beyond the expert's rows have others' or none: what comes of them is not stored.
-            self.line(format!("let x_start{r} = min(group + {r}u, last_group) * x_pitch;"));
-        }
+        self.start_of_fragments("0u");
         let kind = self.staged();
         for group in self.groups() {
             let name = self.prefix(group);
@@ -143,15 +130,6 @@ impl Writer<'_> {
         }
     }
 
-    fn load_rows(&mut self, step: u32) {
-        for r in 0..self.row_fragments() {
-            self.line(format!(
-                "let fx{step}_{r} = coopLoadT<coop_mat16x16<f16, A>>(&x[x_start{r} + k0 * 4u + {}u], 4u);",
-                step * 64
-            ));
-        }
-    }
-
     /// The loop over the terms, with weights from one slab.
     fn solo_steps(&mut self) {
         let (depth, pitch) = (self.tile.depth, self.pitch());
@@ -166,7 +144,7 @@ impl Writer<'_> {
             false => self.line(format!("let k1 = k0 + {depth}u;")),
         }
         if self.rows_are_kept() {
-            (0..depth / 16).for_each(|step| self.load_rows(step));
+            (0..depth / 16).for_each(|step| self.load_fragments("let fx", step, "k0"));
         }
         for part in self.parts() {
             for (place, group) in part.iter().enumerate() {
@@ -179,7 +157,7 @@ impl Writer<'_> {
             for step in 0..depth / 16 {
                 self.line("{");
                 if !self.rows_are_kept() {
-                    self.load_rows(step);
+                    self.load_fragments("let fx", step, "k0");
                 }
                 for (place, group) in part.iter().enumerate() {
                     let at = place as u32 * 16 * pitch + step * 4;

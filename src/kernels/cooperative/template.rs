@@ -4,6 +4,10 @@
 //! sums it lays its rows and its weights, as f16, into workgroup memory; every subgroup then multiplies its own
 //! `subgroup_rows x subgroup_cols` of them, 16 terms at a time. While it does, what the next step needs is on its way to registers.
 //!
+//! A [direct](Tile::direct) one, for experts of few rows, lays weights alone: rows lie in memory as the fragments that matrices are loaded
+//! from, and come from the cache that workgroups share, a step ahead too. What a workgroup takes of its memory decides how many of them
+//! have loads on their way beside each other, and weights are what is to come at the rate of memory.
+//!
 //! **Order of summation**: an output is one accumulator, `acc = x[k..k + 16] * w[k..k + 16] + acc` with k ascending from 0, whatever the
 //! tile, so a tile changes time and never bits. Terms past the end are zeros.
 //!
@@ -103,8 +107,9 @@ impl Writer<'_> {
         self.tile.depth / 4 + self.tile.pad
     }
 
+    /// None where rows come as fragments.
     fn x_units(&self) -> u32 {
-        self.tile.rows * self.row_units()
+        if self.tile.direct { 0 } else { self.tile.rows * self.row_units() }
     }
 
     /// Of one matrix.
@@ -113,7 +118,7 @@ impl Writer<'_> {
     }
 
     fn x_tile_len(&self) -> u32 {
-        self.tile.rows * self.pitch()
+        if self.tile.direct { 0 } else { self.tile.rows * self.pitch() }
     }
 
     fn w_tile_len(&self) -> u32 {
@@ -150,20 +155,26 @@ impl Writer<'_> {
     }
 
     fn all(&mut self) {
-        // Rows come in units too.
-        self.head(self.staged_x());
+        let by_expert = matches!(self.operation.weights, Weights::Slabs(_));
+        assert!(by_expert || !self.tile.direct, "only experts have rows as fragments");
+        // Rows come in units too, or as fragments.
+        self.head(if self.tile.direct { "vec4<f16>" } else { self.staged_x() });
         let buffers = self.tile.buffers;
         let (x_len, w_len) = (buffers * self.x_tile_len(), buffers * self.w_tile_len());
-        self.line(format!("var<workgroup> x_tile: array<vec4<f16>, {x_len}>;"));
+        if x_len > 0 {
+            self.line(format!("var<workgroup> x_tile: array<vec4<f16>, {x_len}>;"));
+        }
         self.line(format!("var<workgroup> w_tile: array<vec4<f16>, {w_len}>;"));
         let (slots, fragments) = self.sums_shape();
         let sums = slots * fragments * self.operation.matrices() as u32 * 256;
         self.line(format!("var<workgroup> sums: array<f32, {sums}>;"));
         self.line(format!(
-            "@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) workgroup: vec3<u32>, \
+            "@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) grid: vec3<u32>, \
              @builtin(local_invocation_index) lane: u32) {{",
             self.lanes()
         ));
+        // Neighbours have the same columns and other rows, or the same rows where those come from the cache.
+        self.line(if self.tile.direct { "let workgroup = grid.yx;" } else { "let workgroup = grid.xy;" });
         self.rows_of_tile();
         self.start_of_units();
         self.main_loop();
@@ -173,10 +184,13 @@ impl Writer<'_> {
 
     /// All that stands before the variables of a workgroup, with rows of `element`.
     pub(super) fn head(&mut self, element: &str) {
-        let (Tile { rows, cols, .. }, solo) = (self.tile, self.tile.is_solo());
+        let (Tile { rows, cols, .. }, by_expert) = (self.tile, self.tile.takes_rows_by_expert());
         self.line("enable f16;\nenable wgpu_cooperative_matrix;");
         self.line(format!("const TILE_ROWS: u32 = {rows}u;\nconst TILE_COLS: u32 = {cols}u;"));
-        self.line(format!("const ROWS_BY_POSITION: bool = {solo};"));
+        self.line(format!("const ROWS_BY_POSITION: bool = {by_expert};"));
+        if by_expert {
+            self.line(include_str!("../../../shaders/shared/expert_groups.wgsl"));
+        }
         let rows = "x: array<vec4<f16>>";
         assert!(self.operation.text.contains(rows), "the rows are vec4<f16>");
         self.line(self.operation.text.replace(rows, &format!("x: array<{element}>")));
@@ -296,6 +310,34 @@ impl Writer<'_> {
         self.line(format!("let own_col = place_of_subgroup % {across}u * {cols}u;"));
         let pitch = self.pitch();
         self.line(format!("let x_from = own_row * {pitch}u;\nlet w_from = own_col * {pitch}u;"));
+        if self.tile.direct {
+            self.start_of_fragments("own_row");
+        }
+    }
+
+    /// Where each fragment of a subgroup's rows starts, from row `own` of the tile on: `x_start<r>`.
+    pub(super) fn start_of_fragments(&mut self, own: &str) {
+        // Of a group of rows, in vec4<f16>.
+        self.line("let group_pitch = (n_terms + 255u) / 256u * 1024u;");
+        self.line(format!("let group = first_group(tile.expert) + (first_row + {own} - offsets[tile.expert]) / 16u;"));
+        self.line("let last_group = params.n_assignments / 16u + params.n_experts - 1u;");
+        for r in 0..self.row_fragments() {
+            // Fragments beyond the expert's rows have others' or none: what comes of them is not stored.
+            self.line(format!("let x_start{r} = min(group + {r}u, last_group) * group_pitch;"));
+        }
+    }
+
+    /// Of a subgroup.
+    pub(super) fn row_fragments(&self) -> u32 {
+        self.tile.subgroup_rows / 16
+    }
+
+    /// Loads the rows' fragments number `step` of those from term `k` on, as `<name><step>_<r>`.
+    pub(super) fn load_fragments(&mut self, name: &str, step: u32, k: &str) {
+        for r in 0..self.row_fragments() {
+            let at = format!("x_start{r} + {k} * 4u + {}u", step * 64);
+            self.line(format!("{name}{step}_{r} = coopLoadT<coop_mat16x16<f16, A>>(&x[{at}], 4u);"));
+        }
     }
 
     pub(super) fn matrix_names(&self) -> Vec<String> {
@@ -409,11 +451,12 @@ impl Writer<'_> {
         let offset = |len: u32| buffer.map_or(String::new(), |b| format!(" + {b} * {len}u"));
         for step in 0..self.tile.depth / 16 {
             self.line("{");
-            for r in 0..rows {
+            let from_tile = if self.tile.direct { 0 } else { rows };
+            for r in 0..from_tile {
                 let at = r * 16 * pitch + step * 4;
                 let base = offset(x_len);
                 self.line(format!(
-                    "let fx{r} = coopLoadT<coop_mat16x16<f16, A>>(&x_tile[x_from + {at}u{base}], {pitch}u);"
+                    "let fx{step}_{r} = coopLoadT<coop_mat16x16<f16, A>>(&x_tile[x_from + {at}u{base}], {pitch}u);"
                 ));
             }
             for m in 0..self.operation.matrices() {
@@ -424,7 +467,9 @@ impl Writer<'_> {
                         "let fw{m}_{c} = coopLoad<coop_mat16x16<f16, B>>(&w_tile[w_from + {at}u{base}], {pitch}u);"
                     ));
                     for r in 0..rows {
-                        self.line(format!("acc{m}_{r}_{c} = coopMultiplyAdd(fx{r}, fw{m}_{c}, acc{m}_{r}_{c});"));
+                        self.line(format!(
+                            "acc{m}_{r}_{c} = coopMultiplyAdd(fx{step}_{r}, fw{m}_{c}, acc{m}_{r}_{c});"
+                        ));
                     }
                 }
             }
@@ -472,13 +517,25 @@ impl Writer<'_> {
             (1, true) => {
                 self.line("{");
                 self.load("0u");
-                self.line(format!("}}\nfor (var k0 = 0u; k0 < n_terms; k0 += {depth}u) {{"));
+                self.line("}\n{");
+                let steps = if self.tile.direct { 0..depth / 16 } else { 0..0 };
+                steps.clone().for_each(|step| self.load_fragments("var next", step, "0u"));
+                self.line(format!("for (var k0 = 0u; k0 < n_terms; k0 += {depth}u) {{"));
                 self.store("k0", None);
                 self.line(format!("workgroupBarrier();\nlet k1 = k0 + {depth}u;\nif k1 < n_terms {{"));
                 self.load("k1");
                 self.line("}");
+                // Fragments too, or each step waits for them. Not in the branch, where no matrix may be loaded: after the last step
+                // the same ones again.
+                self.line("let k_next = select(k0, k1, k1 < n_terms);");
+                for step in steps {
+                    for r in 0..self.row_fragments() {
+                        self.line(format!("let fx{step}_{r} = next{step}_{r};"));
+                    }
+                    self.load_fragments("next", step, "k_next");
+                }
                 self.multiply(None);
-                self.line("workgroupBarrier();\n}");
+                self.line("workgroupBarrier();\n}\n}");
             }
             _ => {
                 self.line("{");

@@ -73,7 +73,7 @@ fn some_tiles(operation: Operation) -> Vec<Tile> {
         Tile { unit: 8, buffers: 2, ..Tile::new(32, 64, 32, 16, 32) },
     ];
     if matches!(operation, Operation::GateUp | Operation::Down) {
-        tiles.extend([Tile::solo(16, 16, 32, 1), Tile::solo(48, 32, 32, 2)]);
+        tiles.extend([Tile::solo(16, 16, 32, 1), Tile::solo(48, 32, 32, 2), Tile::direct(48, 32, 32, 48, 16)]);
     }
     tiles
 }
@@ -282,24 +282,16 @@ fn expert_trials() -> Vec<Trial> {
     // What the trials above do, with so few tiles and shapes that emulated matrices take seconds.
     const FEW_SHAPES: [Extents; 3] = [SHAPES[2], SHAPES[5], SHAPES[11]];
     let form = |tile| Form::Cooperative { weights: Dtype::Bf16, tile, aligned_slots: true };
-    let with_another = move |solo| [Tile::solo(16, 16, 16, 1), solo].map(form);
+    let with_others = move |others: [Tile; 2]| [Tile::solo(16, 16, 16, 1), others[0], others[1]].map(form);
     trials.extend([
-        Trial::test("cooperative::solo_expert_gate_up_matches_reference_and_no_tile_changes_bits", move || {
-            expert_gate_up::matches_reference(
-                Dtype::Bf16,
-                &FEW_SHAPES,
-                &with_another(Tile::solo(16, 16, 32, 1)),
-                tolerances,
-            );
+        Trial::test("cooperative::few_rows_gate_up_matches_reference_and_no_tile_changes_bits", move || {
+            let forms = with_others([Tile::solo(16, 16, 32, 1), Tile::direct(32, 16, 16, 16, 16)]);
+            expert_gate_up::matches_reference(Dtype::Bf16, &FEW_SHAPES, &forms, tolerances);
             Ok(())
         }),
-        Trial::test("cooperative::solo_expert_down_matches_reference_and_no_tile_changes_bits", move || {
-            expert_down::matches_reference(
-                Dtype::Bf16,
-                &FEW_SHAPES,
-                &with_another(Tile::solo(32, 32, 16, 1)),
-                tolerances,
-            );
+        Trial::test("cooperative::few_rows_down_matches_reference_and_no_tile_changes_bits", move || {
+            let forms = with_others([Tile::solo(32, 32, 16, 1), Tile::direct(16, 32, 16, 16, 16)]);
+            expert_down::matches_reference(Dtype::Bf16, &FEW_SHAPES, &forms, tolerances);
             Ok(())
         }),
         Trial::test("cooperative::expert_gate_up_leaves_the_rows_of_absent_experts_as_they_are", || {
@@ -317,7 +309,7 @@ fn expert_trials() -> Vec<Trial> {
 pub fn trials() -> Vec<Trial> {
     // With emulated matrices all of them take a quarter of an hour: those that need no large product or few tiles stand for them.
     let quick = |trial: &Trial| {
-        trial.name().ends_with("accumulate_adds_the_finished_sum") || trial.name().starts_with("cooperative::solo_")
+        trial.name().ends_with("accumulate_adds_the_finished_sum") || trial.name().starts_with("cooperative::few_rows_")
     };
     let (few, many) = matmul_trials().into_iter().chain(expert_trials()).partition(quick);
     let mut trials = if_cooperative(few);

@@ -27,7 +27,7 @@ fn down(form: &Form, h: &[f32], expert_width: usize, routing: &Routing, places: 
             run(|recorder| record(recorder, variant, params, bindings));
         }
         Form::Cooperative { weights, tile, aligned_slots } => {
-            let halves = match tile.is_solo() {
+            let halves = match tile.takes_rows_by_expert() {
                 true => Halves::by_expert(&h, true, routing, expert_width),
                 false => Halves::of(&h, routing.n_assignments(), expert_width),
             };

@@ -37,7 +37,7 @@ fn gate_up(
             run(|recorder| record(recorder, variant, params, bindings));
         }
         Form::Cooperative { weights, tile, aligned_slots } => {
-            let halves = match tile.is_solo() {
+            let halves = match tile.takes_rows_by_expert() {
                 true => Halves::by_expert(&x, false, routing, d_model),
                 false => Halves::of(&x, n_rows, d_model),
             };
