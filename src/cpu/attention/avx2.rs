@@ -161,6 +161,7 @@ impl Integers for Wide {
 
     const LARGEST_QUERY: f32 = 32767.0;
     const LARGEST_WEIGHT: f32 = 32767.0;
+    const HEADS: usize = 4;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -259,6 +260,7 @@ impl Integers for Bytes {
     // 127 · 256 + 127.
     const LARGEST_QUERY: f32 = 32639.0;
     const LARGEST_WEIGHT: f32 = 65535.0;
+    const HEADS: usize = 2;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]

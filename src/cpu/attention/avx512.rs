@@ -165,6 +165,7 @@ impl Integers for Wide {
 
     const LARGEST_QUERY: f32 = 32767.0;
     const LARGEST_WEIGHT: f32 = 32767.0;
+    const HEADS: usize = 4;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
@@ -262,6 +263,7 @@ impl Integers for Bytes {
     // 127 · 256 + 127.
     const LARGEST_QUERY: f32 = 32639.0;
     const LARGEST_WEIGHT: f32 = 65535.0;
+    const HEADS: usize = 4;
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c,avx512vnni")]

@@ -59,6 +59,8 @@ pub(super) trait Integers: Sized {
     /// The largest integers that a query and a weight become.
     const LARGEST_QUERY: f32;
     const LARGEST_WEIGHT: f32;
+    /// Heads of a tile where there are enough: 4 where elements take more to come by than factors, 2 where it is the other way round.
+    const HEADS: usize;
 
     /// Stores the nearest integers of numbers of a query times `factor`, which are within ±LARGEST_QUERY. Any for other numbers. `n`: a
     /// multiple of WIDEST.
@@ -370,7 +372,7 @@ unsafe fn score<I: Integers>(step: &Step, query: &Query, key_scales: *const f32,
                 (query, key_scales.add(at), scores)
             };
             let mut left = step.heads;
-            while left >= 4 {
+            while I::HEADS == 4 && left >= 4 {
                 if I::Floats::TILE == 16 {
                     score_heads::<I, 4, 2>(step, keys, next(4), ahead);
                 } else {
@@ -378,7 +380,7 @@ unsafe fn score<I: Integers>(step: &Step, query: &Query, key_scales: *const f32,
                 }
                 left -= 4;
             }
-            if left >= 2 {
+            while left >= 2 {
                 score_heads::<I, 2, 2>(step, keys, next(2), ahead);
                 left -= 2;
             }
@@ -460,7 +462,7 @@ unsafe fn weigh<I: Integers>(step: &Step, weights: &Weights, out: *mut f32, ahea
             (weights, out)
         };
         let mut left = step.heads;
-        while left >= 4 {
+        while I::HEADS == 4 && left >= 4 {
             if I::Floats::TILE == 16 {
                 weigh_heads::<I, 4, 2>(step, next(4), ahead);
             } else {
@@ -468,7 +470,7 @@ unsafe fn weigh<I: Integers>(step: &Step, weights: &Weights, out: *mut f32, ahea
             }
             left -= 4;
         }
-        if left >= 2 {
+        while left >= 2 {
             if I::Floats::TILE == 16 {
                 weigh_heads::<I, 2, 4>(step, next(2), ahead);
             } else {

@@ -140,6 +140,7 @@ impl Integers for Wide {
 
     const LARGEST_QUERY: f32 = 32767.0;
     const LARGEST_WEIGHT: f32 = 32767.0;
+    const HEADS: usize = 4;
 
     #[inline]
     #[target_feature(enable = "neon")]

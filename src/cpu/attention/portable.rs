@@ -123,6 +123,7 @@ impl Integers for Wide {
 
     const LARGEST_QUERY: f32 = 32767.0;
     const LARGEST_WEIGHT: f32 = 32767.0;
+    const HEADS: usize = 4;
 
     #[inline(always)]
     unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
