@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use fulmen::engine::{Engine, EngineBuilder, Event, RunOptions};
 use fulmen::gpu::ShaderPatch;
@@ -177,6 +178,10 @@ pub fn worst_error(golden: &Golden, answers: &Answers) -> (f32, usize) {
 /// The goldens that every tile is forced on: each dtype, and each way in which experts lie.
 const FORCED: [&str; 5] = ["gqa_bf16", "mqa_f16_head_dim", "mha_f32_top3", "dbrx", "gpt_oss_mxfp4"];
 
+/// A driver takes a second and more for each kernel of each tile, and each engine opens a device: an H200 refused some of 16 at a time.
+static BESIDE_EACH_OTHER: LazyLock<rayon::ThreadPool> =
+    LazyLock::new(|| rayon::ThreadPoolBuilder::new().num_threads(4).build().expect("threads"));
+
 /// The same logits, bit for bit, from every candidate tile.
 fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
     let golden = Golden::open(folder);
@@ -192,10 +197,12 @@ fn every_tile_gives_the_same_bits(folder: &Path) -> Result<(), Failed> {
             assert_eq!(bits(&got.logits[place]), bits(want), "{what}: {place:?}");
         }
     };
-    // Beside each other: a driver takes a second and more for each kernel of each tile.
-    (0..all.iter().map(Vec::len).max().expect("three operations")).into_par_iter().for_each(|i| {
-        let [gate_up, down, other] = all.each_ref().map(|tiles| tiles[i % tiles.len()]);
-        try_tiles(Tiles::forced(gate_up, down, other), format!("{gate_up}, {down} and {other}"));
+    let numbers = 0..all.iter().map(Vec::len).max().expect("three operations");
+    BESIDE_EACH_OTHER.install(|| {
+        numbers.into_par_iter().for_each(|i| {
+            let [gate_up, down, other] = all.each_ref().map(|tiles| tiles[i % tiles.len()]);
+            try_tiles(Tiles::forced(gate_up, down, other), format!("{gate_up}, {down} and {other}"));
+        });
     });
     if pipelines().gpu().workgroup_matrices() {
         let mut tiles = Tiles::default();

@@ -716,6 +716,13 @@ impl Ahead {
         Steps { at, step: bytes }
     }
 
+    /// Asks for all of it at once: it is little.
+    pub fn fetch_all(numbers: &[f32]) {
+        for line in numbers.chunks(WIDEST) {
+            Self::fetch_line(line.as_ptr().cast());
+        }
+    }
+
     #[inline(always)]
     pub fn fetch_line(line: *const u8) {
         #[cfg(target_arch = "x86_64")]

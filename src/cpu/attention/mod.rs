@@ -54,7 +54,7 @@ use super::isa::{Isa, Level};
 use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvLayout};
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
-use group::{Group, Scratch, State};
+use group::{Ahead, Group, Scratch, State};
 use int8::STEP_BLOCKS;
 
 /// Where a context is cut: joining two spans costs a hundredth of reading one, and part of the reduction order of a row.
@@ -133,7 +133,9 @@ pub fn attend(
         while let Some(now) = task {
             task = take();
             let next = task.as_ref().map_or([&[][..]; STEP_BLOCKS], |Task { row, kv_head, spans }| {
-                form.group(row, *kv_head).seen_keys_of_step(row.span(spans.start).start / BLOCK_TOKENS)
+                let group = form.group(row, *kv_head);
+                Ahead::fetch_all(group.q);
+                group.seen_keys_of_step(row.span(spans.start).start / BLOCK_TOKENS)
             });
             now.run(&form, next, &mut scratch, &mut total);
         }
@@ -249,6 +251,9 @@ impl<'a> Task<'a> {
     fn run(&self, form: &Form, next: [&[u8]; STEP_BLOCKS], scratch: &mut Scratch, total: &mut State) {
         let row = self.row;
         let whole = form.group(row, self.kv_head);
+        let of_group = self.kv_head * whole.q.len()..(self.kv_head + 1) * whole.q.len();
+        // Written at the end, when it should not have to be fetched first.
+        Ahead::fetch_all(&row.out.lock().expect("output lock")[of_group.clone()]);
         let shared = row.shared.get(self.kv_head);
         for span in self.spans.clone() {
             let visible = row.span(span);
@@ -277,8 +282,7 @@ impl<'a> Task<'a> {
             *total = states.next().expect("at least two spans");
             states.for_each(|state| total.merge(&state));
         }
-        let width = form.heads * form.head_width;
-        total.finish(&mut row.out.lock().expect("output lock")[self.kv_head * width..][..width]);
+        total.finish(&mut row.out.lock().expect("output lock")[of_group]);
     }
 }
 
