@@ -415,7 +415,8 @@ unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
                 sums[head] = [I::sums(*query.sums.add(head)); REGISTERS];
             }
             let bytes = REGISTERS * lanes * size_of::<[u8; 4]>();
-            let mut ahead = ahead.steps(fours, bytes);
+            // Every tile of heads comes by here, and asks for its share.
+            let mut ahead = ahead.steps(fours, bytes * HEADS / step.heads);
             for four in 0..fours {
                 ahead.fetch(bytes);
                 let mut row = [I::keys(keys); REGISTERS];
@@ -531,7 +532,7 @@ unsafe fn weigh_tile<I: Integers, const HEADS: usize, const REGISTERS: usize>(
         for (place, block) in step.blocks.iter().enumerate() {
             let weights = weights.integers.add(place * BLOCK_TOKENS).cast::<Four>();
             let bytes = REGISTERS * lanes * size_of::<[u8; 4]>();
-            let mut ahead = ahead.steps(block.fours.len(), bytes);
+            let mut ahead = ahead.steps(block.fours.len(), bytes * HEADS / step.heads);
             for four in block.fours.clone() {
                 ahead.fetch(bytes);
                 let values = block.values.cast::<[u8; 4]>().add(four * step.width + column);
