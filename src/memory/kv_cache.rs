@@ -14,8 +14,16 @@
 //! ```
 //!
 //! Elements are f16, or 8-bit integers with a scale for each row of each head ([`KvDtype`]): then 32 scales (f16) follow each
-//! 32 rows, and the integers lie in the pairs in which `cpu::attention` multiplies them, two columns of K, `[4][K / 2][8][2]`, or two
-//! tokens of V, `[16][K][2]`. How a row gets its scale and integers is [`mod@crate::reference::kv_quantise`]; what the cache holds are numbers
+//! 32 rows, and the integers lie in the *fours* in which `cpu::attention` multiplies them, of columns in K, of tokens in V, so that a line of
+//! 64 bytes has a four for each of 16 tokens, or columns:
+//!
+//! ```text
+//! K [2][K / 4][16][4]   | columns 0..4 of token 0, of token 1 .. of token 15 | columns 4..8 of token 0 ...      bytes, 128 more than the integer
+//! V [8][K][4]           | tokens 0..4 of column 0, of column 1 ..  of column K - 1 | tokens 4..8 of column 0 ...     signed bytes
+//! ```
+//!
+//! K is rounded up to whole fours here. Instructions that multiply bytes take one side with a sign and one without, and queries have one, weights
+//! none. How a row gets its scale and integers is [`mod@crate::reference::kv_quantise`]; what the cache holds are numbers
 //! that f16 holds exactly, so attention here, attention on the GPU (whose blocks are f16) and a copy between them read the same.
 //!
 //! Guarantees:
@@ -47,9 +55,11 @@ use crate::reference::kv_quantise::quantise;
 /// Tokens of a block. Also the step of attention's online softmax, hence part of a row's reduction order.
 pub const BLOCK_TOKENS: usize = 32;
 
-/// Tokens whose 8-bit keys lie together, pair of columns by pair: as many as a register of pairs takes. More, and a new token would
-/// touch more lines of memory.
-pub const KEY_GROUP: usize = 8;
+/// Tokens whose 8-bit keys lie together, four of columns by four: as many as the widest register of fours takes, which is a line.
+pub const KEY_GROUP: usize = 16;
+
+/// What an 8-bit key is more than its integer, and thereby without a sign.
+pub const KEY_EXCESS: u8 = 128;
 
 /// What one token's K and V look like, in every layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,8 +89,13 @@ impl KvLayout {
     fn half_row_bytes(&self) -> usize {
         match self.dtype {
             KvDtype::F16 => self.head_width * size_of::<f16>(),
-            KvDtype::Int8 => self.head_width + size_of::<f16>(),
+            KvDtype::Int8 => self.width_in_fours() + size_of::<f16>(),
         }
+    }
+
+    /// K, rounded up to whole fours of 8-bit elements.
+    pub fn width_in_fours(&self) -> usize {
+        self.head_width.next_multiple_of(4)
     }
 
     /// Bytes of one head's K, or V, in one layer of a block: BLOCK_TOKENS rows, and `[BLOCK_TOKENS]` scales where there are any.
@@ -119,7 +134,7 @@ impl KvLayout {
     fn new_half_row_bytes(&self) -> usize {
         match self.dtype {
             KvDtype::F16 => self.head_width * size_of::<f16>(),
-            KvDtype::Int8 => self.head_width.next_multiple_of(4) + 4,
+            KvDtype::Int8 => self.width_in_fours() + 4,
         }
     }
 
@@ -166,7 +181,7 @@ impl KvLayout {
                 bytemuck::cast_slice_mut(into).copy_from_slice(rows);
             }
             KvDtype::Int8 => {
-                let scales = from.wrapping_add(BLOCK_TOKENS * self.head_width).cast::<f16>();
+                let scales = from.wrapping_add(BLOCK_TOKENS * self.width_in_fours()).cast::<f16>();
                 let mut row = vec![0.0; self.head_width];
                 for (slot, into) in into.chunks_exact_mut(self.head_width).enumerate() {
                     // Element by element: between those of a row lie others', which may be being written.
@@ -174,7 +189,11 @@ impl KvLayout {
                     unsafe {
                         let scale = scales.add(slot).read_unaligned().to_f32();
                         for (column, value) in row.iter_mut().enumerate() {
-                            let integer = from.add(self.integer_at(half, slot, column)).cast::<i8>().read();
+                            let byte = from.add(self.integer_at(half, slot, column)).read();
+                            let integer = match half {
+                                Half::Keys => byte.wrapping_sub(KEY_EXCESS) as i8,
+                                Half::Values => byte as i8,
+                            };
                             *value = f32::from(integer) * scale;
                         }
                     }
@@ -189,10 +208,10 @@ impl KvLayout {
     fn integer_at(&self, half: Half, slot: usize, column: usize) -> usize {
         match half {
             Half::Keys => {
-                let pair = slot / KEY_GROUP * (self.head_width / 2) + column / 2;
-                (pair * KEY_GROUP + slot % KEY_GROUP) * 2 + column % 2
+                let line = slot / KEY_GROUP * (self.width_in_fours() / 4) + column / 4;
+                (line * KEY_GROUP + slot % KEY_GROUP) * 4 + column % 4
             }
-            Half::Values => (slot / 2 * self.head_width + column) * 2 + slot % 2,
+            Half::Values => (slot / 4 * self.width_in_fours() + column) * 4 + slot % 4,
         }
     }
 }
@@ -515,7 +534,7 @@ impl KvCache {
                     block.copy_from_slice(&noise[start..start + block_bytes]);
                     if layout.dtype == KvDtype::Int8 {
                         for half in block.chunks_exact_mut(layout.half_bytes()) {
-                            let scales = &mut half[BLOCK_TOKENS * layout.head_width..];
+                            let scales = &mut half[BLOCK_TOKENS * layout.width_in_fours()..];
                             scales
                                 .chunks_exact_mut(2)
                                 .for_each(|scale| scale.copy_from_slice(&INT8_NOISE.to_le_bytes()));
@@ -627,7 +646,7 @@ const INT8_NOISE: f16 = f16::from_bits(7 << 10);
 
 /// `block`: one layer of a block; `row`: a new row. K and V of a head go to the same slot of their halves.
 fn scatter(layout: &KvLayout, block: &mut [u8], slot: usize, row: &[u8]) {
-    let (width, half_row) = (layout.head_width, layout.new_half_row_bytes());
+    let (width, half_row) = (layout.width_in_fours(), layout.new_half_row_bytes());
     let halves = block.chunks_exact_mut(layout.half_bytes()).zip(Half::BOTH.into_iter().cycle());
     for ((bytes, half), new) in halves.zip(row.chunks_exact(half_row)) {
         match layout.dtype {
@@ -638,14 +657,16 @@ fn scatter(layout: &KvLayout, block: &mut [u8], slot: usize, row: &[u8]) {
                 match half {
                     Half::Keys => {
                         let group = &mut integers[slot / KEY_GROUP * KEY_GROUP * width..][..KEY_GROUP * width];
-                        for (pairs, pair) in group.chunks_exact_mut(2 * KEY_GROUP).zip(row.chunks_exact(2)) {
-                            pairs[2 * (slot % KEY_GROUP)..][..2].copy_from_slice(pair);
+                        let (lines, fours) = (group.as_chunks_mut::<{ 4 * KEY_GROUP }>().0, row.as_chunks::<4>().0);
+                        for (line, four) in lines.iter_mut().zip(fours) {
+                            let four = four.map(|integer| integer.wrapping_add(KEY_EXCESS));
+                            line[4 * (slot % KEY_GROUP)..][..4].copy_from_slice(&four);
                         }
                     }
                     Half::Values => {
-                        let pairs = &mut integers[slot / 2 * 2 * width..][..2 * width];
-                        for (pair, integer) in pairs.chunks_exact_mut(2).zip(row) {
-                            pair[slot % 2] = *integer;
+                        let fours = &mut integers[slot / 4 * 4 * width..][..4 * width];
+                        for (four, integer) in fours.as_chunks_mut::<4>().0.iter_mut().zip(row) {
+                            four[slot % 4] = *integer;
                         }
                     }
                 }

@@ -179,7 +179,7 @@ fn integers_agree_with_the_reference_over_what_the_cache_holds() {
     let contexts = [1, 2, 31, 32, 33, 47, 64, 65, 101];
     for isa in Isa::available() {
         for head_width in [2, 10, 32, 64, 80, 128] {
-            for heads_per_group in [1, 2, 3, 4, 7, 8] {
+            for heads_per_group in [1, 2, 3, 4, 7, 8, 11] {
                 let shape = shape(2 * heads_per_group, 2, head_width, None);
                 let seed = (head_width * 100 + heads_per_group) as u64;
                 let case = Case::with_dtype(shape, &contexts, seed, KvDtype::Int8);
@@ -237,15 +237,15 @@ fn agrees_with_the_reference_for_every_width_and_grouping() {
 
 #[test]
 fn a_window_hides_what_lies_before_it() {
-    let contexts: Vec<usize> = (1..=3 * BLOCK_TOKENS + 1).collect();
-    for isa in Isa::available() {
-        for window in [1, 24, 32, 33] {
-            let shape = shape(3, 1, 10, Some(window));
-            let mut case = Case::new(shape, &contexts, window as u64);
+    let contexts: Vec<usize> = (1..=5 * BLOCK_TOKENS + 1).collect();
+    for (isa, dtype) in Isa::available().into_iter().flat_map(|isa| KvDtype::ALL.map(|dtype| (isa, dtype))) {
+        for (window, head_width) in [(1, 10), (24, 64), (32, 10), (33, 64), (65, 64)] {
+            let shape = shape(3, 1, head_width, Some(window));
+            let mut case = Case::with_dtype(shape, &contexts, window as u64, dtype);
             // Not only without weight: not read.
             for Sequence { context, table, .. } in &case.sequences {
                 for position in 0..shape.first_visible(*context) {
-                    case.cache.write_row(LAYER, table, position, &[f16::NAN; 2 * 10]);
+                    case.cache.write_row(LAYER, table, position, &vec![f16::NAN; 2 * head_width]);
                 }
             }
             case.check(isa);
@@ -299,7 +299,7 @@ fn a_row_depends_on_nothing_but_itself() {
     let forward: Vec<usize> = (0..18).collect();
     let backward: Vec<usize> = (0..18).rev().collect();
     for (isa, dtype) in Isa::available().into_iter().flat_map(|isa| KvDtype::ALL.map(|dtype| (isa, dtype))) {
-        for shape in [shape(8, 2, 80, None), shape(3, 1, 10, Some(33)), shape(1, 1, 16, Some(3 * SPAN_TOKENS))] {
+        for shape in [shape(8, 2, 80, None), shape(3, 1, 10, Some(33)), shape(1, 1, 64, Some(3 * SPAN_TOKENS))] {
             let case = Case::with_dtype(shape, &contexts, 12, dtype);
             let [one, three] = [1, 3].map(|n_threads| case.attend(isa, n_threads, &[7]).remove(0));
             assert_eq!(bits(&one), bits(&three), "{isa}, {dtype}: on 1 and on 3 threads");

@@ -80,6 +80,8 @@ fn sizes_follow_from_the_layout() {
     assert_eq!(mixtral.keys(1), 2 * BLOCK_TOKENS * 130..3 * BLOCK_TOKENS * 130);
     assert_eq!(mixtral.new_row_bytes(), 8 * 2 * (128 + 4));
     assert_eq!(INT8.new_row_bytes(), 2 * 2 * (8 + 4));
+    // Whole fours.
+    assert_eq!(INT8.block_bytes(), 2 * 2 * BLOCK_TOKENS * (8 + 2));
 }
 
 #[test]
@@ -135,7 +137,7 @@ fn rows_lie_by_head_keys_before_values() {
     }
 }
 
-/// Integers in pairs, of columns in K and of slots in V, then scales by slot; a neighbour's rows change none of it.
+/// Integers in fours, of columns in K, which are 128 more, and of slots in V, then scales by slot; a neighbour's rows change none of it.
 #[test]
 fn rows_of_integers_lie_in_front_of_their_scales() {
     let mut cache = KvCache::new(INT8, 1).unwrap();
@@ -143,21 +145,24 @@ fn rows_of_integers_lie_in_front_of_their_scales() {
     // The largest is 127 of the scale, which 127 · 2^-7 fits.
     let row: Vec<f16> =
         (0..INT8.row_elements()).map(|i| f16::from_f32([127.0, -127.0, 64.0, 1.0, 0.0, -2.0][i % 6] / 128.0)).collect();
-    cache.write_row(1, &table, 4, &row.iter().map(|x| *x * f16::from_f32(8.0)).collect::<Vec<_>>());
-    cache.write_row(1, &table, 5, &row);
+    cache.write_row(1, &table, 18, &row.iter().map(|x| *x * f16::from_f32(8.0)).collect::<Vec<_>>());
+    cache.write_row(1, &table, 19, &row);
     let block = cache.block(1, table.blocks()[0]);
     for head in 0..INT8.kv_heads {
         let keys = INT8.keys(head);
         for (half, values) in [(&block[keys.clone()], false), (&block[keys.end..][..keys.len()], true)] {
-            let (integers, scales) = half.split_at(BLOCK_TOKENS * INT8.head_width);
+            // 6 columns are two fours.
+            let (integers, scales) = half.split_at(BLOCK_TOKENS * 8);
             for (column, integer) in [127, -127i8, 64, 1, 0, -2].into_iter().enumerate() {
-                // Slots 4 and 5: in the first group of 8 keys, a pair of values.
-                let at = if values { 4 / 2 * 2 * 6 + 2 * column } else { column / 2 * 16 + 2 * 4 + column % 2 };
-                let step = if values { 1 } else { 2 };
-                assert_eq!([at, at + step].map(|at| integers[at] as i8), [integer; 2], "{column}, values {values}");
+                // Slots 18 and 19: third and fourth of the second 16 keys, and of the fifth four of values.
+                let line = if values { 0 } else { (2 + column / 4) * 64 };
+                let at = if values { 4 * 8 * 4 + 4 * column + 2 } else { line + 2 * 4 + column % 4 };
+                let (step, excess) = if values { (1, 0) } else { (4, 128) };
+                let found = [at, at + step].map(|at| integers[at].wrapping_sub(excess) as i8);
+                assert_eq!(found, [integer; 2], "{column}, values {values}");
             }
             assert_eq!(
-                scales[2 * 4..2 * 6],
+                scales[2 * 18..2 * 20],
                 [f16::from_f32(0.0625).to_le_bytes(), f16::from_f32(0.0078125).to_le_bytes()].concat()
             );
         }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::group::{self, Group, Lanes, Scratch, State};
-use super::int8::{self, Integers};
+use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group on AVX2.
 ///
@@ -26,7 +26,7 @@ pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: O
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x16<false>>(group, scratch, earlier) }
+    unsafe { int8::attend::<Wide>(group, scratch, earlier) }
 }
 
 /// Attends one group on AVX2 and AVX-VNNI.
@@ -37,7 +37,7 @@ pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 pub(super) unsafe fn attend_int8_vnni(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x16<true>>(group, scratch, earlier) }
+    unsafe { int8::attend::<Bytes>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]
@@ -150,82 +150,226 @@ fn sums([a, b, c, d, e, f, g, h]: [__m256; 8]) -> [f32; 8] {
     sums
 }
 
-/// Pairs of 16-bit integers beside 8 lanes of f32. With AVX-VNNI a product and its sum are one instruction, the same numbers.
-struct I16x16<const VNNI: bool>;
+/// Elements widened to 16 bits, beside 8 lanes of f32: fours of the lower four lanes, then of the upper ones, as two lanes each.
+struct Wide;
 
-impl<const VNNI: bool> Integers for I16x16<VNNI> {
+impl Integers for Wide {
     type Floats = F32x8;
-    type Pairs = __m256i;
-    type Sums = __m256i;
+    type Elements = [__m256i; 2];
+    type Factors = __m256i;
+    type Sums = [__m256i; 2];
+
+    const LARGEST_QUERY: f32 = 32767.0;
+    const LARGEST_WEIGHT: f32 = 32767.0;
+    const HEADS: usize = 4;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn zero() -> __m256i {
-        _mm256_setzero_si256()
-    }
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x8::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x8::load(numbers.add(at)).mul(F32x8::splat(factor)) };
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn widen(from: *const [i8; 2]) -> __m256i {
-        // SAFETY: good for 8 pairs, says the caller: 16 bytes.
-        _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(from.cast()) })
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn splat(from: *const [i16; 2]) -> __m256i {
-        // SAFETY: good for a pair, says the caller.
-        _mm256_set1_epi32(unsafe { from.cast::<i32>().read_unaligned() })
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn add_products(sums: __m256i, a: __m256i, b: __m256i) -> __m256i {
-        if VNNI {
-            // SAFETY: `VNNI` is asked for only by a function that switches AVX-VNNI on.
-            return unsafe { _mm256_dpwssd_avx_epi32(sums, a, b) };
+            let integers = _mm256_cvtps_epi32(product.0);
+            let words = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256::<1>(integers));
+            // SAFETY: good for 8 integers, says the caller: 16 bytes.
+            unsafe { _mm_storeu_si128(to.add(at).cast(), words) }
         }
-        _mm256_add_epi32(sums, _mm256_madd_epi16(a, b))
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load(from: *const [i16; 2]) -> __m256i {
-        // SAFETY: good for 8 pairs, says the caller: 32 bytes.
-        unsafe { _mm256_loadu_si256(from.cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn to_f32(sums: __m256i) -> F32x8 {
-        F32x8(_mm256_cvtepi32_ps(sums))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn store_rounded(numbers: F32x8, to: *mut i16) {
-        let integers = _mm256_cvtps_epi32(numbers.0);
-        let words = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256::<1>(integers));
-        // SAFETY: good for 8 integers, says the caller: 16 bytes.
-        unsafe { _mm_storeu_si128(to.cast(), words) }
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        // SAFETY: as the caller's.
+        unsafe { Self::store_query(numbers, factor, STEP_TOKENS, to) }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
-        // Without a sign, bits order numbers as numbers do, and NaN above them.
-        let magnitude = _mm256_set1_epi32(i32::MAX);
-        let [a, b] = [a, b].map(|x| _mm256_and_si256(_mm256_castps_si256(x.0), magnitude));
-        F32x8(_mm256_castsi256_ps(_mm256_max_epu32(a, b)))
+        max_magnitude(a, b)
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn max_magnitude_lane(of: F32x8) -> f32 {
-        let of = _mm256_castps_si256(of.0);
-        let four = _mm_max_epu32(_mm256_castsi256_si128(of), _mm256_extracti128_si256::<1>(of));
-        let two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
-        let one = _mm_max_epu32(two, _mm_shuffle_epi32::<0b01>(two));
-        _mm_cvtss_f32(_mm_castsi128_ps(one))
+        max_magnitude_lane(of)
     }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn sums(of: i32) -> [__m256i; 2] {
+        [_mm256_set1_epi64x(i64::from(of as u32)); 2]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn keys(from: *const [u8; 4]) -> [__m256i; 2] {
+        // SAFETY: good for 8 fours, says the caller: 32 bytes.
+        [0, 16].map(|at| _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(from.cast::<u8>().add(at).cast()) }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn values(from: *const [u8; 4]) -> [__m256i; 2] {
+        // SAFETY: good for 8 fours, says the caller: 32 bytes.
+        [0, 16].map(|at| _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(from.cast::<u8>().add(at).cast()) }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn splat(from: *const Four) -> __m256i {
+        // SAFETY: good for a four, says the caller.
+        _mm256_set1_epi64x(unsafe { from.cast::<i64>().read_unaligned() })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn add_keys(sums: [__m256i; 2], keys: [__m256i; 2], query: __m256i) -> [__m256i; 2] {
+        [
+            _mm256_add_epi32(sums[0], _mm256_madd_epi16(keys[0], query)),
+            _mm256_add_epi32(sums[1], _mm256_madd_epi16(keys[1], query)),
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn add_values(sums: [__m256i; 2], values: [__m256i; 2], weights: __m256i) -> [__m256i; 2] {
+        // SAFETY: the same instructions.
+        unsafe { Self::add_keys(sums, values, weights) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn to_f32(sums: [__m256i; 2]) -> F32x8 {
+        // Of each half: two of the first four, then two of the second.
+        let joined = _mm256_hadd_epi32(sums[0], sums[1]);
+        F32x8(_mm256_cvtepi32_ps(_mm256_permute4x64_epi64::<0b11_01_10_00>(joined)))
+    }
+}
+
+/// Products of bytes, beside 8 lanes of f32: factors and sums of high digits, and of low ones.
+struct Bytes;
+
+impl Integers for Bytes {
+    type Floats = F32x8;
+    type Elements = __m256i;
+    type Factors = [__m256i; 2];
+    type Sums = [__m256i; 2];
+
+    // 127 · 256 + 127.
+    const LARGEST_QUERY: f32 = 32639.0;
+    const LARGEST_WEIGHT: f32 = 65535.0;
+    const HEADS: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x8::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x8::load(numbers.add(at)).mul(F32x8::splat(factor)) };
+
+            // With 128 more, the high digit is the upper byte, and the low one the lower byte, 128 less.
+            let integers = _mm256_add_epi32(_mm256_cvtps_epi32(product.0), _mm256_set1_epi32(128));
+            let low = _mm_set1_epi64x(0x8080_8080 << 32);
+            // SAFETY: good for 8 integers, says the caller: 16 bytes.
+            unsafe { _mm_storeu_si128(to.add(at).cast(), _mm_xor_si128(digits(integers), low)) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        for at in (0..STEP_TOKENS).step_by(F32x8::COUNT) {
+            // SAFETY: good for 64, says the caller.
+            let product = unsafe { F32x8::load(numbers.add(at)).mul(F32x8::splat(factor)) };
+
+            // SAFETY: good for 8 integers, says the caller: 16 bytes.
+            unsafe { _mm_storeu_si128(to.add(at).cast(), digits(_mm256_cvtps_epi32(product.0))) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
+        max_magnitude(a, b)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn max_magnitude_lane(of: F32x8) -> f32 {
+        max_magnitude_lane(of)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn sums(of: i32) -> [__m256i; 2] {
+        [_mm256_setzero_si256(), _mm256_set1_epi32(of)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn keys(from: *const [u8; 4]) -> __m256i {
+        // SAFETY: good for 8 fours, says the caller: 32 bytes.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn values(from: *const [u8; 4]) -> __m256i {
+        // SAFETY: good for 8 fours, says the caller: 32 bytes.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn splat(from: *const Four) -> [__m256i; 2] {
+        // SAFETY: good for a four, says the caller: 8 bytes.
+        [0, 1].map(|at| _mm256_set1_epi32(unsafe { from.cast::<i32>().add(at).read_unaligned() }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn add_keys(sums: [__m256i; 2], keys: __m256i, query: [__m256i; 2]) -> [__m256i; 2] {
+        [_mm256_dpbusd_avx_epi32(sums[0], keys, query[0]), _mm256_dpbusd_avx_epi32(sums[1], keys, query[1])]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn add_values(sums: [__m256i; 2], values: __m256i, weights: [__m256i; 2]) -> [__m256i; 2] {
+        [_mm256_dpbusd_avx_epi32(sums[0], weights[0], values), _mm256_dpbusd_avx_epi32(sums[1], weights[1], values)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+    unsafe fn to_f32([high, low]: [__m256i; 2]) -> F32x8 {
+        F32x8(_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32::<8>(high), low)))
+    }
+}
+
+/// The upper and lower bytes of 8 integers of 16 bits: of each four, the upper ones first.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn digits(integers: __m256i) -> __m128i {
+    let bytes = _mm256_shuffle_epi8(integers, _mm256_set1_epi64x(0x0c08_0400_0d09_0501));
+    _mm_unpacklo_epi64(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn max_magnitude(a: F32x8, b: F32x8) -> F32x8 {
+    // Without a sign, bits order numbers as numbers do, and NaN above them.
+    let magnitude = _mm256_set1_epi32(i32::MAX);
+    let [a, b] = [a, b].map(|x| _mm256_and_si256(_mm256_castps_si256(x.0), magnitude));
+    F32x8(_mm256_castsi256_ps(_mm256_max_epu32(a, b)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn max_magnitude_lane(of: F32x8) -> f32 {
+    let of = _mm256_castps_si256(of.0);
+    let four = _mm_max_epu32(_mm256_castsi256_si128(of), _mm256_extracti128_si256::<1>(of));
+    let two = _mm_max_epu32(four, _mm_unpackhi_epi64(four, four));
+    let one = _mm_max_epu32(two, _mm_shuffle_epi32::<0b01>(two));
+    _mm_cvtss_f32(_mm_castsi128_ps(one))
 }

@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvDtype, KvLayout};
+use super::int8::{STEP_BLOCKS, STEP_TOKENS};
+use super::{BLOCK_TOKENS, BlockTable, KvCache, KvDtype, KvLayout};
 
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
 pub(super) const WIDEST: usize = 16;
@@ -94,7 +95,7 @@ pub(super) struct Group<'a> {
     /// `[heads, K]`
     pub q: &'a [f32],
     /// What this thread reads after this group, as far as it is known.
-    pub next: &'a [u8],
+    pub next: [&'a [u8]; STEP_BLOCKS],
 }
 
 impl<'a> Group<'a> {
@@ -119,8 +120,20 @@ impl<'a> Group<'a> {
             KvDtype::F16 => {
                 &keys[slots.start * head_width * size_of::<f16>()..slots.end * head_width * size_of::<f16>()]
             }
-            KvDtype::Int8 => keys,
+            KvDtype::Int8 => &keys[..BLOCK_TOKENS * self.cache.layout().width_in_fours()],
         }
+    }
+
+    /// Halves of as many blocks from `index` on as integers take in a step, as far as they are to be seen.
+    pub fn halves_of_step(&self, index: usize) -> [(&'a [u8], &'a [u8]); STEP_BLOCKS] {
+        let end = self.visible.end.div_ceil(BLOCK_TOKENS);
+        std::array::from_fn(|place| if index + place < end { self.halves(index + place) } else { (&[][..], &[][..]) })
+    }
+
+    /// The same of as many blocks from `index` on as integers take in a step.
+    pub fn seen_keys_of_step(&self, index: usize) -> [&'a [u8]; STEP_BLOCKS] {
+        let end = self.visible.end.div_ceil(BLOCK_TOKENS);
+        std::array::from_fn(|place| if index + place < end { self.seen_keys(index + place) } else { &[] })
     }
 }
 
@@ -140,7 +153,23 @@ pub(super) struct State {
 /// 64-byte aligned, so that no load of scratch crosses a cache line.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-pub(super) struct CacheLine([f32; WIDEST]);
+pub(super) struct CacheLine(pub [f32; WIDEST]);
+
+impl CacheLine {
+    /// Halves by halves.
+    #[inline(always)]
+    pub fn sum(&self) -> f32 {
+        let mut lanes = self.0;
+        let mut width = WIDEST / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+}
 
 pub(super) fn floats(lines: &mut [CacheLine]) -> &mut [f32] {
     bytemuck::cast_slice_mut(lines)
@@ -189,9 +218,8 @@ impl State {
             let later_lines = &later.out[head * self.padded / WIDEST..];
             let sums = (&mut self.weight_sums[head], &later.weight_sums[head]);
             for (line, later) in own_lines.zip(later_lines).chain([sums]) {
-                for (x, later) in line.0.iter_mut().zip(&later.0) {
-                    *x = *x * own + later * theirs;
-                }
+                // A whole line, then its store: lanes of one register.
+                line.0 = std::array::from_fn(|lane| line.0[lane] * own + later.0[lane] * theirs);
             }
         }
     }
@@ -199,16 +227,8 @@ impl State {
     /// Weighted values by the sum of weights: `[heads, K]`.
     pub fn finish(&self, into: &mut [f32]) {
         for (head, result) in into.chunks_exact_mut(self.head_width).enumerate() {
-            let mut lanes = self.weight_sums[head].0;
-            let mut width = WIDEST / 2;
-            while width > 0 {
-                for lane in 0..width {
-                    lanes[lane] += lanes[lane + width];
-                }
-                width /= 2;
-            }
             let out: &[f32] = bytemuck::cast_slice(&self.out[head * self.padded / WIDEST..]);
-            let factor = 1.0 / lanes[0];
+            let factor = 1.0 / self.weight_sums[head].sum();
             for (result, weighted) in result.iter_mut().zip(out) {
                 *result = weighted * factor;
             }
@@ -221,15 +241,14 @@ pub(super) struct Scratch {
     pub heads: usize,
     /// `[heads, padded]`, zeros in the padding.
     pub q: Vec<CacheLine>,
-    /// `[heads, BLOCK_TOKENS]`: one block's scores, then its weights.
+    /// `[heads, STEP_TOKENS]`, or BLOCK_TOKENS over f16: scores, then weights.
     pub weights: Vec<CacheLine>,
-    /// Both as 16-bit integers, where K and V are integers: one query, `[padded]`; all of them, each pair in every lane of KEY_GROUP,
-    /// and their scales, `[heads]`; the weights.
-    pub q_rounded: Vec<CacheLine>,
-    pub q_pairs: Vec<CacheLine>,
-    pub weight_pairs: Vec<CacheLine>,
+    /// Both as 16-bit integers, where K and V are integers, and of queries, `[heads]`, their scales and what sums of products begin with.
+    pub q_integers: Vec<CacheLine>,
+    pub weight_integers: Vec<CacheLine>,
     pub q_scales: Vec<f32>,
-    /// `[heads]`: `max` with this block's scores; the scale of this block's weights as integers.
+    pub q_sums: Vec<i32>,
+    /// `[heads]`: `max` with these scores; the scale of these weights as integers.
     pub new_max: Vec<f32>,
     pub weight_scales: Vec<f32>,
     /// What [`attend`] leaves here.
@@ -242,11 +261,11 @@ impl Scratch {
         Self {
             heads,
             q: zeros(heads * state.padded),
-            weights: zeros(heads * BLOCK_TOKENS),
-            q_rounded: zeros((state.padded / 2).next_multiple_of(WIDEST)),
-            q_pairs: zeros(heads * state.padded / 2 * KEY_GROUP),
-            weight_pairs: zeros(heads * BLOCK_TOKENS / 2),
+            weights: zeros(heads * STEP_TOKENS),
+            q_integers: zeros((heads * state.padded / 2).next_multiple_of(WIDEST)),
+            weight_integers: zeros(heads * STEP_TOKENS / 2),
             q_scales: vec![0.0; heads],
+            q_sums: vec![0; heads],
             new_max: vec![0.0; heads],
             weight_scales: vec![0.0; heads],
             state,
@@ -271,7 +290,7 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch, earl
     let (head_width, padded) = (*head_width, *padded);
     let (out, weight_sums) = (floats(out), floats(weight_sums));
     let q = floats(&mut scratch.q);
-    let weights = floats(&mut scratch.weights);
+    let weights = &mut floats(&mut scratch.weights)[..heads * BLOCK_TOKENS];
     for (padded_row, row) in q.chunks_exact_mut(padded).zip(group.q.chunks_exact(head_width)) {
         padded_row[..head_width].copy_from_slice(row);
     }
@@ -281,18 +300,22 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch, earl
     for index in group.visible.start / BLOCK_TOKENS..end {
         let slots = group.slots(index);
         let (keys, values) = group.halves(index);
-        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next };
-        let mut keys_ahead = Ahead::new(next_keys);
-        let mut values_ahead = Ahead::new(&values[slots.start * row_bytes..slots.end * row_bytes]);
+        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next[0] };
+        let mut keys_ahead = Ahead::new([next_keys, &[]]);
+        let mut values_ahead = Ahead::new([&values[slots.start * row_bytes..slots.end * row_bytes], &[]]);
         if slots.len() < BLOCK_TOKENS {
             weights.fill(f32::NEG_INFINITY);
         }
         let tiles = Tiles { head_width, padded, slots, scale: group.scale };
-        // SAFETY: the caller vouches for the CPU and the elements. `keys` and `values` are [BLOCK_TOKENS, K]; `slots` lies within BLOCK_TOKENS, and the scratch rows have
-        // the extents that `Scratch` and `State` state.
+        // SAFETY: the caller vouches for the CPU and the elements. `keys` and `values` are [BLOCK_TOKENS, K]; `slots` lies within BLOCK_TOKENS,
+        // and the scratch rows have the extents that `Scratch` and `State` state.
         unsafe {
             tiles.score::<V>(heads, keys.as_ptr(), q.as_ptr(), weights.as_mut_ptr(), &mut values_ahead);
-            softmax_step::<V>(max, new_max, weights, weight_sums, out, padded);
+            rescale::<V, BLOCK_TOKENS>(max, new_max, weights, weight_sums, out, padded);
+            let sums = weight_sums.chunks_exact_mut(WIDEST);
+            for ((weights, sums), max) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(sums).zip(&*max) {
+                exponentials::<V>(weights, *max, sums);
+            }
             tiles.weigh::<V>(heads, values.as_ptr(), weights.as_ptr(), out.as_mut_ptr(), &mut keys_ahead);
         }
     }
@@ -301,51 +324,39 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch, earl
     }
 }
 
-/// Numbers of a block's tokens.
-#[repr(C, align(64))]
-pub(super) struct CacheLines(pub [f32; BLOCK_TOKENS]);
-
 /// How far a score may be above what weights are relative to: weights stay below e^8, and what was summed needs no new scale at each
 /// new largest score, of which a context has some, at first above all.
 const MAX_LAG: f32 = 8.0;
 
-/// Turns all heads' scores into weights relative to about the largest score so far, and what was summed before with them. Step by step
-/// for all heads, whose steps do not wait for each other.
+/// Finds for all heads what weights are relative to from now on, about the largest score so far, and takes what was summed before to that.
+/// Step by step for all heads, whose steps do not wait for each other.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `V` stands for.
-/// * Lengths: `max` and `new_max` heads, `weights` `[heads, BLOCK_TOKENS]`, `weight_sums` `[heads, WIDEST]`, `out` `[heads, padded]`.
+/// * Lengths: `max` and `new_max` heads, `scores` `[heads, TOKENS]`, `weight_sums` `[heads, WIDEST]`, `out` `[heads, padded]`.
 #[inline(always)]
-pub(super) unsafe fn softmax_step<V: Lanes>(
+pub(super) unsafe fn rescale<V: Lanes, const TOKENS: usize>(
     max: &mut [f32],
     new_max: &mut [f32],
-    weights: &mut [f32],
+    scores: &[f32],
     weight_sums: &mut [f32],
     out: &mut [f32],
     padded: usize,
 ) {
     // SAFETY: the caller vouches for the CPU; each length is a multiple of V::COUNT, and so is each offset.
     unsafe {
-        for ((weights, max), new_max) in weights.chunks_exact(BLOCK_TOKENS).zip(&*max).zip(&mut *new_max) {
-            let mut block_max = V::splat(f32::NEG_INFINITY);
-            for weights in weights.chunks_exact(V::COUNT) {
-                block_max = block_max.max(V::load(weights.as_ptr()));
+        for ((scores, max), new_max) in scores.chunks_exact(TOKENS).zip(&*max).zip(&mut *new_max) {
+            let mut largest = V::splat(f32::NEG_INFINITY);
+            for scores in scores.chunks_exact(V::COUNT) {
+                largest = largest.max(V::load(scores.as_ptr()));
             }
-            let block_max = block_max.max_lane();
-            *new_max = if block_max <= *max + MAX_LAG { *max } else { block_max };
-        }
-        for (weights, new_max) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&*new_max) {
-            for weights in weights.chunks_exact_mut(V::COUNT) {
-                // A NaN score makes a NaN weight whatever `new_max` became.
-                V::load(weights.as_ptr()).sub(V::splat(*new_max)).exp().store(weights.as_mut_ptr());
-            }
+            let largest = largest.max_lane();
+            *new_max = if largest <= *max + MAX_LAG { *max } else { largest };
         }
         let sums = weight_sums.chunks_exact_mut(WIDEST).zip(out.chunks_exact_mut(padded));
-        for (((weight_sums, out), weights), (max, new_max)) in
-            sums.zip(weights.chunks_exact(BLOCK_TOKENS)).zip(max.iter_mut().zip(&*new_max))
-        {
-            // A factor of 1 changes no bits, so most blocks skip this. A NaN is unequal to itself and does not.
+        for ((weight_sums, out), (max, new_max)) in sums.zip(max.iter_mut().zip(&*new_max)) {
+            // A factor of 1 changes no bits, so most steps skip this. A NaN is unequal to itself and does not.
             if new_max != max {
                 let factor = V::splat(*max - *new_max).exp();
                 for sums in [&mut weight_sums[..], out] {
@@ -355,12 +366,28 @@ pub(super) unsafe fn softmax_step<V: Lanes>(
                 }
                 *max = *new_max;
             }
-            let mut sums = V::load(weight_sums.as_ptr());
-            for weights in weights.chunks_exact(V::COUNT) {
-                sums = sums.add(V::load(weights.as_ptr()));
-            }
-            sums.store(weight_sums.as_mut_ptr());
         }
+    }
+}
+
+/// Turns scores into weights, and adds them to their sums.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `V` stands for.
+/// * Lengths: a multiple of WIDEST weights, WIDEST sums.
+#[inline(always)]
+unsafe fn exponentials<V: Lanes>(weights: &mut [f32], max: f32, sums: &mut [f32]) {
+    // SAFETY: as the caller's.
+    unsafe {
+        let mut sum = V::load(sums.as_ptr());
+        for weights in weights.chunks_exact_mut(V::COUNT) {
+            // A NaN score makes a NaN weight whatever `max` became.
+            let weight = V::load(weights.as_ptr()).sub(V::splat(max)).exp();
+            weight.store(weights.as_mut_ptr());
+            sum = sum.add(weight);
+        }
+        sum.store(sums.as_mut_ptr());
     }
 }
 
@@ -658,6 +685,8 @@ impl Tiles {
 pub(super) struct Ahead {
     next: *const u8,
     end: *const u8,
+    /// What follows that, elsewhere.
+    then: Range<*const u8>,
 }
 
 /// What a tile asks for, step by step, without a choice in its inner loop.
@@ -667,14 +696,18 @@ pub(super) struct Steps {
 }
 
 impl Ahead {
-    pub fn new(bytes: &[u8]) -> Self {
+    pub fn new([bytes, then]: [&[u8]; 2]) -> Self {
         let range = bytes.as_ptr_range();
-        Self { next: range.start, end: range.end }
+        Self { next: range.start, end: range.end, then: then.as_ptr_range() }
     }
 
     /// Some `bytes` for each of so many steps; once all have been asked for, the same line again and again, which costs nothing.
     #[inline(always)]
     pub fn steps(&mut self, steps: usize, bytes: usize) -> Steps {
+        if self.next >= self.end {
+            (self.next, self.end) = (self.then.start, self.then.end);
+            self.then = self.end..self.end;
+        }
         let at = self.next;
         if at >= self.end {
             return Steps { at, step: 0 };

@@ -1,74 +1,143 @@
 //! The algorithm over 8-bit K and V: both products in integers, exactly, between roundings of queries and weights to 16 bits.
 //!
-//! Multiplying integers takes one instruction where widening them to f32 takes one for each head and two more, so that memory, not
-//! arithmetic, sets the pace:
-//!
 //! ```text
-//! once:             q      ~ s · n      n of 16 bits, s for each head: max |q| / 32767
-//! block by block:   scores = s · scale of the row · (n · K)            exact sums of 32 bits
-//!                   weights as with f16
-//!                   weights · scale of the row ~ s' · n'               s' for each head and block: the largest / 32767
-//!                   out   += s' · (n' · V)                             exact sums of 32 bits
+//! once:              q      ~ s · n      n of 16 bits, s for each head: max |q| / the largest integer
+//! two blocks a step: scores = s · scale of the row · (n · K)            exact sums of 32 bits
+//!                    weights as with f16
+//!                    weights · scale of the row ~ s' · n'               s' for each head and step, likewise
+//!                    out   += s' · (n' · V)                             exact sums of 32 bits
 //! ```
 //!
 //! What the roundings cost: an element of the query is off by 2^-16 of the head's largest at most, a token's weighted value by 2^-16
-//! of the largest of its block, under a hundredth of what keeping K and V in 8 bits has cost (`tests/host/attention.rs`).
+//! of the largest of its step, under a hundredth of what keeping K and V in 8 bits has cost (`tests/host/attention.rs`).
 //!
-//! Sums are exact, so their order is nobody's concern. Where K is above 512, queries get fewer bits, so that a sum still fits.
+//! The cache keeps its elements in fours, as instructions take them (`memory::kv_cache`): four columns of a token in K, four tokens of a
+//! column in V. A lane of scores is a token, one of the output a column, and no sum over lanes is left. One instruction multiplies fours of
+//! bytes, one side with a sign and one without, and sums them; 16 bits come to it as two digits to the base of 256:
 //!
-//! The cache keeps these elements in pairs, as instructions take them (`memory::kv_cache`): two columns of a token in K, two tokens of a
-//! column in V. A register of scores then holds tokens, one of the output columns, and at most two lanes are summed.
+//! ```text
+//! query   n  = 256 · high + low, both in -128 .. 127;   K with an excess of 128:   n · K = n · (K + 128) - 128 · sum of n
+//! weights n' = 256 · high + low, both in 0 .. 255;      V with its sign
+//! ```
+//!
+//! A level without that instruction widens the elements and multiplies 16 bits.
+//!
+//! Sums are exact, so their order is nobody's concern; nor are those on the way that do not fit 32 bits, where the last one does. Where K
+//! is above 512, queries get fewer bits, so that it does.
 
 #![expect(clippy::needless_range_loop)]
+
+use std::ops::Range;
 
 use half::f16;
 
 use super::BLOCK_TOKENS;
 use super::KEY_GROUP;
-use super::group::{Ahead, CacheLines, Group, Lanes, Scratch, State, WIDEST, floats, softmax_step};
+use super::group::{Ahead, CacheLine, Group, Lanes, Scratch, State, WIDEST, floats, rescale};
+use crate::memory::kv_cache::KEY_EXCESS;
 
-/// Registers of integers beside those of f32 lanes: pairs of 16 bits in as many lanes, and sums of 32.
+/// Blocks of a step: what is done once a step (a scale for the weights, sums to be widened) costs half as much for each token.
+pub(super) const STEP_BLOCKS: usize = 2;
+pub(super) const STEP_TOKENS: usize = STEP_BLOCKS * BLOCK_TOKENS;
+
+/// Registers of integers beside those of f32 lanes.
 ///
 /// # Safety
 ///
 /// Callers of any method owe it:
 /// * the CPU has the instruction set that the type stands for;
-/// * a pointer is good for the elements that the method names. No alignment is asked for.
+/// * a pointer is good for what the method names. No alignment is asked for.
 pub(super) trait Integers: Sized {
     type Floats: Lanes;
-    /// A pair of 16-bit integers in each lane.
-    type Pairs: Copy;
-    /// A 32-bit integer in each lane.
+    /// A four of elements in each lane.
+    type Elements: Copy;
+    /// The same four integers in each lane.
+    type Factors: Copy;
+    /// A sum in each lane, perhaps in parts.
     type Sums: Copy;
 
-    unsafe fn zero() -> Self::Sums;
-    /// A pair of 8-bit integers for each lane.
-    unsafe fn widen(from: *const [i8; 2]) -> Self::Pairs;
-    /// A register of pairs.
-    unsafe fn load(from: *const [i16; 2]) -> Self::Pairs;
-    /// One pair in all lanes.
-    unsafe fn splat(from: *const [i16; 2]) -> Self::Pairs;
-    /// `sums + a.0 · b.0 + a.1 · b.1`, lane by lane.
-    unsafe fn add_products(sums: Self::Sums, a: Self::Pairs, b: Self::Pairs) -> Self::Sums;
-    /// Stores the sum of each token as f32, times its scale and a factor, of two registers whose lanes are [`tokens`] of one pair of
-    /// columns, then of the next. `scales` and `to` are good for two registers' tokens.
-    #[inline(always)]
-    unsafe fn store_tokens(sums: [Self::Sums; 2], scales: *const f32, factor: Self::Floats, to: *mut f32) {
-        const { assert!(tokens::<Self>() == Self::Floats::COUNT) };
-        for (register, sums) in sums.into_iter().enumerate() {
-            let at = register * Self::Floats::COUNT;
-            // SAFETY: as the caller's.
-            unsafe { Self::to_f32(sums).mul(Self::Floats::load(scales.add(at)).mul(factor)).store(to.add(at)) };
-        }
-    }
-    unsafe fn to_f32(sums: Self::Sums) -> Self::Floats;
-    /// The nearest integers of numbers in ±32767, one for each lane. Anything for others.
-    unsafe fn store_rounded(numbers: Self::Floats, to: *mut i16);
+    /// The largest integers that a query and a weight become.
+    const LARGEST_QUERY: f32;
+    const LARGEST_WEIGHT: f32;
+    /// Heads of a tile where there are enough: 4 where elements take more to come by than factors, 2 where it is the other way round.
+    const HEADS: usize;
+
+    /// Stores the nearest integers of numbers of a query times `factor`, which are within ±LARGEST_QUERY. Any for other numbers. `n`: a
+    /// multiple of WIDEST.
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer);
+    /// Stores the nearest integers of STEP_TOKENS weights times `factor`, which are within 0 ..= LARGEST_WEIGHT. Any for other numbers.
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer);
     /// The larger of `|a|` and `|b|`; NaN where either is.
     unsafe fn max_magnitude(a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// The largest lane of what [`max_magnitude`](Self::max_magnitude) returns; NaN if one is.
     unsafe fn max_magnitude_lane(of: Self::Floats) -> f32;
+
+    /// The same sum in each lane.
+    unsafe fn sums(of: i32) -> Self::Sums;
+    /// A four of keys for each lane, with their excess.
+    unsafe fn keys(from: *const [u8; 4]) -> Self::Elements;
+    /// A four of values for each lane.
+    unsafe fn values(from: *const [u8; 4]) -> Self::Elements;
+    /// Four integers of a query or of weights, as they were stored.
+    unsafe fn splat(from: *const Four) -> Self::Factors;
+    /// `sums` and the products of each lane's four of keys with the query's.
+    unsafe fn add_keys(sums: Self::Sums, keys: Self::Elements, query: Self::Factors) -> Self::Sums;
+    /// `sums` and the products of each lane's four of values with the weights.
+    unsafe fn add_values(sums: Self::Sums, values: Self::Elements, weights: Self::Factors) -> Self::Sums;
+    unsafe fn to_f32(sums: Self::Sums) -> Self::Floats;
 }
+
+/// 16 bits of a query or of weights, in a level's own order.
+pub(super) type Integer = [u8; 2];
+
+/// Four of them that follow each other.
+pub(super) type Four = [Integer; 4];
+
+/// One or STEP_BLOCKS blocks.
+struct Step<'a> {
+    heads: usize,
+    /// K in whole fours.
+    width: usize,
+    /// K rounded up: a row of the scratch query and output.
+    padded: usize,
+    blocks: &'a [StepBlock],
+}
+
+/// K and V of a block.
+#[derive(Clone)]
+struct StepBlock {
+    /// `[BLOCK_TOKENS / KEY_GROUP, width / 4, KEY_GROUP]` fours, and scales behind.
+    keys: *const u8,
+    /// `[BLOCK_TOKENS / 4, width]` fours, and scales behind.
+    values: *const u8,
+    /// Those of its fours of tokens that have some to be seen.
+    fours: Range<usize>,
+}
+
+/// Queries of heads.
+#[derive(Clone, Copy)]
+struct Query {
+    /// `[heads, padded]`
+    integers: *const Integer,
+    /// `[heads]`
+    scales: *const f32,
+    /// `[heads]`: what sums of products with keys begin with.
+    sums: *const i32,
+}
+
+/// Weights of heads.
+#[derive(Clone, Copy)]
+struct Weights {
+    /// `[heads, STEP_TOKENS]`
+    integers: *const Integer,
+    /// `[heads]`
+    scales: *const f32,
+}
+
+/// Numbers of a step's tokens.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Numbers([f32; STEP_TOKENS]);
 
 /// Attends one group, into the scratch's state, and joins that to what came before, if it is given.
 ///
@@ -81,73 +150,94 @@ pub(super) trait Integers: Sized {
 pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     let heads = scratch.heads;
     scratch.state.begin(group.sinks);
-    let Scratch { q, q_rounded, q_scales, q_pairs, weights, weight_pairs, weight_scales, new_max, state, .. } = scratch;
+    let Scratch { q, q_integers, q_scales, q_sums, weights, weight_integers, weight_scales, new_max, state, .. } =
+        scratch;
     let State { head_width, padded, max, weight_sums, out } = state;
     let (head_width, padded) = (*head_width, *padded);
     let (out, weight_sums) = (floats(out), floats(weight_sums));
-    let (q, weights) = (floats(q), floats(weights));
-    let q_pairs: &mut [[i16; 2]] = bytemuck::cast_slice_mut(q_pairs);
-    let weight_pairs = words(weight_pairs);
+    let (q, scores) = (floats(q), floats(weights));
+    let (q_integers, weight_integers) = (integers(q_integers), integers(weight_integers));
     for (head, row) in group.q.chunks_exact(head_width).enumerate() {
         let padded_row = &mut q[head * padded..][..padded];
         padded_row[..head_width].copy_from_slice(row);
         // SAFETY: the caller vouches for the CPU; the padding is zeros.
-        let pairs = unsafe {
-            let rounded = &mut words(q_rounded)[..padded];
-            q_scales[head] =
-                group.scale * round::<I>(padded_row, largest_of::<I>(padded_row), largest_query(head_width), rounded);
-            bytemuck::cast_slice::<i16, [i16; 2]>(rounded)
-        };
-        let spread = &mut q_pairs[head * padded / 2 * KEY_GROUP..][..padded / 2 * KEY_GROUP];
-        for (lanes, pair) in spread.chunks_exact_mut(tokens::<I>()).zip(pairs) {
-            lanes.fill(*pair);
+        unsafe {
+            let limit = I::LARGEST_QUERY.min((i32::MAX as usize / 128 / head_width) as f32);
+            let largest = largest_of::<I>(padded_row);
+            q_scales[head] = group.scale * (largest / limit);
+            let sum = round_query::<I>(padded_row, limit / largest, &mut q_integers[head * padded..][..padded]);
+            q_sums[head] = sum.wrapping_mul(-i32::from(KEY_EXCESS));
         }
     }
 
+    let width = group.cache.layout().width_in_fours();
     let end = group.visible.end.div_ceil(BLOCK_TOKENS);
-    let scales_at = BLOCK_TOKENS * head_width;
-    for index in group.visible.start / BLOCK_TOKENS..end {
-        let slots = group.slots(index);
-        let (keys, values) = group.halves(index);
-        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next };
-        let mut keys_ahead = Ahead::new(next_keys);
-        let mut values_ahead = Ahead::new(values);
-        Ahead::fetch_line(values[scales_at..].as_ptr());
-        Ahead::fetch_line(next_keys.as_ptr().wrapping_add(scales_at));
-        // SAFETY: the caller vouches for the CPU and the elements, hence for the extents of halves: `[BLOCK_TOKENS, K]` integers in
-        // pairs, then `[BLOCK_TOKENS]` scales; the scratch rows have the extents that `Scratch` and `State` state.
-        unsafe {
-            let key_scales = scales::<I>(keys[scales_at..].as_ptr());
-            let mut value_scales = scales::<I>(values[scales_at..].as_ptr());
+    let mut index = group.visible.start / BLOCK_TOKENS;
+    let mut halves = group.halves_of_step(index);
+    while index < end {
+        let indices = index..((index / STEP_BLOCKS + 1) * STEP_BLOCKS).min(end);
+        index = indices.end;
+        let now = halves;
+        if index < end {
+            halves = group.halves_of_step(index)
+        }
+        let next_keys = if index < end { group.seen_keys_of_step(index) } else { group.next };
+        let (mut key_scales, mut value_scales) = (Numbers([0.0; STEP_TOKENS]), Numbers([0.0; STEP_TOKENS]));
+        let mut all_values = [&[][..]; STEP_BLOCKS];
+        let blocks: [StepBlock; STEP_BLOCKS] = std::array::from_fn(|place| {
+            // A block that is not there is never read.
+            if place >= indices.len() {
+                return StepBlock { keys: std::ptr::null(), values: std::ptr::null(), fours: 0..0 };
+            }
+            let (keys, values) = now[place];
+            all_values[place] = &values[..BLOCK_TOKENS * width];
+            let slots = group.slots(indices.start + place);
+            let fours = slots.start / 4..slots.end.div_ceil(4);
+            StepBlock { keys: keys.as_ptr(), values: values.as_ptr(), fours }
+        });
+        let blocks = &blocks[..indices.len()];
+        for elements in all_values.into_iter().chain(next_keys) {
+            Ahead::fetch_line(elements.as_ptr_range().end);
+        }
+        for ((block, slots), place) in blocks.iter().zip(indices.clone().map(|index| group.slots(index))).zip(0..) {
+            let at = place * BLOCK_TOKENS;
+            // SAFETY: the caller vouches for the CPU and the elements, hence for what lies behind them.
+            unsafe {
+                load_scales::<I>(block.keys.add(BLOCK_TOKENS * width), &mut key_scales.0[at..]);
+                load_scales::<I>(block.values.add(BLOCK_TOKENS * width), &mut value_scales.0[at..]);
+            }
             // Slots that are not to be seen hold anything, NaN for a scale too.
-            value_scales.0[..slots.start].fill(0.0);
-            value_scales.0[slots.end..].fill(0.0);
-            let block = Block { head_width, padded };
-            let query = Query { pairs: q_pairs.as_ptr(), scales: q_scales.as_ptr() };
-            block.score::<I>(heads, keys.as_ptr(), &key_scales, &query, weights.as_mut_ptr(), &mut values_ahead);
-            if slots.len() < BLOCK_TOKENS {
-                for weights in weights.chunks_exact_mut(BLOCK_TOKENS) {
-                    weights[..slots.start].fill(f32::NEG_INFINITY);
-                    weights[slots.end..].fill(f32::NEG_INFINITY);
+            value_scales.0[at..][..slots.start].fill(0.0);
+            value_scales.0[at..][slots.end..BLOCK_TOKENS].fill(0.0);
+        }
+        // Tokens of the step to be seen.
+        let first = indices.start * BLOCK_TOKENS;
+        let there = indices.len() * BLOCK_TOKENS;
+        let seen = group.visible.start.saturating_sub(first)..there.min(group.visible.end - first);
+
+        let step = Step { heads, width, padded, blocks };
+        // SAFETY: the caller vouches for the CPU and the elements, hence for the extents of halves; the scratch rows have the extents that
+        // `Scratch` and `State` state.
+        unsafe {
+            let query = Query { integers: q_integers.as_ptr(), scales: q_scales.as_ptr(), sums: q_sums.as_ptr() };
+            score::<I>(&step, &query, key_scales.0.as_ptr(), scores.as_mut_ptr(), &mut Ahead::new(all_values));
+            if seen.len() < STEP_TOKENS {
+                for scores in scores.chunks_exact_mut(STEP_TOKENS) {
+                    scores[..seen.start].fill(f32::NEG_INFINITY);
+                    scores[seen.end..].fill(f32::NEG_INFINITY);
                 }
             }
-            softmax_step::<I::Floats>(max, new_max, weights, weight_sums, out, padded);
-            for (weights, largest) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(&mut *weight_scales) {
-                *largest = multiply::<I>(weights, &value_scales);
+            rescale::<I::Floats, STEP_TOKENS>(max, new_max, scores, weight_sums, out, padded);
+            let heads = scores.chunks_exact_mut(STEP_TOKENS).zip(weight_sums.chunks_exact_mut(WIDEST));
+            for ((weights, weight_sums), (max, scale)) in heads.zip(max.iter().zip(&mut *weight_scales)) {
+                *scale = exponentials::<I>(weights, *max, weight_sums, &value_scales);
             }
-            let pairs = weight_pairs.chunks_exact_mut(BLOCK_TOKENS);
-            for ((weights, pairs), scale) in weights.chunks_exact(BLOCK_TOKENS).zip(pairs).zip(&mut *weight_scales) {
-                *scale = round::<I>(weights, *scale, LARGEST, pairs);
+            let rounded = weight_integers.chunks_exact_mut(STEP_TOKENS);
+            for ((weights, rounded), scale) in scores.chunks_exact(STEP_TOKENS).zip(rounded).zip(&mut *weight_scales) {
+                *scale = round_weights::<I>(weights, *scale, rounded);
             }
-            block.weigh::<I>(
-                heads,
-                values.as_ptr(),
-                weight_pairs.as_ptr(),
-                weight_scales,
-                out.as_mut_ptr(),
-                slots.start / 2..slots.end.div_ceil(2),
-                &mut keys_ahead,
-            );
+            let weights = Weights { integers: weight_integers.as_ptr(), scales: weight_scales.as_ptr() };
+            weigh::<I>(&step, &weights, out.as_mut_ptr(), &mut Ahead::new(next_keys));
         }
     }
     if let Some(earlier) = earlier {
@@ -155,12 +245,7 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, e
     }
 }
 
-/// Tokens in a register of keys. Where there is room for twice as many lanes, the next pair of columns follows.
-const fn tokens<I: Integers>() -> usize {
-    if I::Floats::COUNT < KEY_GROUP { I::Floats::COUNT } else { KEY_GROUP }
-}
-
-fn words(lines: &mut [super::group::CacheLine]) -> &mut [i16] {
+fn integers(lines: &mut [CacheLine]) -> &mut [Integer] {
     bytemuck::cast_slice_mut(lines)
 }
 
@@ -169,34 +254,37 @@ fn words(lines: &mut [super::group::CacheLine]) -> &mut [i16] {
 /// # Safety
 ///
 /// * The CPU has the instruction set that `I` stands for.
-/// * BLOCK_TOKENS scales in f16 are there.
+/// * BLOCK_TOKENS scales in f16 are there, and room for them.
 #[inline(always)]
-unsafe fn scales<I: Integers>(from: *const u8) -> CacheLines {
-    let mut all = CacheLines([0.0; BLOCK_TOKENS]);
+unsafe fn load_scales<I: Integers>(from: *const u8, into: &mut [f32]) {
     for slot in (0..BLOCK_TOKENS).step_by(I::Floats::COUNT) {
         // SAFETY: as the caller's; COUNT divides BLOCK_TOKENS.
-        unsafe { I::Floats::load_f16(from.cast::<f16>().add(slot)).store(all.0.as_mut_ptr().add(slot)) };
+        unsafe { I::Floats::load_f16(from.cast::<f16>().add(slot)).store(into.as_mut_ptr().add(slot)) };
     }
-    all
 }
 
-/// Each number times its token's scale; the largest magnitude of what comes out, NaN if there is one.
+/// Turns scores into weights, adds them to their sums, and multiplies them by their tokens' scales. The largest of that, NaN if there is one.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `I` stands for.
-/// * `numbers` has BLOCK_TOKENS elements.
+/// * Lengths: STEP_TOKENS weights, WIDEST sums.
 #[inline(always)]
-unsafe fn multiply<I: Integers>(numbers: &mut [f32], scales: &CacheLines) -> f32 {
+unsafe fn exponentials<I: Integers>(weights: &mut [f32], max: f32, sums: &mut [f32], scales: &Numbers) -> f32 {
     // SAFETY: as the caller's.
     unsafe {
+        let mut sum = I::Floats::load(sums.as_ptr());
         let mut largest = I::Floats::splat(0.0);
-        for (numbers, scales) in numbers.chunks_exact_mut(I::Floats::COUNT).zip(scales.0.chunks_exact(I::Floats::COUNT))
+        for (weights, scales) in weights.chunks_exact_mut(I::Floats::COUNT).zip(scales.0.chunks_exact(I::Floats::COUNT))
         {
-            let product = I::Floats::load(numbers.as_ptr()).mul(I::Floats::load(scales.as_ptr()));
-            product.store(numbers.as_mut_ptr());
+            // A NaN score makes a NaN weight whatever `max` became.
+            let weight = I::Floats::load(weights.as_ptr()).sub(I::Floats::splat(max)).exp();
+            sum = sum.add(weight);
+            let product = weight.mul(I::Floats::load(scales.as_ptr()));
+            product.store(weights.as_mut_ptr());
             largest = I::max_magnitude(largest, product);
         }
+        sum.store(sums.as_mut_ptr());
         I::max_magnitude_lane(largest)
     }
 }
@@ -219,282 +307,254 @@ unsafe fn largest_of<I: Integers>(numbers: &[f32]) -> f32 {
     }
 }
 
-/// Numbers as integers in ±`limit` under the scale that is returned, where the largest magnitude is `largest`. If that is 0 or NaN,
-/// the scale is, and the integers are any.
+/// Numbers of a query times a factor, as integers, and their sum. Any integers if the factor is no finite number.
 ///
 /// # Safety
 ///
 /// * The CPU has the instruction set that `I` stands for.
 /// * Lengths: equal, a multiple of WIDEST.
 #[inline(always)]
-unsafe fn round<I: Integers>(numbers: &[f32], largest: f32, limit: f32, into: &mut [i16]) -> f32 {
+unsafe fn round_query<I: Integers>(numbers: &[f32], factor: f32, into: &mut [Integer]) -> i32 {
+    // Adding 1.5 * 2^23 rounds to an integer. Sums of integers below 2^24 are exact: |q| is at most 2^24 / K.
     // SAFETY: as the caller's.
     unsafe {
-        let factor = I::Floats::splat(limit / largest);
-        for (numbers, into) in numbers.chunks_exact(I::Floats::COUNT).zip(into.chunks_exact_mut(I::Floats::COUNT)) {
-            I::store_rounded(I::Floats::load(numbers.as_ptr()).mul(factor), into.as_mut_ptr());
+        I::store_query(numbers.as_ptr(), factor, numbers.len(), into.as_mut_ptr());
+        let (factor, magic) = (I::Floats::splat(factor), I::Floats::splat(12_582_912.0));
+        let mut sums = I::Floats::splat(0.0);
+        for numbers in numbers.chunks_exact(I::Floats::COUNT) {
+            sums = sums.add(I::Floats::load(numbers.as_ptr()).mul(factor).add(magic).sub(magic));
         }
-        largest / limit
+        let mut lanes = CacheLine([0.0; WIDEST]);
+        sums.store(lanes.0.as_mut_ptr());
+        lanes.sum() as i32
     }
 }
 
-/// The largest integer that a weight becomes.
-const LARGEST: f32 = 32767.0;
-
-/// And a query: the sum of K products with -128 .. 127 fits 32 bits.
-fn largest_query(head_width: usize) -> f32 {
-    LARGEST.min((i32::MAX as usize / 128 / head_width) as f32)
-}
-
-/// The two products of a block, in tiles of [`TILE`](Lanes::TILE) sums.
-struct Block {
-    /// K
-    head_width: usize,
-    /// K rounded up: a row of the scratch query and output.
-    padded: usize,
-}
-
+/// Weights as integers under the scale that is returned, where `largest` is the largest weight. If that is 0 or NaN, the scale is, and the
+/// integers are any.
+///
 /// # Safety
 ///
-/// Callers of any method owe it:
-/// * the CPU has the instruction set that `I` stands for;
-/// * pointers to K: `[BLOCK_TOKENS / KEY_GROUP, K / 2, KEY_GROUP, 2]` and scales behind; to V: `[BLOCK_TOKENS / 2, K, 2]`; to queries:
-///   `[heads, padded / 2 · KEY_GROUP]`, each pair in as many lanes as a register has [`tokens`], from the first head that the method is to
-///   take; to outputs: `[heads, padded]`; to weights: `[heads, BLOCK_TOKENS]`, likewise.
-impl Block {
-    /// `weights[head, slot] = q[head] · keys[slot]`: in integers, then times both scales.
-    #[inline(always)]
-    unsafe fn score<I: Integers>(
-        &self,
-        heads: usize,
-        keys: *const u8,
-        key_scales: &CacheLines,
-        query: &Query,
-        weights: *mut f32,
-        ahead: &mut Ahead,
-    ) {
-        let keys = keys.cast::<[i8; 2]>();
+/// * The CPU has the instruction set that `I` stands for.
+/// * Lengths: STEP_TOKENS.
+#[inline(always)]
+unsafe fn round_weights<I: Integers>(weights: &[f32], largest: f32, into: &mut [Integer]) -> f32 {
+    // SAFETY: as the caller's.
+    unsafe {
+        I::store_weights(weights.as_ptr(), I::LARGEST_WEIGHT / largest, into.as_mut_ptr());
+        largest / I::LARGEST_WEIGHT
+    }
+}
+
+/// `scores[head, token] = q[head] · keys[token]` for all tokens of the step's blocks, in tiles of heads × registers of tokens: in integers, then
+/// times both scales.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `I` stands for.
+/// * `key_scales`: `[STEP_TOKENS]`; `scores`: `[heads, STEP_TOKENS]`.
+#[inline(always)]
+unsafe fn score<I: Integers>(step: &Step, query: &Query, key_scales: *const f32, scores: *mut f32, ahead: &mut Ahead) {
+    for (place, block) in step.blocks.iter().enumerate() {
         let mut head = 0;
         // SAFETY: as the caller's, and every step stays below `heads`.
         unsafe {
-            let at = |head: usize| {
-                let pairs = query.pairs.add(head * self.padded / 2 * KEY_GROUP);
-                (Query { pairs, scales: query.scales.add(head) }, weights.add(head * BLOCK_TOKENS))
+            let (keys, at) = (block.keys.cast(), place * BLOCK_TOKENS);
+            let mut next = |heads: usize| {
+                let Query { integers, scales, sums } = *query;
+                let query = Query {
+                    integers: integers.add(head * step.padded),
+                    scales: scales.add(head),
+                    sums: sums.add(head),
+                };
+                let scores = scores.add(head * STEP_TOKENS + at);
+                head += heads;
+                (query, key_scales.add(at), scores)
             };
-            if I::Floats::TILE == 16 {
-                while head + 4 <= heads {
-                    let (query, weights) = at(head);
-                    self.score_heads::<I, 4, 4>(keys, key_scales, &query, weights, ahead);
-                    head += 4;
+            let mut left = step.heads;
+            while I::HEADS == 4 && left >= 4 {
+                if I::Floats::TILE == 16 {
+                    score_heads::<I, 4, 2>(step, keys, next(4), ahead);
+                } else {
+                    score_heads::<I, 4, 1>(step, keys, next(4), ahead);
                 }
-            } else {
-                while head + 4 <= heads {
-                    let (query, weights) = at(head);
-                    self.score_heads::<I, 4, 2>(keys, key_scales, &query, weights, ahead);
-                    head += 4;
-                }
+                left -= 4;
             }
-            if head + 2 <= heads {
-                let (query, weights) = at(head);
-                self.score_heads::<I, 2, 4>(keys, key_scales, &query, weights, ahead);
-                head += 2;
+            while left >= 2 {
+                score_heads::<I, 2, 2>(step, keys, next(2), ahead);
+                left -= 2;
             }
-            if head < heads {
-                let (query, weights) = at(head);
-                self.score_heads::<I, 1, 4>(keys, key_scales, &query, weights, ahead);
+            if left > 0 {
+                score_heads::<I, 1, 2>(step, keys, next(1), ahead);
             }
         }
     }
+}
 
-    /// `REGISTERS` of tokens at a time.
-    #[inline(always)]
-    unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
-        &self,
-        keys: *const [i8; 2],
-        key_scales: &CacheLines,
-        of: &Query,
-        weights: *mut f32,
-        ahead: &mut Ahead,
-    ) {
-        const { assert!(REGISTERS.is_multiple_of(2)) };
-        let (lanes, tokens) = (I::Floats::COUNT, tokens::<I>());
-        let pairs = self.head_width / 2;
-        // A last register of one pair only reads on into what follows, and takes it times 0.
-        let steps = pairs.div_ceil(lanes / tokens);
-        // SAFETY: as the caller's: every step stays below BLOCK_TOKENS and K / 2, or in the scales behind.
-        unsafe {
-            for slot in (0..BLOCK_TOKENS).step_by(REGISTERS * tokens) {
-                let group = |slot: usize| keys.add(slot / KEY_GROUP * KEY_GROUP * pairs + slot % KEY_GROUP);
-                let mut sums = [[I::zero(); REGISTERS]; HEADS];
-                let bytes = REGISTERS * lanes * size_of::<[i8; 2]>();
-                let mut ahead = ahead.steps(steps, bytes);
-                for step in 0..steps {
-                    ahead.fetch(bytes);
-                    let pair = step * (lanes / tokens);
-                    let mut row = [I::splat(of.pairs); REGISTERS];
-                    for register in 0..REGISTERS {
-                        row[register] = I::widen(group(slot + register * tokens).add(pair * KEY_GROUP));
-                    }
-                    for head in 0..HEADS {
-                        let query = I::load(of.pairs.add(head * self.padded / 2 * KEY_GROUP + pair * tokens));
-                        for register in 0..REGISTERS {
-                            let sum = &mut sums[head][register];
-                            *sum = I::add_products(*sum, row[register], query);
-                        }
-                    }
-                }
-                for head in 0..HEADS {
-                    let scale = I::Floats::splat(*of.scales.add(head));
-                    for register in (0..REGISTERS).step_by(2) {
-                        let slot = slot + register * tokens;
-                        let (scales, to) = (key_scales.0.as_ptr().add(slot), weights.add(head * BLOCK_TOKENS + slot));
-                        I::store_tokens([sums[head][register], sums[head][register + 1]], scales, scale, to);
-                    }
-                }
+/// A block's `keys`, `REGISTERS` of tokens at a time. The rest begins with the first head and token: queries, keys' scales, scores.
+///
+/// # Safety
+///
+/// As of [`score`].
+#[inline(always)]
+unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
+    step: &Step,
+    keys: *const [u8; 4],
+    (query, key_scales, scores): (Query, *const f32, *mut f32),
+    ahead: &mut Ahead,
+) {
+    let lanes = I::Floats::COUNT;
+    let fours = step.width / 4;
+    let q = query.integers.cast::<Four>();
+    // SAFETY: as the caller's: every step stays below BLOCK_TOKENS and width / 4.
+    unsafe {
+        for slot in (0..BLOCK_TOKENS).step_by(REGISTERS * lanes) {
+            let group = |slot: usize| keys.add(slot / KEY_GROUP * KEY_GROUP * fours + slot % KEY_GROUP);
+            let mut sums = [[I::sums(0); REGISTERS]; HEADS];
+            for head in 0..HEADS {
+                sums[head] = [I::sums(*query.sums.add(head)); REGISTERS];
             }
-        }
-    }
-
-    /// `out[head] += scales[head] · ` sum over `pairs` of tokens of `weights[head, token] · values[token]`.
-    #[expect(clippy::too_many_arguments)]
-    #[inline(always)]
-    unsafe fn weigh<I: Integers>(
-        &self,
-        heads: usize,
-        values: *const u8,
-        weights: *const i16,
-        scales: &[f32],
-        out: *mut f32,
-        pairs: std::ops::Range<usize>,
-        ahead: &mut Ahead,
-    ) {
-        let values = values.cast::<[i8; 2]>();
-        let mut head = 0;
-        // SAFETY: as the caller's, and every step stays below `heads`.
-        unsafe {
-            let at = |head: usize| Weigh {
-                weights: weights.add(head * BLOCK_TOKENS).cast(),
-                scales: scales.as_ptr().add(head),
-                out: out.add(head * self.padded),
-                pairs: pairs.clone(),
-            };
-            if I::Floats::TILE == 16 {
-                while head + 8 <= heads {
-                    self.weigh_heads::<I, 8, 2>(values, &at(head), ahead);
-                    head += 8;
-                }
-                if head + 4 <= heads {
-                    self.weigh_heads::<I, 4, 4>(values, &at(head), ahead);
-                    head += 4;
-                }
-                if head + 2 <= heads {
-                    self.weigh_heads::<I, 2, 8>(values, &at(head), ahead);
-                    head += 2;
-                }
-                if head < heads {
-                    self.weigh_heads::<I, 1, 8>(values, &at(head), ahead);
-                }
-                return;
-            }
-            while head + 4 <= heads {
-                self.weigh_heads::<I, 4, 2>(values, &at(head), ahead);
-                head += 4;
-            }
-            if head + 2 <= heads {
-                self.weigh_heads::<I, 2, 4>(values, &at(head), ahead);
-                head += 2;
-            }
-            if head < heads {
-                self.weigh_heads::<I, 1, 8>(values, &at(head), ahead);
-            }
-        }
-    }
-
-    /// `REGISTERS` of columns at a time, then one, then what is left of one.
-    #[inline(always)]
-    unsafe fn weigh_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
-        &self,
-        values: *const [i8; 2],
-        of: &Weigh,
-        ahead: &mut Ahead,
-    ) {
-        let lanes = I::Floats::COUNT;
-        let mut column = 0;
-        // SAFETY: as the caller's, and every step stays below head_width.
-        unsafe {
-            while column + REGISTERS * lanes <= self.head_width {
-                self.weigh_tile::<I, HEADS, REGISTERS>(values, column, lanes, of, ahead);
-                column += REGISTERS * lanes;
-            }
-            while column + lanes <= self.head_width {
-                self.weigh_tile::<I, HEADS, 1>(values, column, lanes, of, ahead);
-                column += lanes;
-            }
-            if column < self.head_width {
-                self.weigh_tile::<I, HEADS, 1>(values, column, self.head_width - column, of, ahead);
-            }
-        }
-    }
-
-    /// The tile from `column` on; each register has `columns` of its lanes in a row of V.
-    #[inline(always)]
-    unsafe fn weigh_tile<I: Integers, const HEADS: usize, const REGISTERS: usize>(
-        &self,
-        values: *const [i8; 2],
-        column: usize,
-        columns: usize,
-        of: &Weigh,
-        ahead: &mut Ahead,
-    ) {
-        let lanes = I::Floats::COUNT;
-        // SAFETY: as the caller's: whole registers of `out` lie within padded.
-        unsafe {
-            let mut sums = [[I::zero(); REGISTERS]; HEADS];
-            let bytes = REGISTERS * lanes * size_of::<[i8; 2]>();
-            let mut ahead = ahead.steps(of.pairs.len(), bytes);
-            for pair in of.pairs.clone() {
+            let bytes = REGISTERS * lanes * size_of::<[u8; 4]>();
+            // Every tile of heads comes by here, and asks for its share.
+            let mut ahead = ahead.steps(fours, bytes * HEADS / step.heads);
+            for four in 0..fours {
                 ahead.fetch(bytes);
-                let mut row = [I::splat(of.weights); REGISTERS];
+                let mut row = [I::keys(keys); REGISTERS];
                 for register in 0..REGISTERS {
-                    let from = values.add(pair * self.head_width + column + register * lanes);
-                    row[register] = if columns == lanes {
-                        I::widen(from)
-                    } else {
-                        let mut part = [[0; 2]; WIDEST];
-                        std::ptr::copy_nonoverlapping(from, part.as_mut_ptr(), columns);
-                        I::widen(part.as_ptr())
-                    };
+                    row[register] = I::keys(group(slot + register * lanes).add(four * KEY_GROUP));
                 }
                 for head in 0..HEADS {
-                    let weight = I::splat(of.weights.add(head * BLOCK_TOKENS / 2 + pair));
+                    let query = I::splat(q.add(head * step.padded / 4 + four));
                     for register in 0..REGISTERS {
                         let sum = &mut sums[head][register];
-                        *sum = I::add_products(*sum, row[register], weight);
+                        *sum = I::add_keys(*sum, row[register], query);
                     }
                 }
             }
             for head in 0..HEADS {
-                let scale = I::Floats::splat(*of.scales.add(head));
+                let scale = I::Floats::splat(*query.scales.add(head));
                 for register in 0..REGISTERS {
-                    let to = of.out.add(head * self.padded + column + register * lanes);
-                    I::to_f32(sums[head][register]).mul_add(scale, I::Floats::load(to)).store(to);
+                    let slot = slot + register * lanes;
+                    let scales = I::Floats::load(key_scales.add(slot)).mul(scale);
+                    I::to_f32(sums[head][register]).mul(scales).store(scores.add(head * STEP_TOKENS + slot));
                 }
             }
         }
     }
 }
 
-/// Queries of some heads, the first of them the first that a method is to take: pairs of integers in as many lanes as a register has
-/// [`tokens`], and their scales.
-struct Query {
-    pairs: *const [i16; 2],
-    scales: *const f32,
+/// `out[head] +=` sum over the step's tokens of `weights[head, token] · values[token]`, in tiles of heads × registers of columns: in integers,
+/// then times the weights' scale.
+///
+/// # Safety
+///
+/// * The CPU has the instruction set that `I` stands for.
+/// * `out`: `[heads, padded]`.
+#[inline(always)]
+unsafe fn weigh<I: Integers>(step: &Step, weights: &Weights, out: *mut f32, ahead: &mut Ahead) {
+    let mut head = 0;
+    // SAFETY: as the caller's, and every step stays below `heads`.
+    unsafe {
+        let mut next = |heads: usize| {
+            let Weights { integers, scales } = *weights;
+            let weights = Weights { integers: integers.add(head * STEP_TOKENS), scales: scales.add(head) };
+            let out = out.add(head * step.padded);
+            head += heads;
+            (weights, out)
+        };
+        let mut left = step.heads;
+        while I::HEADS == 4 && left >= 4 {
+            if I::Floats::TILE == 16 {
+                weigh_heads::<I, 4, 2>(step, next(4), ahead);
+            } else {
+                weigh_heads::<I, 4, 1>(step, next(4), ahead);
+            }
+            left -= 4;
+        }
+        while left >= 2 {
+            if I::Floats::TILE == 16 {
+                weigh_heads::<I, 2, 4>(step, next(2), ahead);
+            } else {
+                weigh_heads::<I, 2, 2>(step, next(2), ahead);
+            }
+            left -= 2;
+        }
+        if left > 0 {
+            weigh_heads::<I, 1, 4>(step, next(1), ahead);
+        }
+    }
 }
 
-/// What the heads of a tile take V with, and where the sum goes.
-struct Weigh {
-    weights: *const [i16; 2],
-    scales: *const f32,
+/// `REGISTERS` of columns at a time, then one. The last may read on, into what follows a row of V, for lanes of `out` that are padding.
+/// The rest begins with the first head: weights, output.
+///
+/// # Safety
+///
+/// As of [`weigh`].
+#[inline(always)]
+unsafe fn weigh_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
+    step: &Step,
+    (weights, out): (Weights, *mut f32),
+    ahead: &mut Ahead,
+) {
+    let lanes = I::Floats::COUNT;
+    let mut column = 0;
+    // SAFETY: as the caller's: a register begins below width, and what it reads beyond is less than the BLOCK_TOKENS scales behind V.
+    unsafe {
+        while column + REGISTERS * lanes <= step.width {
+            weigh_tile::<I, HEADS, REGISTERS>(step, weights, out, column, ahead);
+            column += REGISTERS * lanes;
+        }
+        while column < step.width {
+            weigh_tile::<I, HEADS, 1>(step, weights, out, column, ahead);
+            column += lanes;
+        }
+    }
+}
+
+/// The tile from `column` on.
+///
+/// # Safety
+///
+/// As of [`weigh_heads`].
+#[inline(always)]
+unsafe fn weigh_tile<I: Integers, const HEADS: usize, const REGISTERS: usize>(
+    step: &Step,
+    weights: Weights,
     out: *mut f32,
-    pairs: std::ops::Range<usize>,
+    column: usize,
+    ahead: &mut Ahead,
+) {
+    let lanes = I::Floats::COUNT;
+    // SAFETY: as the caller's: whole registers of `out` lie within padded.
+    unsafe {
+        let mut sums = [[I::sums(0); REGISTERS]; HEADS];
+        for (place, block) in step.blocks.iter().enumerate() {
+            let weights = weights.integers.add(place * BLOCK_TOKENS).cast::<Four>();
+            let bytes = REGISTERS * lanes * size_of::<[u8; 4]>();
+            let mut ahead = ahead.steps(block.fours.len(), bytes * HEADS / step.heads);
+            for four in block.fours.clone() {
+                ahead.fetch(bytes);
+                let values = block.values.cast::<[u8; 4]>().add(four * step.width + column);
+                let mut row = [I::values(values); REGISTERS];
+                for register in 1..REGISTERS {
+                    row[register] = I::values(values.add(register * lanes));
+                }
+                for head in 0..HEADS {
+                    let weights = I::splat(weights.add(head * STEP_TOKENS / 4 + four));
+                    for register in 0..REGISTERS {
+                        let sum = &mut sums[head][register];
+                        *sum = I::add_values(*sum, row[register], weights);
+                    }
+                }
+            }
+        }
+        for head in 0..HEADS {
+            let scale = I::Floats::splat(*weights.scales.add(head));
+            for register in 0..REGISTERS {
+                let to = out.add(head * step.padded + column + register * lanes);
+                I::to_f32(sums[head][register]).mul_add(scale, I::Floats::load(to)).store(to);
+            }
+        }
+    }
 }

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! A sink, a score that has no value, is where the largest score and the sum of weights begin. Over 8-bit rows both products are
-//! those of integers (`int8`), else the same.
+//! those of integers (`int8`), and two blocks are taken at a time, else the same.
 //!
 //! Threads take *tasks*, groups of rows, from one list, longest first, each thread naming its next one early so that the first
 //! of its bytes are on their way when the last of the present one are used. Where a row's group is much of the work that is left,
@@ -27,8 +27,8 @@
 //!
 //! Guarantees:
 //! * **Row independence**: a row's bits depend on its own query, context and cache contents (and on the level), not on other
-//!   rows or threads. Sums run in one order: lanes over columns, tokens in turn, blocks at multiples of [`BLOCK_TOKENS`], spans
-//!   at multiples of [`SPAN_TOKENS`].
+//!   rows or threads. Sums run in one order: lanes over columns, tokens in turn, blocks at multiples of [`BLOCK_TOKENS`] (of twice that over
+//!   8-bit rows), spans at multiples of [`SPAN_TOKENS`].
 //! * NaN in the query or in visible K or V reaches the output as it does in the reference, so that the engine can tell
 //!   whose request it was. Slots outside the visible context, NaN or not, have no part in it.
 //!
@@ -55,6 +55,7 @@ use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvLa
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
 use group::{Ahead, Group, Scratch, State};
+use int8::STEP_BLOCKS;
 
 /// Where a context is cut: joining two spans costs a hundredth of reading one, and part of the reduction order of a row.
 pub const SPAN_TOKENS: usize = 256;
@@ -131,10 +132,10 @@ pub fn attend(
         let mut task = take();
         while let Some(now) = task {
             task = take();
-            let next = task.as_ref().map_or(&[][..], |Task { row, kv_head, spans }| {
+            let next = task.as_ref().map_or([&[][..]; STEP_BLOCKS], |Task { row, kv_head, spans }| {
                 let group = form.group(row, *kv_head);
                 Ahead::fetch_all(group.q);
-                group.seen_keys(row.span(spans.start).start / BLOCK_TOKENS)
+                group.seen_keys_of_step(row.span(spans.start).start / BLOCK_TOKENS)
             });
             now.run(&form, next, &mut scratch, &mut total);
         }
@@ -190,7 +191,7 @@ impl Form<'_> {
             scale,
             sinks: self.sinks.map_or(&[][..], |sinks| &sinks[kv_head * heads..][..heads]),
             q: &row.q[kv_head * heads * head_width..][..heads * head_width],
-            next: &[],
+            next: [&[]; STEP_BLOCKS],
         }
     }
 }
@@ -247,7 +248,7 @@ impl<'a> Task<'a> {
     }
 
     /// `next`: what this thread reads afterwards.
-    fn run(&self, form: &Form, next: &[u8], scratch: &mut Scratch, total: &mut State) {
+    fn run(&self, form: &Form, next: [&[u8]; STEP_BLOCKS], scratch: &mut Scratch, total: &mut State) {
         let row = self.row;
         let whole = form.group(row, self.kv_head);
         let of_group = self.kv_head * whole.q.len()..(self.kv_head + 1) * whole.q.len();
@@ -257,7 +258,7 @@ impl<'a> Task<'a> {
         for span in self.spans.clone() {
             let visible = row.span(span);
             let goes_on = span + 1 < self.spans.end;
-            let next = if goes_on { whole.seen_keys(visible.end / BLOCK_TOKENS) } else { next };
+            let next = if goes_on { whole.seen_keys_of_step(visible.end / BLOCK_TOKENS) } else { next };
             // Sinks come before all tokens.
             let sinks = if visible.start == row.visible.start { whole.sinks } else { &[] };
             let earlier = (shared.is_none() && span > self.spans.start).then_some(&mut *total);

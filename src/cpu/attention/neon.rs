@@ -6,7 +6,7 @@ use std::arch::aarch64::*;
 use half::f16;
 
 use super::group::{self, Group, Lanes, Scratch, State};
-use super::int8::{self, Integers};
+use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group on NEON.
 ///
@@ -27,7 +27,7 @@ pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: O
 #[target_feature(enable = "neon")]
 pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: this function runs only where its own features are, and they are those of the registers; the rest is the caller's.
-    unsafe { int8::attend::<I16x8>(group, scratch, earlier) }
+    unsafe { int8::attend::<Wide>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]
@@ -129,59 +129,36 @@ impl Lanes for F32x4 {
     }
 }
 
-/// Pairs of 16-bit integers beside 4 lanes of f32.
-struct I16x8;
+/// Elements widened to 16 bits, beside 4 lanes of f32: the fours of two lanes, then of the other two. A four's sums take a register.
+struct Wide;
 
-impl Integers for I16x8 {
+impl Integers for Wide {
     type Floats = F32x4;
-    type Pairs = int16x8_t;
-    type Sums = int32x4_t;
+    type Elements = [int16x8_t; 2];
+    type Factors = int16x4_t;
+    type Sums = [int32x4_t; 4];
+
+    const LARGEST_QUERY: f32 = 32767.0;
+    const LARGEST_WEIGHT: f32 = 32767.0;
+    const HEADS: usize = 4;
 
     #[inline]
     #[target_feature(enable = "neon")]
-    unsafe fn zero() -> int32x4_t {
-        vdupq_n_s32(0)
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x4::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x4::load(numbers.add(at)).mul(F32x4::splat(factor)) };
+
+            // SAFETY: good for 4 integers, says the caller: 8 bytes.
+            unsafe { vst1_s16(to.add(at).cast(), vqmovn_s32(vcvtnq_s32_f32(product.0))) }
+        }
     }
 
     #[inline]
     #[target_feature(enable = "neon")]
-    unsafe fn widen(from: *const [i8; 2]) -> int16x8_t {
-        // SAFETY: good for 4 pairs, says the caller: 8 bytes.
-        vmovl_s8(unsafe { vld1_s8(from.cast()) })
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn splat(from: *const [i16; 2]) -> int16x8_t {
-        // SAFETY: good for a pair, says the caller.
-        vreinterpretq_s16_s32(vdupq_n_s32(unsafe { from.cast::<i32>().read_unaligned() }))
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn add_products(sums: int32x4_t, a: int16x8_t, b: int16x8_t) -> int32x4_t {
-        let low = vmull_s16(vget_low_s16(a), vget_low_s16(b));
-        vaddq_s32(sums, vpaddq_s32(low, vmull_high_s16(a, b)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn load(from: *const [i16; 2]) -> int16x8_t {
-        // SAFETY: good for 4 pairs, says the caller: 16 bytes.
-        unsafe { vld1q_s16(from.cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn to_f32(sums: int32x4_t) -> F32x4 {
-        F32x4(vcvtq_f32_s32(sums))
-    }
-
-    #[inline]
-    #[target_feature(enable = "neon")]
-    unsafe fn store_rounded(numbers: F32x4, to: *mut i16) {
-        // SAFETY: good for 4 integers, says the caller: 8 bytes.
-        unsafe { vst1_s16(to, vqmovn_s32(vcvtnq_s32_f32(numbers.0))) }
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        // SAFETY: as the caller's.
+        unsafe { Self::store_query(numbers, factor, STEP_TOKENS, to) }
     }
 
     #[inline]
@@ -196,5 +173,58 @@ impl Integers for I16x8 {
     #[target_feature(enable = "neon")]
     unsafe fn max_magnitude_lane(of: F32x4) -> f32 {
         f32::from_bits(vmaxvq_u32(vreinterpretq_u32_f32(of.0)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn sums(of: i32) -> [int32x4_t; 4] {
+        [vsetq_lane_s32::<0>(of, vdupq_n_s32(0)); 4]
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn keys(from: *const [u8; 4]) -> [int16x8_t; 2] {
+        // SAFETY: good for 4 fours, says the caller: 16 bytes.
+        let bytes = unsafe { vld1q_u8(from.cast()) };
+        [vmovl_u8(vget_low_u8(bytes)), vmovl_high_u8(bytes)].map(|half| vreinterpretq_s16_u16(half))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn values(from: *const [u8; 4]) -> [int16x8_t; 2] {
+        // SAFETY: good for 4 fours, says the caller: 16 bytes.
+        let bytes = unsafe { vld1q_s8(from.cast()) };
+        [vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn splat(from: *const Four) -> int16x4_t {
+        // SAFETY: good for a four, says the caller: 8 bytes.
+        unsafe { vld1_s16(from.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn add_keys(sums: [int32x4_t; 4], keys: [int16x8_t; 2], query: int16x4_t) -> [int32x4_t; 4] {
+        [
+            vmlal_s16(sums[0], vget_low_s16(keys[0]), query),
+            vmlal_s16(sums[1], vget_high_s16(keys[0]), query),
+            vmlal_s16(sums[2], vget_low_s16(keys[1]), query),
+            vmlal_s16(sums[3], vget_high_s16(keys[1]), query),
+        ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn add_values(sums: [int32x4_t; 4], values: [int16x8_t; 2], weights: int16x4_t) -> [int32x4_t; 4] {
+        // SAFETY: the same instructions.
+        unsafe { Self::add_keys(sums, values, weights) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn to_f32([a, b, c, d]: [int32x4_t; 4]) -> F32x4 {
+        F32x4(vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d))))
     }
 }

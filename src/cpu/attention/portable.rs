@@ -5,7 +5,7 @@
 use half::f16;
 
 use super::group::{self, Group, Lanes, Scratch, State};
-use super::int8::{self, Integers};
+use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group anywhere.
 ///
@@ -24,7 +24,7 @@ pub(super) unsafe fn attend_f16(group: &Group, scratch: &mut Scratch, earlier: O
 /// * `scratch` and `earlier` are made for the group's form, and the cache's elements are 8-bit integers.
 pub(super) unsafe fn attend_int8(group: &Group, scratch: &mut Scratch, earlier: Option<&mut State>) {
     // SAFETY: arrays need no instruction set; the rest is the caller's.
-    unsafe { int8::attend::<I16x8>(group, scratch, earlier) }
+    unsafe { int8::attend::<Wide>(group, scratch, earlier) }
 }
 
 #[derive(Clone, Copy)]
@@ -112,52 +112,34 @@ impl Lanes for F32x4 {
     }
 }
 
-/// Pairs of 16-bit integers beside 4 lanes of f32.
-struct I16x8;
+/// Elements widened to 16 bits, beside 4 lanes of f32: two pairs in each.
+struct Wide;
 
-impl Integers for I16x8 {
+impl Integers for Wide {
     type Floats = F32x4;
-    type Pairs = [[i16; 2]; 4];
-    type Sums = [i32; 4];
+    type Elements = [[i16; 2]; 8];
+    type Factors = [[i16; 2]; 2];
+    type Sums = [i32; 8];
+
+    const LARGEST_QUERY: f32 = 32767.0;
+    const LARGEST_WEIGHT: f32 = 32767.0;
+    const HEADS: usize = 4;
 
     #[inline(always)]
-    unsafe fn zero() -> [i32; 4] {
-        [0; 4]
+    unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
+        for at in (0..n).step_by(F32x4::COUNT) {
+            // SAFETY: good for `n`, says the caller.
+            let product = unsafe { F32x4::load(numbers.add(at)).mul(F32x4::splat(factor)) };
+
+            // SAFETY: good for 4 integers, says the caller.
+            unsafe { to.add(at).cast::<[i16; 4]>().write_unaligned(product.0.map(nearest)) }
+        }
     }
 
     #[inline(always)]
-    unsafe fn widen(from: *const [i8; 2]) -> [[i16; 2]; 4] {
-        // SAFETY: good for 4 pairs, says the caller.
-        unsafe { from.cast::<[[i8; 2]; 4]>().read() }.map(|pair| pair.map(i16::from))
-    }
-
-    #[inline(always)]
-    unsafe fn splat(from: *const [i16; 2]) -> [[i16; 2]; 4] {
-        // SAFETY: good for a pair, says the caller.
-        [unsafe { from.read() }; 4]
-    }
-
-    #[inline(always)]
-    unsafe fn add_products(sums: [i32; 4], a: [[i16; 2]; 4], b: [[i16; 2]; 4]) -> [i32; 4] {
-        let product = |lane: usize, i: usize| i32::from(a[lane][i]) * i32::from(b[lane][i]);
-        std::array::from_fn(|lane| sums[lane].wrapping_add(product(lane, 0).wrapping_add(product(lane, 1))))
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const [i16; 2]) -> [[i16; 2]; 4] {
-        // SAFETY: good for 4 pairs, says the caller; an array of them is aligned as one.
-        unsafe { from.cast::<[[i16; 2]; 4]>().read() }
-    }
-
-    #[inline(always)]
-    unsafe fn to_f32(sums: [i32; 4]) -> F32x4 {
-        F32x4(sums.map(|sum| sum as f32))
-    }
-
-    #[inline(always)]
-    unsafe fn store_rounded(numbers: F32x4, to: *mut i16) {
-        // SAFETY: good for 4 integers, says the caller; an array of them is aligned as one.
-        unsafe { to.cast::<[i16; 4]>().write(numbers.0.map(nearest)) }
+    unsafe fn store_weights(numbers: *const f32, factor: f32, to: *mut Integer) {
+        // SAFETY: as the caller's.
+        unsafe { Self::store_query(numbers, factor, STEP_TOKENS, to) }
     }
 
     #[inline(always)]
@@ -169,6 +151,46 @@ impl Integers for I16x8 {
     #[inline(always)]
     unsafe fn max_magnitude_lane(of: F32x4) -> f32 {
         f32::from_bits(of.0.map(f32::to_bits).into_iter().max().expect("four lanes"))
+    }
+
+    #[inline(always)]
+    unsafe fn sums(of: i32) -> [i32; 8] {
+        [of, 0, of, 0, of, 0, of, 0]
+    }
+
+    #[inline(always)]
+    unsafe fn keys(from: *const [u8; 4]) -> [[i16; 2]; 8] {
+        // SAFETY: good for 4 fours, says the caller.
+        unsafe { from.cast::<[[u8; 2]; 8]>().read() }.map(|pair| pair.map(i16::from))
+    }
+
+    #[inline(always)]
+    unsafe fn values(from: *const [u8; 4]) -> [[i16; 2]; 8] {
+        // SAFETY: good for 4 fours, says the caller.
+        unsafe { from.cast::<[[i8; 2]; 8]>().read() }.map(|pair| pair.map(i16::from))
+    }
+
+    #[inline(always)]
+    unsafe fn splat(from: *const Four) -> [[i16; 2]; 2] {
+        // SAFETY: good for a four, says the caller.
+        unsafe { from.cast::<[[i16; 2]; 2]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn add_keys(sums: [i32; 8], keys: [[i16; 2]; 8], query: [[i16; 2]; 2]) -> [i32; 8] {
+        let product = |pair: usize, i: usize| i32::from(keys[pair][i]) * i32::from(query[pair % 2][i]);
+        std::array::from_fn(|pair| sums[pair].wrapping_add(product(pair, 0).wrapping_add(product(pair, 1))))
+    }
+
+    #[inline(always)]
+    unsafe fn add_values(sums: [i32; 8], values: [[i16; 2]; 8], weights: [[i16; 2]; 2]) -> [i32; 8] {
+        // SAFETY: the same arithmetic.
+        unsafe { Self::add_keys(sums, values, weights) }
+    }
+
+    #[inline(always)]
+    unsafe fn to_f32(sums: [i32; 8]) -> F32x4 {
+        F32x4(std::array::from_fn(|lane| sums[2 * lane].wrapping_add(sums[2 * lane + 1]) as f32))
     }
 }
 
