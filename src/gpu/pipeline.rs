@@ -210,8 +210,11 @@ pub struct ShaderPatch {
 pub struct Pipelines {
     gpu: Arc<Gpu>,
     patches: Vec<ShaderPatch>,
-    compiled: Mutex<HashMap<(&'static str, Variant), Arc<Mutex<Option<Arc<Pipeline>>>>>>,
+    compiled: Mutex<HashMap<(&'static str, Variant), Place>>,
 }
+
+/// Of one variant: locked while it is compiled.
+type Place = Arc<Mutex<Option<Arc<Pipeline>>>>;
 
 /// Other threads compile, until all is done or this is dropped.
 pub struct Preparing {

@@ -109,7 +109,7 @@ pub fn attend(
             q,
             table,
             visible: shape.first_visible(*context)..*context,
-            out: Mutex::new(out),
+            out: Out(out.as_mut_ptr()),
             first_task: 0,
             task_spans: 0,
             shared: Vec::new(),
@@ -134,7 +134,7 @@ pub fn attend(
             task = take();
             let next = task.as_ref().map_or([&[][..]; STEP_BLOCKS], |Task { row, kv_head, spans }| {
                 let group = form.group(row, *kv_head);
-                Ahead::fetch_all(group.q);
+                Ahead::fetch_all(group.q.as_ptr(), group.q.len());
                 group.seen_keys_of_step(row.span(spans.start).start / BLOCK_TOKENS)
             });
             now.run(&form, next, &mut scratch, &mut total);
@@ -200,7 +200,7 @@ struct Row<'a> {
     q: &'a [f32],
     table: &'a BlockTable,
     visible: Range<usize>,
-    out: Mutex<&'a mut [f32]>,
+    out: Out,
     /// Number of the first of its tasks: part by part, one key/value head after the other.
     first_task: usize,
     /// Spans of a part, fewer in the last one.
@@ -208,6 +208,12 @@ struct Row<'a> {
     /// `[G]`, where a group is several parts.
     shared: Vec<Shared>,
 }
+
+/// Where a row's output starts, `[H, K]`. Without a lock: all threads would take it at the same moment, as they begin with a row's groups.
+struct Out(*mut f32);
+
+// SAFETY: each group's part is written through it by one thread alone, whoever ends the group's last task, before `attend` returns.
+unsafe impl Sync for Out {}
 
 impl Row<'_> {
     fn spans(&self) -> Range<usize> {
@@ -251,9 +257,9 @@ impl<'a> Task<'a> {
     fn run(&self, form: &Form, next: [&[u8]; STEP_BLOCKS], scratch: &mut Scratch, total: &mut State) {
         let row = self.row;
         let whole = form.group(row, self.kv_head);
-        let of_group = self.kv_head * whole.q.len()..(self.kv_head + 1) * whole.q.len();
+        let out = row.out.0.wrapping_add(self.kv_head * whole.q.len());
         // Written at the end, when it should not have to be fetched first.
-        Ahead::fetch_all(&row.out.lock().expect("output lock")[of_group.clone()]);
+        Ahead::fetch_all(out, whole.q.len());
         let shared = row.shared.get(self.kv_head);
         for span in self.spans.clone() {
             let visible = row.span(span);
@@ -282,7 +288,8 @@ impl<'a> Task<'a> {
             *total = states.next().expect("at least two spans");
             states.for_each(|state| total.merge(&state));
         }
-        total.finish(&mut row.out.lock().expect("output lock")[of_group]);
+        // SAFETY: this group's part of a row's output, whose length `attend` checked; nobody else is here for this group.
+        total.finish(unsafe { std::slice::from_raw_parts_mut(out, whole.q.len()) });
     }
 }
 
