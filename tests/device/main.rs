@@ -7,6 +7,7 @@ mod generate;
 mod goldens;
 mod kernels;
 mod pipeline;
+mod pipelines;
 mod planning;
 
 use libtest_mimic::{Arguments, Trial};
@@ -17,6 +18,7 @@ fn main() {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(kernels::trials());
     trials.extend(pipeline::trials());
+    trials.extend(pipelines::trials());
     trials.extend(goldens::trials());
     trials.extend(generate::trials());
     trials.extend(families::trials());
