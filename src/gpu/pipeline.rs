@@ -284,7 +284,13 @@ impl Pipelines {
             variant.weights = Dtype::F32;
         }
         let key = (kernel.name, variant);
-        let place = self.compiled.lock().expect("pipeline cache lock").entry(key.clone()).or_default().clone();
+        let mut compiled = self.compiled.lock().expect("pipeline cache lock");
+        // Every dispatch comes by here, and nearly all find it.
+        let place = match compiled.get(&key) {
+            Some(place) => place.clone(),
+            None => compiled.entry(key.clone()).or_default().clone(),
+        };
+        drop(compiled);
         // Its own lock alone is held: several threads may compile at a time, each another one.
         let mut pipeline = place.lock().expect("pipeline lock");
         if pipeline.is_none() {

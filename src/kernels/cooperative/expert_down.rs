@@ -30,7 +30,7 @@ pub fn variant(weights: Dtype, tile: Tile, params: &Params, aligned_slots: bool)
 }
 
 /// As [`expert_down`](crate::kernels::expert_down::record) has it. `aligned_slots`: every place is at a multiple of 16 bytes. A
-/// solo tile takes rows by expert, from [`record_by_expert`](crate::kernels::half_rows::record_by_expert).
+/// tile may [take rows by expert](Tile::takes_rows_by_expert), from [`record_by_expert`](crate::kernels::half_rows::record_by_expert).
 pub fn record(
     recorder: &mut Recorder<'_>,
     (weights, aligned_slots): (Dtype, bool),
