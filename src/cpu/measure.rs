@@ -229,15 +229,12 @@ impl Probe {
         let one_head = AttentionShape { q_heads: heads, kv_heads: 1, ..self.shape };
         let width = self.shape.head_width;
         let layout = self.cache.layout();
-        let rows = layout.keys(self.shape.kv_heads - 1);
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         let mut half_rows = vec![f16::ZERO; BLOCK_TOKENS * width];
         for block in table.blocks() {
             let block = self.cache.block(0, *block);
-            let halves =
-                [(rows.clone(), Half::Keys, &mut keys), (rows.end..rows.end + rows.len(), Half::Values, &mut values)];
-            for (rows, half, into) in halves {
-                layout.read_half(half, &block[rows], BLOCK_TOKENS, &mut half_rows);
+            for (half, into) in [(Half::Keys, &mut keys), (Half::Values, &mut values)] {
+                layout.read_half(layout.kv_heads - 1, half, block, BLOCK_TOKENS, &mut half_rows);
                 into.extend(half_rows.iter().map(|x| x.to_f32()));
             }
         }

@@ -890,11 +890,11 @@ impl Machine {
             // SAFETY: the last copy out of these bytes has run, and the lock keeps others out; only stored tokens of the pool are
             // read, which the caller vouches for.
             unsafe {
-                let from = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
+                let block = pool.pointer.add((layer as u64 * pool.layer_bytes + upload.at) as usize);
                 let into = staging.bytes.slice_mut::<f16>(to..to + bytes);
                 for (index, into) in into.chunks_exact_mut(half_elements).enumerate() {
-                    let (half, from) = (Half::BOTH[index % 2], from.add(index * layout.half_bytes()));
-                    layout.read_half_at(half, from, upload.tokens, &mut into[..upload.tokens * head_width]);
+                    let into = &mut into[..upload.tokens * head_width];
+                    layout.read_half_at(index / 2, Half::BOTH[index % 2], block, upload.tokens, into);
                 }
             }
             copies.push(CopyRange::new(staging.bytes.at(to), workspace.blocks.at(to), bytes));

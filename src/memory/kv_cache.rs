@@ -13,11 +13,13 @@
 //! table of a sequence of 70 tokens:  blocks [5, 2, 9]    token 40 = block 2, slot 8
 //! ```
 //!
-//! Elements are f16, or 8-bit integers with a scale for each row of each head ([`KvDtype`]): then 32 scales (f16) follow each
-//! 32 rows, and the integers lie in the *fours* in which `cpu::attention` multiplies them, of columns in K, of tokens in V, so that a line of
-//! 64 bytes has a four for each of 16 tokens, or columns:
+//! Elements are f16, or 8-bit integers with a scale (f16) for each row of each head ([`KvDtype`]): then a block ends with its scales,
+//! `[G][2][BLOCK_TOKENS]`, where they are in no stream's way, and the integers lie in the *fours* in which `cpu::attention` multiplies them, of
+//! columns in K, of tokens in V, so that a line of 64 bytes has a four for each of 16 tokens, or columns:
 //!
 //! ```text
+//! block: | head 0: 32 K rows, 32 V rows | head 1 ... | head 0: 32 scales of K, 32 of V | head 1 ...
+//!
 //! K [2][K / 4][16][4]   | columns 0..4 of token 0, of token 1 .. of token 15 | columns 4..8 of token 0 ...      bytes, 128 more than the integer
 //! V [8][K][4]           | tokens 0..4 of column 0, of column 1 ..  of column K - 1 | tokens 4..8 of column 0 ...     signed bytes
 //! ```
@@ -85,26 +87,35 @@ impl KvLayout {
         self.kv_heads * 2 * self.head_width
     }
 
-    /// Bytes of one token's K, or V, of one head in one layer.
-    fn half_row_bytes(&self) -> usize {
-        match self.dtype {
-            KvDtype::F16 => self.head_width * size_of::<f16>(),
-            KvDtype::Int8 => self.width_in_fours() + size_of::<f16>(),
-        }
-    }
-
     /// K, rounded up to whole fours of 8-bit elements.
     pub fn width_in_fours(&self) -> usize {
         self.head_width.next_multiple_of(4)
     }
 
-    /// Bytes of one head's K, or V, in one layer of a block: BLOCK_TOKENS rows, and `[BLOCK_TOKENS]` scales where there are any.
+    /// Bytes of one head's K, or V, in one layer of a block, without scales.
     pub fn half_bytes(&self) -> usize {
-        BLOCK_TOKENS * self.half_row_bytes()
+        let row_bytes = match self.dtype {
+            KvDtype::F16 => self.head_width * size_of::<f16>(),
+            KvDtype::Int8 => self.width_in_fours(),
+        };
+        BLOCK_TOKENS * row_bytes
     }
 
-    /// Bytes of one block in one layer, `G * 2` halves.
+    /// Bytes of their scales.
+    fn half_scales_bytes(&self) -> usize {
+        match self.dtype {
+            KvDtype::F16 => 0,
+            KvDtype::Int8 => BLOCK_TOKENS * size_of::<f16>(),
+        }
+    }
+
+    /// Bytes of one block in one layer: `G * 2` halves, then their scales.
     pub fn block_bytes(&self) -> usize {
+        self.elements_bytes() + 2 * self.kv_heads * self.half_scales_bytes()
+    }
+
+    /// Bytes of all halves of a block in one layer, in front of the scales.
+    fn elements_bytes(&self) -> usize {
         2 * self.kv_heads * self.half_bytes()
     }
 
@@ -127,6 +138,14 @@ impl KvLayout {
     pub fn keys(&self, kv_head: usize) -> Range<usize> {
         let half = self.half_bytes();
         2 * kv_head * half..(2 * kv_head + 1) * half
+    }
+
+    /// The scales of one head's K inside a layer of a block, `[BLOCK_TOKENS]` in f16, in bytes; nothing where there are none. Those of its V
+    /// follow directly.
+    pub fn key_scales(&self, kv_head: usize) -> Range<usize> {
+        let scales = self.half_scales_bytes();
+        let start = self.elements_bytes() + 2 * kv_head * scales;
+        start..start + scales
     }
 
     /// Bytes of one token's K, or V, of one head as the device hands it over: f16 `[K]`, or 8-bit `[K]`, padded to a word, and a
@@ -161,31 +180,38 @@ impl KvLayout {
         }
     }
 
-    /// The first `tokens` rows of a half, `[tokens, K]`, exactly.
-    pub fn read_half(&self, half: Half, bytes: &[u8], tokens: usize, into: &mut [f16]) {
-        assert_eq!(bytes.len(), self.half_bytes(), "bytes of a half");
-        // SAFETY: a half is there as a whole.
-        unsafe { self.read_half_at(half, bytes.as_ptr(), tokens, into) }
+    /// The first `tokens` rows of a half of a layer of a block, `[tokens, K]`, exactly.
+    pub fn read_half(&self, kv_head: usize, half: Half, block: &[u8], tokens: usize, into: &mut [f16]) {
+        assert_eq!(block.len(), self.block_bytes(), "bytes of a block");
+        // SAFETY: a block is there as a whole.
+        unsafe { self.read_half_at(kv_head, half, block.as_ptr(), tokens, into) }
     }
 
-    /// As [`read_half`](Self::read_half), of a half that somebody else may be writing rows to beyond the first `tokens`.
+    /// As [`read_half`](Self::read_half), of a block that somebody else may be writing rows to beyond the first `tokens`.
     ///
     /// # Safety
-    /// * A half starts at `from`, and nobody writes its first `tokens` rows.
-    pub unsafe fn read_half_at(&self, half: Half, from: *const u8, tokens: usize, into: &mut [f16]) {
+    /// * A layer of a block starts at `block`, and nobody writes its first `tokens` rows.
+    pub unsafe fn read_half_at(&self, kv_head: usize, half: Half, block: *const u8, tokens: usize, into: &mut [f16]) {
+        assert!(kv_head < self.kv_heads, "KV head {kv_head} of {}", self.kv_heads);
         assert_eq!(into.len(), tokens * self.head_width, "elements of {tokens} rows");
+        let (keys, key_scales) = (self.keys(kv_head), self.key_scales(kv_head));
+        let (from, scales) = match half {
+            Half::Keys => (keys.start, key_scales.start),
+            Half::Values => (keys.end, key_scales.end),
+        };
+        let from = block.wrapping_add(from);
         match self.dtype {
             KvDtype::F16 => {
                 // SAFETY: these bytes are those of the first rows.
-                let rows = unsafe { std::slice::from_raw_parts(from, tokens * self.half_row_bytes()) };
+                let rows = unsafe { std::slice::from_raw_parts(from, tokens * self.head_width * size_of::<f16>()) };
                 bytemuck::cast_slice_mut(into).copy_from_slice(rows);
             }
             KvDtype::Int8 => {
-                let scales = from.wrapping_add(BLOCK_TOKENS * self.width_in_fours()).cast::<f16>();
+                let scales = block.wrapping_add(scales).cast::<f16>();
                 let mut row = vec![0.0; self.head_width];
                 for (slot, into) in into.chunks_exact_mut(self.head_width).enumerate() {
                     // Element by element: between those of a row lie others', which may be being written.
-                    // SAFETY: scales and elements of the first rows, inside a half.
+                    // SAFETY: scales and elements of the first rows, inside a block.
                     unsafe {
                         let scale = scales.add(slot).read_unaligned().to_f32();
                         for (column, value) in row.iter_mut().enumerate() {
@@ -460,9 +486,11 @@ impl KvCache {
         let mut half_rows = vec![f16::ZERO; (slot + 1) * layout.head_width];
         let mut row = Vec::with_capacity(layout.row_elements());
         let block = self.block(layer, table.blocks[position / BLOCK_TOKENS]);
-        for (bytes, half) in block.chunks_exact(layout.half_bytes()).zip(Half::BOTH.into_iter().cycle()) {
-            layout.read_half(half, bytes, slot + 1, &mut half_rows);
-            row.extend_from_slice(&half_rows[slot * layout.head_width..]);
+        for kv_head in 0..layout.kv_heads {
+            for half in Half::BOTH {
+                layout.read_half(kv_head, half, block, slot + 1, &mut half_rows);
+                row.extend_from_slice(&half_rows[slot * layout.head_width..]);
+            }
         }
         row
     }
@@ -532,20 +560,14 @@ impl KvCache {
                         .wrapping_mul(0x94d0_49bb_1331_11eb);
                     let start = (mixed >> 20) as usize % ((noise.len() - block_bytes) / 2) * 2;
                     block.copy_from_slice(&noise[start..start + block_bytes]);
-                    if layout.dtype == KvDtype::Int8 {
-                        for half in block.chunks_exact_mut(layout.half_bytes()) {
-                            let scales = &mut half[BLOCK_TOKENS * layout.width_in_fours()..];
-                            scales
-                                .chunks_exact_mut(2)
-                                .for_each(|scale| scale.copy_from_slice(&INT8_NOISE.to_le_bytes()));
-                        }
-                    }
+                    let scales = block[layout.elements_bytes()..].as_chunks_mut::<2>().0;
+                    scales.fill(INT8_NOISE.to_le_bytes());
                 });
             });
         }
     }
 
-    /// One layer of a block, [`block_bytes`](KvLayout::block_bytes): `[G, 2]` halves. Slots that its owner has not written hold
+    /// One layer of a block, [`block_bytes`](KvLayout::block_bytes): `[G, 2]` halves, then their scales. Slots that its owner has not written hold
     /// anything, NaN included.
     pub fn block(&self, layer: usize, block: BlockId) -> &[u8] {
         &self.bytes()[self.bytes_of(layer, block)]
@@ -647,16 +669,16 @@ const INT8_NOISE: f16 = f16::from_bits(7 << 10);
 /// `block`: one layer of a block; `row`: a new row. K and V of a head go to the same slot of their halves.
 fn scatter(layout: &KvLayout, block: &mut [u8], slot: usize, row: &[u8]) {
     let (width, half_row) = (layout.width_in_fours(), layout.new_half_row_bytes());
-    let halves = block.chunks_exact_mut(layout.half_bytes()).zip(Half::BOTH.into_iter().cycle());
-    for ((bytes, half), new) in halves.zip(row.chunks_exact(half_row)) {
+    let (elements, scales) = block.split_at_mut(layout.elements_bytes());
+    let halves = elements.chunks_exact_mut(layout.half_bytes()).zip(Half::BOTH.into_iter().cycle());
+    for (index, ((elements, half), new)) in halves.zip(row.chunks_exact(half_row)).enumerate() {
         match layout.dtype {
-            KvDtype::F16 => bytes[slot * half_row..][..half_row].copy_from_slice(new),
+            KvDtype::F16 => elements[slot * half_row..][..half_row].copy_from_slice(new),
             KvDtype::Int8 => {
-                let (integers, scales) = bytes.split_at_mut(BLOCK_TOKENS * width);
                 let row = &new[..width];
                 match half {
                     Half::Keys => {
-                        let group = &mut integers[slot / KEY_GROUP * KEY_GROUP * width..][..KEY_GROUP * width];
+                        let group = &mut elements[slot / KEY_GROUP * KEY_GROUP * width..][..KEY_GROUP * width];
                         let (lines, fours) = (group.as_chunks_mut::<{ 4 * KEY_GROUP }>().0, row.as_chunks::<4>().0);
                         for (line, four) in lines.iter_mut().zip(fours) {
                             let four = four.map(|integer| integer.wrapping_add(KEY_EXCESS));
@@ -664,13 +686,13 @@ fn scatter(layout: &KvLayout, block: &mut [u8], slot: usize, row: &[u8]) {
                         }
                     }
                     Half::Values => {
-                        let fours = &mut integers[slot / 4 * 4 * width..][..4 * width];
+                        let fours = &mut elements[slot / 4 * 4 * width..][..4 * width];
                         for (four, integer) in fours.as_chunks_mut::<4>().0.iter_mut().zip(row) {
                             four[slot % 4] = *integer;
                         }
                     }
                 }
-                scales[2 * slot..][..2].copy_from_slice(&new[half_row - 4..][..2]);
+                scales[2 * (index * BLOCK_TOKENS + slot)..][..2].copy_from_slice(&new[half_row - 4..][..2]);
             }
         }
     }

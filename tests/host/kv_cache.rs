@@ -77,7 +77,10 @@ fn sizes_follow_from_the_layout() {
     // A byte an element and two for a scale; on the way from the device the scale takes a word.
     let mixtral = KvLayout { dtype: KvDtype::Int8, ..mixtral };
     assert_eq!(mixtral.bytes_per_token(), 32 * 8 * 2 * (128 + 2));
-    assert_eq!(mixtral.keys(1), 2 * BLOCK_TOKENS * 130..3 * BLOCK_TOKENS * 130);
+    assert_eq!(mixtral.keys(1), 2 * BLOCK_TOKENS * 128..3 * BLOCK_TOKENS * 128);
+    let scales = 16 * BLOCK_TOKENS * 128 + 14 * BLOCK_TOKENS * 2;
+    assert_eq!(mixtral.key_scales(7), scales..scales + 2 * BLOCK_TOKENS);
+    assert_eq!(mixtral.block_bytes(), scales + 2 * 2 * BLOCK_TOKENS);
     assert_eq!(mixtral.new_row_bytes(), 8 * 2 * (128 + 4));
     assert_eq!(INT8.new_row_bytes(), 2 * 2 * (8 + 4));
     // Whole fours.
@@ -137,9 +140,9 @@ fn rows_lie_by_head_keys_before_values() {
     }
 }
 
-/// Integers in fours, of columns in K, which are 128 more, and of slots in V, then scales by slot; a neighbour's rows change none of it.
+/// Integers in fours, of columns in K, which are 128 more, and of slots in V, and scales by slot behind all of them; a neighbour's rows change none of it.
 #[test]
-fn rows_of_integers_lie_in_front_of_their_scales() {
+fn rows_of_integers_lie_in_front_of_all_scales() {
     let mut cache = KvCache::new(INT8, 1).unwrap();
     let table = table(&mut cache, BLOCK_TOKENS);
     // The largest is 127 of the scale, which 127 · 2^-7 fits.
@@ -149,10 +152,13 @@ fn rows_of_integers_lie_in_front_of_their_scales() {
     cache.write_row(1, &table, 19, &row);
     let block = cache.block(1, table.blocks()[0]);
     for head in 0..INT8.kv_heads {
-        let keys = INT8.keys(head);
-        for (half, values) in [(&block[keys.clone()], false), (&block[keys.end..][..keys.len()], true)] {
-            // 6 columns are two fours.
-            let (integers, scales) = half.split_at(BLOCK_TOKENS * 8);
+        let (keys, scales) = (INT8.keys(head), INT8.key_scales(head));
+        // 6 columns are two fours.
+        assert_eq!((keys.len(), scales.len()), (BLOCK_TOKENS * 8, BLOCK_TOKENS * 2));
+        for (integers, scales, values) in [
+            (&block[keys.clone()], &block[scales.clone()], false),
+            (&block[keys.end..][..keys.len()], &block[scales.end..][..scales.len()], true),
+        ] {
             for (column, integer) in [127, -127i8, 64, 1, 0, -2].into_iter().enumerate() {
                 // Slots 18 and 19: third and fourth of the second 16 keys, and of the fifth four of values.
                 let line = if values { 0 } else { (2 + column / 4) * 64 };

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch, State};
+use super::group::{self, CacheLevel, Group, Lanes, Scratch, State};
 use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group on AVX2.
@@ -162,6 +162,7 @@ impl Integers for Wide {
     const LARGEST_QUERY: f32 = 32767.0;
     const LARGEST_WEIGHT: f32 = 32767.0;
     const HEADS: usize = 4;
+    const AHEAD: CacheLevel = CacheLevel::First;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -261,6 +262,7 @@ impl Integers for Bytes {
     const LARGEST_QUERY: f32 = 32639.0;
     const LARGEST_WEIGHT: f32 = 65535.0;
     const HEADS: usize = 2;
+    const AHEAD: CacheLevel = CacheLevel::First;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]

@@ -11,7 +11,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::int8::{STEP_BLOCKS, STEP_TOKENS};
-use super::{BLOCK_TOKENS, BlockTable, KvCache, KvDtype, KvLayout};
+use super::{BLOCK_TOKENS, BlockTable, KvCache, KvDtype};
 
 /// Lanes of the widest register. Scratch rows are padded to it with zeros.
 pub(super) const WIDEST: usize = 16;
@@ -95,15 +95,20 @@ pub(super) struct Group<'a> {
     /// `[heads, K]`
     pub q: &'a [f32],
     /// What this thread reads after this group, as far as it is known.
-    pub next: [&'a [u8]; STEP_BLOCKS],
+    pub next: [Part<'a>; STEP_BLOCKS],
 }
 
 impl<'a> Group<'a> {
-    /// K and V of block `index` of the sequence, each with its scales if it has any.
-    pub fn halves(&self, index: usize) -> (&'a [u8], &'a [u8]) {
-        let keys = self.cache.layout().keys(self.kv_head);
+    /// This head's part of block `index` of the sequence.
+    pub fn part(&self, index: usize) -> Part<'a> {
+        let layout = self.cache.layout();
+        let (keys, scales) = (layout.keys(self.kv_head), layout.key_scales(self.kv_head));
         let block = self.cache.block(self.layer, self.table.blocks()[index]);
-        block[keys.start..][..2 * keys.len()].split_at(keys.len())
+        Part {
+            keys: &block[keys.clone()],
+            values: &block[keys.end..][..keys.len()],
+            scales: &block[scales.start..][..2 * scales.len()],
+        }
     }
 
     /// The slots of block `index` that are to be seen.
@@ -112,29 +117,39 @@ impl<'a> Group<'a> {
         self.visible.start.saturating_sub(first_token)..BLOCK_TOKENS.min(self.visible.end - first_token)
     }
 
-    /// What is to be read of block `index`'s keys, as far as it lies together.
+    /// Keys of block `index`, in f16, that are to be seen.
     pub fn seen_keys(&self, index: usize) -> &'a [u8] {
-        let (keys, slots) = (self.halves(index).0, self.slots(index));
-        let KvLayout { dtype, head_width, .. } = self.cache.layout();
-        match dtype {
+        let (keys, slots) = (self.part(index).keys, self.slots(index));
+        let row_bytes = self.cache.layout().head_width * size_of::<f16>();
+        &keys[slots.start * row_bytes..slots.end * row_bytes]
+    }
+
+    /// Its parts of as many blocks from `index` on as integers take in a step, as far as they are to be seen.
+    pub fn parts_of_step(&self, index: usize) -> [Part<'a>; STEP_BLOCKS] {
+        let end = self.visible.end.div_ceil(BLOCK_TOKENS);
+        std::array::from_fn(|place| if index + place < end { self.part(index + place) } else { Part::default() })
+    }
+
+    /// What is read first from block `index` on: keys that are to be seen, as far as those lie together, and scales.
+    pub fn first_parts(&self, index: usize) -> [Part<'a>; STEP_BLOCKS] {
+        match self.cache.layout().dtype {
             KvDtype::F16 => {
-                &keys[slots.start * head_width * size_of::<f16>()..slots.end * head_width * size_of::<f16>()]
+                let mut parts = [Part::default(); STEP_BLOCKS];
+                parts[0].keys = self.seen_keys(index);
+                parts
             }
-            KvDtype::Int8 => &keys[..BLOCK_TOKENS * self.cache.layout().width_in_fours()],
+            KvDtype::Int8 => self.parts_of_step(index),
         }
     }
+}
 
-    /// Halves of as many blocks from `index` on as integers take in a step, as far as they are to be seen.
-    pub fn halves_of_step(&self, index: usize) -> [(&'a [u8], &'a [u8]); STEP_BLOCKS] {
-        let end = self.visible.end.div_ceil(BLOCK_TOKENS);
-        std::array::from_fn(|place| if index + place < end { self.halves(index + place) } else { (&[][..], &[][..]) })
-    }
-
-    /// The same of as many blocks from `index` on as integers take in a step.
-    pub fn seen_keys_of_step(&self, index: usize) -> [&'a [u8]; STEP_BLOCKS] {
-        let end = self.visible.end.div_ceil(BLOCK_TOKENS);
-        std::array::from_fn(|place| if index + place < end { self.seen_keys(index + place) } else { &[] })
-    }
+/// One head's part of a block.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Part<'a> {
+    pub keys: &'a [u8],
+    pub values: &'a [u8],
+    /// `[2, BLOCK_TOKENS]` in f16, of keys and of values, where elements have scales.
+    pub scales: &'a [u8],
 }
 
 /// The softmax and the weighted values of some tokens, as far as they have been taken: nothing yet, or some blocks' worth.
@@ -299,8 +314,8 @@ pub(super) unsafe fn attend<V: Lanes>(group: &Group, scratch: &mut Scratch, earl
     let row_bytes = head_width * size_of::<f16>();
     for index in group.visible.start / BLOCK_TOKENS..end {
         let slots = group.slots(index);
-        let (keys, values) = group.halves(index);
-        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next[0] };
+        let Part { keys, values, .. } = group.part(index);
+        let next_keys = if index + 1 < end { group.seen_keys(index + 1) } else { group.next[0].keys };
         let mut keys_ahead = Ahead::new([next_keys, &[]]);
         let mut values_ahead = Ahead::new([&values[slots.start * row_bytes..slots.end * row_bytes], &[]]);
         if slots.len() < BLOCK_TOKENS {
@@ -508,7 +523,7 @@ impl Tiles {
             let mut ahead = ahead.steps(self.head_width / V::COUNT, bytes);
             let mut column = 0;
             while column + V::COUNT <= self.head_width {
-                ahead.fetch(bytes);
+                ahead.fetch(bytes, CacheLevel::First);
                 self.score_columns::<V, HEADS, TOKENS>(keys.add(column), V::COUNT, q.add(column), &mut sums);
                 column += V::COUNT;
             }
@@ -658,7 +673,7 @@ impl Tiles {
             let bytes = REGISTERS * V::COUNT * size_of::<f16>();
             let mut ahead = ahead.steps(self.slots.len(), bytes);
             for slot in self.slots.clone() {
-                ahead.fetch(bytes);
+                ahead.fetch(bytes, CacheLevel::First);
                 let mut row = [V::splat(0.0); REGISTERS];
                 for (register, row) in row.iter_mut().enumerate() {
                     *row = load_lanes::<V>(values.add(slot * self.head_width + register * V::COUNT), lanes);
@@ -717,36 +732,60 @@ impl Ahead {
     }
 
     /// Asks for all of it at once: it is little.
-    pub fn fetch_all(numbers: *const f32, len: usize) {
-        for line in (0..len).step_by(WIDEST) {
-            Self::fetch_line(numbers.wrapping_add(line).cast());
+    #[inline(always)]
+    pub fn fetch_all(start: *const u8, bytes: usize) {
+        for line in (0..bytes).step_by(size_of::<CacheLine>()) {
+            Self::fetch_line(start.wrapping_add(line), CacheLevel::First);
         }
     }
 
     #[inline(always)]
-    pub fn fetch_line(line: *const u8) {
+    fn fetch_line(line: *const u8, to: CacheLevel) {
         #[cfg(target_arch = "x86_64")]
         {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a hint, which reads nothing, whatever the address; every x86-64 CPU has it.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+            use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+            // SAFETY: hints, which read nothing, whatever the address; every x86-64 CPU has them.
+            unsafe {
+                match to {
+                    CacheLevel::First => _mm_prefetch::<_MM_HINT_T0>(line.cast()),
+                    CacheLevel::Second => _mm_prefetch::<_MM_HINT_T1>(line.cast()),
+                }
+            }
         }
-        // SAFETY: likewise.
         #[cfg(target_arch = "aarch64")]
-        unsafe {
-            std::arch::asm!("prfm pldl1keep, [{line}]", line = in(reg) line, options(nostack, readonly, preserves_flags));
+        {
+            use std::arch::asm;
+            // SAFETY: likewise.
+            unsafe {
+                match to {
+                    CacheLevel::First => {
+                        asm!("prfm pldl1keep, [{line}]", line = in(reg) line, options(nostack, readonly, preserves_flags));
+                    }
+                    CacheLevel::Second => {
+                        asm!("prfm pldl2keep, [{line}]", line = in(reg) line, options(nostack, readonly, preserves_flags));
+                    }
+                }
+            }
         }
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        let _ = line;
+        let _ = (line, to);
     }
+}
+
+/// The level of cache that a line is to come to. On its way to the first it holds one of the few places of what that level waits for, to the
+/// second one of three times as many, but is then a dozen cycles away.
+#[derive(Clone, Copy)]
+pub(super) enum CacheLevel {
+    First,
+    Second,
 }
 
 impl Steps {
     /// Asks for the next step's `bytes`.
     #[inline(always)]
-    pub fn fetch(&mut self, bytes: usize) {
+    pub fn fetch(&mut self, bytes: usize, to: CacheLevel) {
         for line in (0..bytes).step_by(size_of::<CacheLine>()) {
-            Ahead::fetch_line(self.at.wrapping_add(line));
+            Ahead::fetch_line(self.at.wrapping_add(line), to);
         }
         self.at = self.at.wrapping_add(self.step);
     }

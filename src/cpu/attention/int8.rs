@@ -33,7 +33,7 @@ use half::f16;
 
 use super::BLOCK_TOKENS;
 use super::KEY_GROUP;
-use super::group::{Ahead, CacheLine, Group, Lanes, Scratch, State, WIDEST, floats, rescale};
+use super::group::{Ahead, CacheLevel, CacheLine, Group, Lanes, Part, Scratch, State, WIDEST, floats, rescale};
 use crate::memory::kv_cache::KEY_EXCESS;
 
 /// Blocks of a step: what is done once a step (a scale for the weights, sums to be widened) costs half as much for each token.
@@ -61,6 +61,8 @@ pub(super) trait Integers: Sized {
     const LARGEST_WEIGHT: f32;
     /// Heads of a tile where there are enough: 4 where elements take more to come by than factors, 2 where it is the other way round.
     const HEADS: usize;
+    /// Where what is asked for ahead is to come to: the second level, except where arithmetic has no time to fetch it from there.
+    const AHEAD: CacheLevel;
 
     /// Stores the nearest integers of numbers of a query times `factor`, which are within ±LARGEST_QUERY. Any for other numbers. `n`: a
     /// multiple of WIDEST.
@@ -106,9 +108,9 @@ struct Step<'a> {
 /// K and V of a block.
 #[derive(Clone)]
 struct StepBlock {
-    /// `[BLOCK_TOKENS / KEY_GROUP, width / 4, KEY_GROUP]` fours, and scales behind.
+    /// `[BLOCK_TOKENS / KEY_GROUP, width / 4, KEY_GROUP]` fours.
     keys: *const u8,
-    /// `[BLOCK_TOKENS / 4, width]` fours, and scales behind.
+    /// `[BLOCK_TOKENS / 4, width]` fours.
     values: *const u8,
     /// Those of its fours of tokens that have some to be seen.
     fours: Range<usize>,
@@ -173,38 +175,35 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, e
     let width = group.cache.layout().width_in_fours();
     let end = group.visible.end.div_ceil(BLOCK_TOKENS);
     let mut index = group.visible.start / BLOCK_TOKENS;
-    let mut halves = group.halves_of_step(index);
+    let mut parts = group.parts_of_step(index);
     while index < end {
         let indices = index..((index / STEP_BLOCKS + 1) * STEP_BLOCKS).min(end);
         index = indices.end;
-        let now = halves;
+        let now = parts;
         if index < end {
-            halves = group.halves_of_step(index)
+            parts = group.parts_of_step(index);
         }
-        let next_keys = if index < end { group.seen_keys_of_step(index) } else { group.next };
-        let (mut key_scales, mut value_scales) = (Numbers([0.0; STEP_TOKENS]), Numbers([0.0; STEP_TOKENS]));
-        let mut all_values = [&[][..]; STEP_BLOCKS];
+        let next = if index < end { parts } else { group.next };
+        for Part { scales, .. } in next {
+            Ahead::fetch_all(scales.as_ptr(), scales.len());
+        }
         let blocks: [StepBlock; STEP_BLOCKS] = std::array::from_fn(|place| {
             // A block that is not there is never read.
             if place >= indices.len() {
                 return StepBlock { keys: std::ptr::null(), values: std::ptr::null(), fours: 0..0 };
             }
-            let (keys, values) = now[place];
-            all_values[place] = &values[..BLOCK_TOKENS * width];
-            let slots = group.slots(indices.start + place);
-            let fours = slots.start / 4..slots.end.div_ceil(4);
-            StepBlock { keys: keys.as_ptr(), values: values.as_ptr(), fours }
+            let (Part { keys, values, .. }, slots) = (now[place], group.slots(indices.start + place));
+            StepBlock { keys: keys.as_ptr(), values: values.as_ptr(), fours: slots.start / 4..slots.end.div_ceil(4) }
         });
         let blocks = &blocks[..indices.len()];
-        for elements in all_values.into_iter().chain(next_keys) {
-            Ahead::fetch_line(elements.as_ptr_range().end);
-        }
-        for ((block, slots), place) in blocks.iter().zip(indices.clone().map(|index| group.slots(index))).zip(0..) {
-            let at = place * BLOCK_TOKENS;
-            // SAFETY: the caller vouches for the CPU and the elements, hence for what lies behind them.
+        let (mut key_scales, mut value_scales) = (Numbers([0.0; STEP_TOKENS]), Numbers([0.0; STEP_TOKENS]));
+        for (place, Part { scales, .. }) in now.iter().enumerate().take(indices.len()) {
+            let (slots, at) = (group.slots(indices.start + place), place * BLOCK_TOKENS);
+            let (of_keys, of_values) = scales.split_at(scales.len() / 2);
+            // SAFETY: the caller vouches for the CPU, and for elements that have scales.
             unsafe {
-                load_scales::<I>(block.keys.add(BLOCK_TOKENS * width), &mut key_scales.0[at..]);
-                load_scales::<I>(block.values.add(BLOCK_TOKENS * width), &mut value_scales.0[at..]);
+                load_scales::<I>(of_keys.as_ptr(), &mut key_scales.0[at..]);
+                load_scales::<I>(of_values.as_ptr(), &mut value_scales.0[at..]);
             }
             // Slots that are not to be seen hold anything, NaN for a scale too.
             value_scales.0[at..][..slots.start].fill(0.0);
@@ -220,7 +219,13 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, e
         // `Scratch` and `State` state.
         unsafe {
             let query = Query { integers: q_integers.as_ptr(), scales: q_scales.as_ptr(), sums: q_sums.as_ptr() };
-            score::<I>(&step, &query, key_scales.0.as_ptr(), scores.as_mut_ptr(), &mut Ahead::new(all_values));
+            score::<I>(
+                &step,
+                &query,
+                key_scales.0.as_ptr(),
+                scores.as_mut_ptr(),
+                &mut Ahead::new(now.map(|part| part.values)),
+            );
             if seen.len() < STEP_TOKENS {
                 for scores in scores.chunks_exact_mut(STEP_TOKENS) {
                     scores[..seen.start].fill(f32::NEG_INFINITY);
@@ -237,7 +242,7 @@ pub(super) unsafe fn attend<I: Integers>(group: &Group, scratch: &mut Scratch, e
                 *scale = round_weights::<I>(weights, *scale, rounded);
             }
             let weights = Weights { integers: weight_integers.as_ptr(), scales: weight_scales.as_ptr() };
-            weigh::<I>(&step, &weights, out.as_mut_ptr(), &mut Ahead::new(next_keys));
+            weigh::<I>(&step, &weights, out.as_mut_ptr(), &mut Ahead::new(next.map(|part| part.keys)));
         }
     }
     if let Some(earlier) = earlier {
@@ -418,7 +423,7 @@ unsafe fn score_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
             // Every tile of heads comes by here, and asks for its share.
             let mut ahead = ahead.steps(fours, bytes * HEADS / step.heads);
             for four in 0..fours {
-                ahead.fetch(bytes);
+                ahead.fetch(bytes, I::AHEAD);
                 let mut row = [I::keys(keys); REGISTERS];
                 for register in 0..REGISTERS {
                     row[register] = I::keys(group(slot + register * lanes).add(four * KEY_GROUP));
@@ -499,7 +504,7 @@ unsafe fn weigh_heads<I: Integers, const HEADS: usize, const REGISTERS: usize>(
 ) {
     let lanes = I::Floats::COUNT;
     let mut column = 0;
-    // SAFETY: as the caller's: a register begins below width, and what it reads beyond is less than the BLOCK_TOKENS scales behind V.
+    // SAFETY: as the caller's: a register begins below width, and what it reads beyond is less than the scales that a block ends with.
     unsafe {
         while column + REGISTERS * lanes <= step.width {
             weigh_tile::<I, HEADS, REGISTERS>(step, weights, out, column, ahead);
@@ -534,7 +539,7 @@ unsafe fn weigh_tile<I: Integers, const HEADS: usize, const REGISTERS: usize>(
             let bytes = REGISTERS * lanes * size_of::<[u8; 4]>();
             let mut ahead = ahead.steps(block.fours.len(), bytes * HEADS / step.heads);
             for four in block.fours.clone() {
-                ahead.fetch(bytes);
+                ahead.fetch(bytes, I::AHEAD);
                 let values = block.values.cast::<[u8; 4]>().add(four * step.width + column);
                 let mut row = [I::values(values); REGISTERS];
                 for register in 1..REGISTERS {

@@ -51,10 +51,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::isa::{Isa, Level};
-use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache, KvLayout};
+use crate::memory::kv_cache::{BLOCK_TOKENS, BlockTable, KEY_GROUP, KvCache};
 use crate::model::AttentionShape;
 use crate::policy::KvDtype;
-use group::{Ahead, Group, Scratch, State};
+use group::{Ahead, Group, Part, Scratch, State};
 use int8::STEP_BLOCKS;
 
 /// Where a context is cut: joining two spans costs a hundredth of reading one, and part of the reduction order of a row.
@@ -132,10 +132,10 @@ pub fn attend(
         let mut task = take();
         while let Some(now) = task {
             task = take();
-            let next = task.as_ref().map_or([&[][..]; STEP_BLOCKS], |Task { row, kv_head, spans }| {
+            let next = task.as_ref().map_or([Part::default(); STEP_BLOCKS], |Task { row, kv_head, spans }| {
                 let group = form.group(row, *kv_head);
-                Ahead::fetch_all(group.q.as_ptr(), group.q.len());
-                group.seen_keys_of_step(row.span(spans.start).start / BLOCK_TOKENS)
+                Ahead::fetch_all(group.q.as_ptr().cast(), size_of_val(group.q));
+                group.first_parts(row.span(spans.start).start / BLOCK_TOKENS)
             });
             now.run(&form, next, &mut scratch, &mut total);
         }
@@ -191,7 +191,7 @@ impl Form<'_> {
             scale,
             sinks: self.sinks.map_or(&[][..], |sinks| &sinks[kv_head * heads..][..heads]),
             q: &row.q[kv_head * heads * head_width..][..heads * head_width],
-            next: [&[]; STEP_BLOCKS],
+            next: [Part::default(); STEP_BLOCKS],
         }
     }
 }
@@ -254,17 +254,17 @@ impl<'a> Task<'a> {
     }
 
     /// `next`: what this thread reads afterwards.
-    fn run(&self, form: &Form, next: [&[u8]; STEP_BLOCKS], scratch: &mut Scratch, total: &mut State) {
+    fn run(&self, form: &Form, next: [Part; STEP_BLOCKS], scratch: &mut Scratch, total: &mut State) {
         let row = self.row;
         let whole = form.group(row, self.kv_head);
         let out = row.out.0.wrapping_add(self.kv_head * whole.q.len());
         // Written at the end, when it should not have to be fetched first.
-        Ahead::fetch_all(out, whole.q.len());
+        Ahead::fetch_all(out.cast(), size_of_val(whole.q));
         let shared = row.shared.get(self.kv_head);
         for span in self.spans.clone() {
             let visible = row.span(span);
             let goes_on = span + 1 < self.spans.end;
-            let next = if goes_on { whole.seen_keys_of_step(visible.end / BLOCK_TOKENS) } else { next };
+            let next = if goes_on { whole.first_parts(visible.end / BLOCK_TOKENS) } else { next };
             // Sinks come before all tokens.
             let sinks = if visible.start == row.visible.start { whole.sinks } else { &[] };
             let earlier = (shared.is_none() && span > self.spans.start).then_some(&mut *total);

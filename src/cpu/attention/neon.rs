@@ -5,7 +5,7 @@ use std::arch::aarch64::*;
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch, State};
+use super::group::{self, CacheLevel, Group, Lanes, Scratch, State};
 use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group on NEON.
@@ -141,6 +141,7 @@ impl Integers for Wide {
     const LARGEST_QUERY: f32 = 32767.0;
     const LARGEST_WEIGHT: f32 = 32767.0;
     const HEADS: usize = 4;
+    const AHEAD: CacheLevel = CacheLevel::First;
 
     #[inline]
     #[target_feature(enable = "neon")]

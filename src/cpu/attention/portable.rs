@@ -4,7 +4,7 @@
 
 use half::f16;
 
-use super::group::{self, Group, Lanes, Scratch, State};
+use super::group::{self, CacheLevel, Group, Lanes, Scratch, State};
 use super::int8::{self, Four, Integer, Integers, STEP_TOKENS};
 
 /// Attends one group anywhere.
@@ -124,6 +124,7 @@ impl Integers for Wide {
     const LARGEST_QUERY: f32 = 32767.0;
     const LARGEST_WEIGHT: f32 = 32767.0;
     const HEADS: usize = 4;
+    const AHEAD: CacheLevel = CacheLevel::First;
 
     #[inline(always)]
     unsafe fn store_query(numbers: *const f32, factor: f32, n: usize, to: *mut Integer) {
