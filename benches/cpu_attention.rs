@@ -12,6 +12,9 @@ use fulmen::policy::KvDtype;
 const SHAPE: AttentionShape =
     AttentionShape { q_heads: 32, kv_heads: 8, head_width: 128, window: None, scale: 0.088_388_35 };
 const CONTEXTS: [usize; 7] = [128, 256, 512, 1024, 2048, 8192, 32768];
+/// Where int8 is held against f16, turn by turn: on the level of this machine, and on all.
+const COMPARED: [usize; 6] = [256, 512, 1024, 2048, 8192, 32768];
+const COMPARED_BY_ALL: [usize; 2] = [512, 2048];
 /// The portable level is no match for memory; one context shows what it does.
 const PORTABLE_CONTEXT: usize = 512;
 /// Ends the names of levels that multiply integers better than others.
@@ -26,7 +29,6 @@ fn main() {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let passes = number("FULMEN_PASSES").unwrap_or(3);
     let mut n_threads = number("FULMEN_THREADS");
-    let mut rates = Vec::new();
     for dtype in KvDtype::ALL {
         let all = pool(cores);
         let mut probe = Probe::new(SHAPE, dtype, ROWS_PER_THREAD * cores, CONTEXTS[CONTEXTS.len() - 1], &all)
@@ -47,8 +49,8 @@ fn main() {
         let call_s = small.rows as f64 / small.tokens_per_s;
         println!("a call of {} rows of one token: {:.0} us", small.rows, 1e6 * call_s);
         println!("level       threads  context   rows     GB/s   % of a plain read   million tokens/s");
-        let mut show = |isa: Isa, context: usize, n_threads: usize, rows: usize| -> Option<AttentionRate> {
-            let rate = probe.attention(isa, context, rows, passes, &pool(n_threads))?;
+        let mut show = |isa: Isa, context: usize, n_threads: usize, rows: usize| {
+            let Some(rate) = probe.attention(isa, context, rows, passes, &pool(n_threads)) else { return };
             println!(
                 "{:10}  {n_threads:7}  {context:7}  {:5}  {:7.2}  {:6.0}  (of {:.1})  {:12.2}",
                 isa.name(),
@@ -63,7 +65,6 @@ fn main() {
                 "{isa}, context {context}: off by {:e}",
                 rate.largest_error
             );
-            Some(rate)
         };
         for isa in Isa::available() {
             // Over f16 they run the same code as those without.
@@ -75,8 +76,7 @@ fn main() {
                 continue;
             }
             for context in CONTEXTS {
-                let rate = show(isa, context, n_threads, ROWS_PER_THREAD * n_threads);
-                rates.extend(rate.map(|rate| (isa.name(), context, dtype, rate)));
+                show(isa, context, n_threads, ROWS_PER_THREAD * n_threads);
             }
             // One sequence alone, whose spans all threads share; and a large batch.
             show(isa, CONTEXTS[CONTEXTS.len() - 1], n_threads, 1);
@@ -100,14 +100,38 @@ fn main() {
             println!("{:10}  {dtype:4}  {}", isa.name(), by_threads.join(", "));
         }
     }
-    println!("\ntokens/s of int8 over f16, and if both had met the same plain read");
-    for (isa, context, dtype, int8) in &rates {
-        let of = isa.trim_end_matches(VNNI);
-        let f16 = rates.iter().find(|f16| (f16.0, f16.1, f16.2) == (of, *context, KvDtype::F16));
-        if let (KvDtype::Int8, Some((.., f16))) = (dtype, f16) {
-            let ratio = int8.tokens_per_s / f16.tokens_per_s;
-            let same = ratio * f16.read_bytes_per_s / int8.read_bytes_per_s;
-            println!("{isa:10}  {context:7}  {ratio:5.2}x  {same:5.2}x");
+    compare(n_threads.unwrap_or(1), passes);
+}
+
+/// What 8-bit keys and values gain, turn by turn, since memory has other guests, who come and go.
+fn compare(n_threads: usize, passes: usize) {
+    let threads = pool(n_threads);
+    let rows = ROWS_PER_THREAD * n_threads;
+    let [mut f16, mut int8] = [KvDtype::F16, KvDtype::Int8].map(|dtype| {
+        Probe::new(SHAPE, dtype, rows, COMPARED[COMPARED.len() - 1], &threads)
+            .expect("a quarter of the memory that is available")
+    });
+    println!(
+        "\n{n_threads} threads, int8 over f16     tokens/s   if both had met the same plain read   % of it, f16, int8"
+    );
+    for isa in Isa::available().into_iter().filter(|isa| isa.name() != "portable") {
+        for context in COMPARED.into_iter().filter(|context| isa == Isa::best() || COMPARED_BY_ALL.contains(context)) {
+            let turn = |probe: &mut Probe| probe.attention(isa, context, rows, 1, &threads);
+            let turns: Option<Vec<(AttentionRate, AttentionRate)>> =
+                (0..2 * passes + 1).map(|_| Some((turn(&mut f16)?, turn(&mut int8)?))).collect();
+            let Some(turns) = turns else { continue };
+            let median = |of: fn(&(AttentionRate, AttentionRate)) -> f64| {
+                let mut numbers: Vec<f64> = turns.iter().map(of).collect();
+                numbers.sort_by(f64::total_cmp);
+                numbers[numbers.len() / 2]
+            };
+            let ratio = median(|(f16, int8)| int8.tokens_per_s / f16.tokens_per_s);
+            let same = median(|(f16, int8)| {
+                int8.tokens_per_s / int8.read_bytes_per_s / (f16.tokens_per_s / f16.read_bytes_per_s)
+            });
+            let shares = [median(|(f16, _)| f16.share_of_read), median(|(_, int8)| int8.share_of_read)];
+            let [f16, int8] = shares.map(|share| 100.0 * share);
+            println!("{:10}  {context:7}  {ratio:9.2}x   {same:16.2}x   {f16:22.0}  {int8:4.0}", isa.name());
         }
     }
 }
