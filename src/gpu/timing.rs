@@ -1,5 +1,6 @@
 //! When submissions ran: the device's clock, read at the start and the end of each, tied to the host's.
 
+use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -70,7 +71,7 @@ impl Clock {
                 }
             },
         };
-        let submitted: std::collections::HashMap<Ticket, u32> = state.submitted.drain(..).collect();
+        let submitted = in_order(std::mem::take(&mut state.submitted), &ticks);
         state.begun = 0;
         let Some((tick, moment)) = tie else { return Ok(vec![None; tickets.len()]) };
         let host = |at: u64| {
@@ -82,10 +83,7 @@ impl Clock {
             .iter()
             .map(|ticket| {
                 let (start, end) = match ticket.line {
-                    Line::Compute => {
-                        let number = *submitted.get(ticket)? as usize;
-                        (*ticks.get(2 * number)?, *ticks.get(2 * number + 1)?)
-                    }
+                    Line::Compute => *submitted.get(ticket)?,
                     Line::ToDevice | Line::ToHost => gpu.transfer.take_ticks(*ticket)?,
                 };
                 Some((host(start), host(end.max(start))))
@@ -146,8 +144,37 @@ impl Clock {
     }
 }
 
+/// Start and end of each submission. A queue begins and ends its submissions in turn, but where a thread of the driver reads the clock beside
+/// those that compute (llvmpipe), its ticks can tell another order: what came later is taken to be no earlier.
+fn in_order(mut submitted: Vec<(Ticket, u32)>, ticks: &[u64]) -> HashMap<Ticket, (u64, u64)> {
+    submitted.sort_unstable_by_key(|(ticket, _)| ticket.value);
+    let (mut start, mut end) = (0, 0);
+    submitted
+        .into_iter()
+        .filter_map(|(ticket, number)| {
+            let number = number as usize;
+            start = start.max(*ticks.get(2 * number)?);
+            end = end.max(*ticks.get(2 * number + 1)?);
+            Some((ticket, (start, end)))
+        })
+        .collect()
+}
+
 /// Which set, and which query of it, a submission's start is.
 fn place(number: u32) -> (usize, u32) {
     let pairs = SET_QUERIES / 2;
     ((number / pairs) as usize, number % pairs * 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_submissions_neither_begin_nor_end_earlier() {
+        let ticket = |value| Ticket { line: Line::Compute, value };
+        // Recorded in another order than submitted; the second's clock was read early, the third's never.
+        let spans = in_order(vec![(ticket(8), 0), (ticket(7), 1), (ticket(9), 2)], &[30, 38, 31, 40, 50]);
+        assert_eq!(spans, HashMap::from([(ticket(7), (31, 40)), (ticket(8), (31, 40))]));
+    }
 }
