@@ -2,7 +2,8 @@
 //!
 //! For both ways to keep K and V, every level and context: passes over a pool that is several times the last-level cache, in calls
 //! of two rows a thread, turn by turn with plain reads of the same pool on the same threads; a row is compared with the
-//! reference. Threads: as many as read fastest. `FULMEN_THREADS=8` asks for another number, `FULMEN_PASSES` for other medians.
+//! reference. At the end tokens/s of both ways, turn by turn. Threads: as many as read fastest. `FULMEN_THREADS=8` asks for another number,
+//! `FULMEN_PASSES` for other medians.
 
 use fulmen::cpu::isa::Isa;
 use fulmen::cpu::measure::{AttentionRate, Probe, thread_counts};
