@@ -171,7 +171,7 @@ impl std::fmt::Display for Precision {
 pub enum KvDtype {
     #[default]
     F16,
-    /// An integer of 8 bits, and one scale for each row of each head: half the bytes, so twice the tokens in the pool and in a
+    /// An integer of 8 bits, and one scale for each row of each head: half the bytes, so twice the tokens in the pool, and up to 1.9 times in a
     /// second of CPU attention. A value is off by at most 9/16 of 1/127 of the largest in its row: other tokens than with f16.
     Int8,
 }

@@ -22,6 +22,8 @@
 //!
 //! A level without that instruction widens the elements and multiplies 16 bits.
 //!
+//! Memory is asked for ahead: the values of a step during its scores, keys of the next one during its sums of values, scales at once.
+//!
 //! Sums are exact, so their order is nobody's concern; nor are those on the way that do not fit 32 bits, where the last one does. Where K
 //! is above 512, queries get fewer bits, so that it does.
 
